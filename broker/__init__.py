@@ -1,0 +1,1 @@
+"""What a push is, who it is for, where it is kept and where it goes."""

@@ -1,0 +1,180 @@
+"""The store: what is true. The interface is its guarantees; `tests/broker/store_contract.py` checks them.
+
+Every implementation gives these, whatever it is built on:
+
+S1  When an awaited write returns, it is durable: it survives `kill -9` of every process of ours, and a power
+    cut as far as the engine's own setting promises (SQLite: synchronous=FULL).
+S2  A write that raises has changed nothing. `StoreFull` means there is no room; `StoreUnavailable` that the
+    engine is away; both may be tried again.
+S3  Message ids grow: along the appends of one app as they become visible to `fetch_owed`, so that a device that
+    has seen id n never finds a new row below n afterwards (G3).
+S4  A message's targets are fixed when it is appended (G2). For each of them exactly one state holds at any time:
+    delivered, evicted, or waiting (pending until `expires_at`, expired from then on); delivered wins (G4).
+S5  Recording is idempotent: settling a delivery twice is settling it once.
+S6  A cid is used once per app in `cid_lifetime`: a second append with it stores nothing and answers the first.
+S7  Apps do not see each other: no call reaches a row of another app_id.
+S8  Appending to an inbox applies the newest-N rule (`App.offline_limit`) to targets without a route: the oldest
+    rows go, recorded as evicted. A routed device's rows are never evicted by an append.
+S9  A claim makes the device routed under a new, larger epoch. A release with any epoch but the newest does
+    nothing (G5). Routes do not outlive the node that holds them.
+S10 Read-your-writes: what an awaited write stored is seen by every read that starts after it returned.
+
+All methods are called from the event loop's thread. None blocks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from pyroaring import BitMap
+
+from broker.model import (
+    App,
+    Appended,
+    BehaviourEvent,
+    Claim,
+    Device,
+    DeviceChange,
+    MessageRecord,
+    NewDevice,
+    NewMessage,
+    OwedRequest,
+    Receipt,
+    Retained,
+    Settled,
+    StoredBroadcast,
+    StoredMessage,
+    TermKey,
+)
+
+
+class StoreError(Exception):
+    """A store operation did not happen."""
+
+
+class StoreFull(StoreError):
+    """There is no room (full disk, memory limit)."""
+
+
+class StoreUnavailable(StoreError):
+    """The engine is away, read-only, locked by another server, or broken."""
+
+
+class UnknownDevice(StoreError):
+    """No such device in this app."""
+
+
+class Store(Protocol):
+    """See the module's guarantees. `app_id`s come from `create_app`/`find_app`."""
+
+    on_commit: Callable[[int, float], None] | None
+    """Called on the loop's thread after each commit: how many writes shared it, and its seconds."""
+
+    async def open(self) -> None:
+        """Create or open. Raises StoreUnavailable with what to do about it."""
+
+    async def close(self) -> None:
+        """Finish what was accepted, then close. No call may follow."""
+
+    # Apps
+
+    async def create_app(self, name: str, *, open: bool = False, offline_limit: int = 100) -> App:
+        """A new app with fresh key, secrets and signing key. Names need not be unique."""
+
+    async def find_app(self, key: str) -> App | None: ...
+
+    async def list_apps(self, after: int = 0, limit: int = 1000) -> list[App]:
+        """Apps with app_id > after, in that order."""
+
+    async def rotate_secret(self, key: str) -> App | None:
+        """A fresh master secret; None if there is no such app."""
+
+    async def delete_app(self, key: str) -> bool:
+        """Remove the app at once and all its rows in the background. False: no such app."""
+
+    # Devices and the index over them
+
+    async def register(self, app_id: int, devices: Sequence[NewDevice]) -> list[Device]:
+        """Register devices, each with the next free devno. A registration id that exists already is left as
+        it is and returned."""
+
+    async def find_devices(self, app_id: int, registration_ids: Sequence[str]) -> dict[str, Device]:
+        """Whole records of those that exist."""
+
+    async def resolve(self, app_id: int, registration_ids: Sequence[str]) -> dict[str, int]:
+        """registration id -> devno of those that exist. Cheaper than find_devices."""
+
+    async def names(self, app_id: int, devnos: Sequence[int]) -> dict[int, str]:
+        """devno -> registration id of those that exist."""
+
+    async def change_devices(self, app_id: int, changes: Mapping[str, DeviceChange]) -> dict[str, Device]:
+        """Apply changes by registration id, all or none, and return the devices as they are now. Raises
+        UnknownDevice naming the first that does not exist."""
+
+    async def postings(self, app_id: int, terms: Sequence[TermKey]) -> list[BitMap]:
+        """The posting list of each term, empty if there is none. The caller must not change them."""
+
+    async def list_terms(self, app_id: int, kind: str) -> list[str]:
+        """Values of this kind with a posting list that is not empty, sorted."""
+
+    async def drop_term(self, app_id: int, term: TermKey, only: BitMap | None = None) -> BitMap:
+        """Take an alias or tag away from all devices (or those in `only`) that have it; returns them."""
+
+    def token_generations(self, app_id: int) -> Mapping[int, int]:
+        """devno -> generation, for those above 0 (few: revoked devices). Valid after `find_app` of this app;
+        kept up to date."""
+
+    # Messages
+
+    async def append(self, messages: Sequence[NewMessage]) -> list[Appended]:
+        """Store pushes, all or none, in order; ids are assigned here. Messages that expire at once
+        (`expires_at <= created_at`) get a row for the report and nothing that could be fetched."""
+
+    async def fetch_owed(self, requests: Sequence[OwedRequest]) -> list[list[StoredMessage]]:
+        """For each request the waiting, unexpired inbox rows, oldest first, at most `limit`. A message asked for
+        by several requests is one object."""
+
+    async def live_broadcasts(self, app_id: int) -> list[StoredBroadcast]:
+        """Unexpired broadcasts that some device is still owed, oldest first."""
+
+    async def settle(self, settled: Sequence[Settled]) -> None:
+        """Record deliveries and evictions, in bulk."""
+
+    async def find_messages(self, app_id: int, msg_ids: Sequence[int]) -> dict[int, MessageRecord]:
+        """The records of those that exist (kept for `report_lifetime`)."""
+
+    async def record_receipts(self, receipts: Sequence[Receipt]) -> None:
+        """Receipts for messages or devices that do not match are dropped."""
+
+    async def record_events(self, events: Sequence[BehaviourEvent]) -> None: ...
+
+    async def list_events(self, app_id: int, after: int, limit: int) -> list[tuple[int, BehaviourEvent]]:
+        """Events with their ids, id > after, in order (kept for `event_lifetime`)."""
+
+    # Ordinary retained messages
+
+    async def retain(self, retained: Sequence[Retained]) -> None:
+        """Set (or, with an empty payload, remove) retained messages."""
+
+    async def list_retained(self, app_id: int) -> list[Retained]: ...
+
+    # Routes
+
+    def claim_route(self, app_id: int, devno: int, node_id: str, done: Callable[[Claim], None]) -> None:
+        """Claim the device for this node. `done` is called exactly once, at once or from the loop later: no task,
+        so that a connect storm costs none, and implementations may send many claims together. Claim first, then
+        fetch (architecture, decision 4)."""
+
+    def release_route(self, app_id: int, devno: int, epoch: int, now: float) -> None:
+        """Give the route up and note when the device was last online; stale epochs do nothing (S9)."""
+
+    async def online(self, app_id: int, devnos: BitMap | None = None) -> BitMap:
+        """Those of `devnos` (None: of all the app's devices) that have a route now."""
+
+    # Upkeep
+
+    async def expire(self, now: float) -> int:
+        """Remove a bounded slice of what is over (inbox rows and bodies of expired messages, reports, cids and
+        events past their time, rows of deleted apps), give space back, and return how many rows went. Called
+        again soon while it returns more than 0. Never holds up writes for long."""

@@ -1,0 +1,302 @@
+"""The asyncio shell of one connection: bytes to packets, actions to bytes, and nothing else.
+
+An idle connection costs this object and its session: no task, queue, stream or timer (architecture, decision 2).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from typing import TYPE_CHECKING, Any, cast
+
+from gateway.carriers import CarrierProfile
+from gateway.mqtt import (
+    CONNACK_RETURN_CODES,
+    Connack,
+    Connect,
+    Disconnect,
+    MQTTError,
+    PacketTooLarge,
+    Properties,
+    ProtocolError,
+    Reason,
+    decode,
+    encode,
+    puback_run,
+)
+from gateway.session import (
+    PUBACK_BYTES,
+    PUBACK_SIZE,
+    Acked,
+    Closed,
+    Published,
+    Send,
+    Session,
+    Subscribed,
+    Unsubscribed,
+)
+
+if TYPE_CHECKING:
+    from gateway.hub import Hub
+    from gateway.mqtt import Will
+    from gateway.node import Node
+
+MAX_CONNECT_SIZE = 65_536  # bytes of a CONNECT, will included: nobody has proved anything yet
+
+
+class Phase(enum.IntEnum):
+    OPENING = 0  # no CONNECT yet
+    JOINING = 1  # CONNECT is being decided; reading is paused
+    LIVE = 2
+    CLOSED = 3
+
+
+class Connection(asyncio.Protocol):
+    """Made by a listener for each accepted socket (or WebSocket)."""
+
+    __slots__ = (
+        "blocked",
+        "client_id",
+        "epoch",
+        "hub",
+        "keep_alive",
+        "last_seen",
+        "listener",
+        "node",
+        "partial",
+        "phase",
+        "profile",
+        "session",
+        "session_expiry",
+        "transport",
+        "will",
+    )
+
+    def __init__(self, node: Node, listener: str) -> None:
+        self.node = node
+        self.listener = listener  # tcp | tls | ws
+        self.phase = Phase.OPENING
+        self.transport: asyncio.Transport = cast("asyncio.Transport", None)
+        self.session: Session | None = None
+        self.hub: Hub | None = None
+        self.client_id = ""
+        self.epoch = 0
+        self.profile: CarrierProfile = node.carriers.default
+        self.partial: bytearray | None = None  # the beginning of a packet whose end has not come
+        self.last_seen = 0.0
+        self.keep_alive = 0.0  # seconds of silence until it counts as dead; 0 = never
+        self.session_expiry = 0
+        self.will: Will | None = None
+        self.blocked = False
+
+    # From the event loop
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+        self.last_seen = self.node.clock.now
+        self.node.opened(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self.session is not None:  # before CONNECT the deadline does not move, whatever trickles in
+            self.last_seen = self.node.clock.now
+        if self.partial is not None:
+            self.partial += data
+            self._take(self.partial)
+        elif self.phase is Phase.LIVE and data[0] == PUBACK_BYTES:
+            self._take_acks(data)
+        else:
+            self._take(data)
+
+    def _take_acks(self, data: bytes) -> None:
+        """The hot path: a run of PUBACKs (architecture, decision 7), then whatever else there is."""
+        session = cast("Session", self.session)
+        note, devno, now = self.node.settler.note, session.devno, self.last_seen
+        if len(data) == PUBACK_SIZE and data[1] == 2:
+            end = PUBACK_SIZE
+            push = session.acked(data[2] << 8 | data[3], now)
+            if push is not None:
+                note(push, devno)
+        else:
+            packet_ids, end = puback_run(data, 0)
+            for packet_id in packet_ids:
+                push = session.acked(packet_id, now)
+                if push is not None:
+                    note(push, devno)
+        if session.behind or session.mailbox is not None:
+            self.catch_up()
+        if end < len(data):
+            self._take(data[end:])
+
+    def _take(self, data: bytes | bytearray) -> None:
+        start = 0
+        try:
+            while start < len(data) and self.phase is not Phase.CLOSED:
+                if self.phase is Phase.JOINING or (self.session is not None and self.session.congested):
+                    self.transport.pause_reading()
+                    break
+                found = self._decode(data, start)
+                if found is None:
+                    break
+                packet, start = found
+                self._take_packet(packet)
+        except MQTTError as error:
+            self.fail(error)
+        self._keep(data, start)
+
+    def _keep(self, data: bytes | bytearray, start: int) -> None:
+        """What is left waits in `partial`, which grows in place: a packet that trickles in costs no copies."""
+        if start >= len(data) or self.phase is Phase.CLOSED:
+            self.partial = None
+        elif data is not self.partial:
+            self.partial = bytearray(data[start:] if start else data)
+        elif start:
+            del self.partial[:start]
+
+    def _decode(self, data: bytes | bytearray, start: int) -> tuple[Any, int] | None:
+        if self.session is None:
+            return decode(data, start, 0, MAX_CONNECT_SIZE)
+        return decode(data, start, self.session.encoding.version, self.node.settings.max_packet_size)
+
+    def _take_packet(self, packet: Any) -> None:
+        if self.session is None:
+            assert isinstance(packet, Connect)
+            self.phase = Phase.JOINING
+            self.node.join(self, packet)
+            return
+        if isinstance(packet, Connect):
+            raise ProtocolError("a second CONNECT")  # MQTT5-3.1.0-2
+        for action in self.session.receive(packet, self.last_seen):
+            match action:
+                case Send():
+                    self.send(action.data)
+                case Acked():
+                    self.node.settler.note(action.push, self.session.devno)
+                case Published():
+                    self.node.intake.take(self, action.packet)
+                case Subscribed():
+                    self.node.exchange.subscribe(self, action.packet)
+                case Unsubscribed():
+                    self.node.exchange.unsubscribe(self, action.packet)
+                case Closed():
+                    self._goodbye(action)
+                    return
+        self.catch_up()
+
+    def _goodbye(self, action: Closed) -> None:
+        if action.session_expiry is not None:
+            if action.session_expiry and not self.session_expiry:  # MQTT5-3.14.2-1
+                raise ProtocolError("session expiry set at DISCONNECT after 0 at CONNECT")
+            self.session_expiry = min(action.session_expiry, self.node.settings.session_expiry_max)
+        if not action.with_will:
+            self.will = None  # MQTT5-3.14.4-3
+        self.close("client disconnected")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end("connection lost")
+
+    def eof_received(self) -> bool:
+        return False  # close: half-open connections are of no use
+
+    def pause_writing(self) -> None:
+        self.blocked = True
+
+    def resume_writing(self) -> None:
+        self.blocked = False
+        self.catch_up()
+
+    # For the node
+
+    def send(self, data: bytes) -> None:
+        if data and self.phase is not Phase.CLOSED:
+            self.transport.write(data)
+
+    def resume_reading(self) -> None:
+        """CONNECT is decided, or a backlog of unanswered messages went down: take what has waited."""
+        if self.phase is Phase.CLOSED:
+            return
+        self.transport.resume_reading()
+        if self.partial is not None:
+            self._take(self.partial)
+
+    def catch_up(self) -> None:
+        """Send what is owed and has room; ask for the inbox if it may hold more."""
+        session, hub = self.session, self.hub
+        if session is None or hub is None or self.blocked or self.phase is not Phase.LIVE:
+            return
+        clock = self.node.clock
+        if session.devno >= 0:
+            frames = hub.collect(session, clock)
+            if frames:
+                self.node.fanout.count(len(frames))
+                self.transport.write(b"".join(frames))
+            if hub.wants_fetch(session):
+                self.node.fetcher.request(self)
+        if session.mailbox is not None and session.mailbox.queue:
+            self.send(b"".join(session.drain_mailbox(clock.now)))
+
+    def check(self, now: float) -> float | None:
+        """On the timer wheel: when to look again, None if the connection is over."""
+        if self.phase is Phase.CLOSED:
+            return None
+        session = self.session
+        if session is None:
+            deadline = self.last_seen + self.node.settings.connect_timeout
+            if now < deadline or self.phase is Phase.JOINING:
+                return max(deadline, now + 1)
+            self.node.count_refusal("connect timeout")
+            self.close("connect timeout")
+            return None
+        if session.unacked is not None and now >= session.waiting_since + self.profile.ack_timeout:
+            # Dead or hopeless: the next connection resends (architecture, decision 6).
+            self.close("ack timeout", Reason.UNSPECIFIED_ERROR)
+            return None
+        next_check = now + self.profile.ack_timeout
+        if not self.keep_alive:
+            return next_check
+        deadline = self.last_seen + self.keep_alive
+        if now >= deadline:
+            self.close("keep-alive timeout", Reason.KEEP_ALIVE_TIMEOUT)  # MQTT5-3.1.2-22
+            return None
+        return min(deadline, next_check)
+
+    def refuse(self, version: int, reason: Reason, text: str, label: str) -> None:
+        """CONNACK with a failure, then close. 3.1.1 has six codes; a reason without one closes at once."""
+        self.node.count_refusal(label)
+        if self.phase is Phase.CLOSED:
+            return
+        properties: Properties = {"reason_string": text} if version == 5 and text else {}
+        if version == 5 or reason in CONNACK_RETURN_CODES:
+            self.send(encode(Connack(False, reason, properties), version or 4))
+        self.close(label)
+
+    def fail(self, error: MQTTError) -> None:
+        """The peer broke a rule: the one place where that is answered."""
+        if self.session is None:
+            label = "packet too large" if isinstance(error, PacketTooLarge) else "bad CONNECT"
+            self.refuse(error.version or 0, error.reason, str(error), label)
+        else:
+            self.close(error.reason.name.lower().replace("_", " "), error.reason, str(error))
+
+    def close(self, label: str, reason: Reason | None = None, text: str = "") -> None:
+        """End the connection; `reason` is told to an MQTT 5 peer in DISCONNECT."""
+        if self.phase is Phase.CLOSED:
+            return
+        if reason is not None and self.session is not None and self.session.encoding.version == 5:
+            properties: Properties = {"reason_string": text} if text else {}
+            self.send(encode(Disconnect(reason, properties), 5))
+        if self.blocked:
+            self.transport.abort()  # it does not read: a polite close would wait for ever
+        else:
+            self.transport.close()
+        self._end(label)
+
+    def _end(self, label: str) -> None:
+        if self.phase is Phase.CLOSED:
+            return
+        was = self.phase
+        self.phase = Phase.CLOSED
+        self.partial = None
+        self.node.closed(self, was, label)
+        self.session = None
+        self.hub = None
+        self.will = None

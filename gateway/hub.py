@@ -1,0 +1,197 @@
+"""One app on this node: its live devices, its broadcast log, its topics. Decides what each session is sent next.
+
+No I/O here: methods take sessions and *now* and return byte strings; `fanout.py` and `node.py` write them.
+
+Theory. The broadcast log holds the app's live broadcasts in msg_id order; a *position* counts from the node's
+start and never comes back. `Session.cursor` is the position of the first broadcast not yet considered for it, so
+"what is this device owed?" is a walk from the cursor over `targets` and `settled` bitmaps. Inbox rows and
+broadcasts are merged by msg_id (G3): a broadcast is sent only when no older inbox row can still turn up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from pyroaring import BitMap
+
+from broker.model import App, StoredBroadcast
+from gateway.live import LivePush
+from gateway.session import Inbox, Mailbox, Member, Session
+from gateway.topics import RetainedMessages, SubscriptionIndex
+from gateway.wheel import Clock
+
+
+class Walk:
+    """A broadcast on its way through the devices that were online when it came."""
+
+    __slots__ = ("position", "push", "todo")
+
+    def __init__(self, push: LivePush, position: int | None, todo: Iterator[int]) -> None:
+        self.push = push
+        self.position = position  # None: not in the log, only for devices that are online now
+        self.todo = todo
+
+
+class Hub:
+    __slots__ = (
+        "_base",
+        "_log",
+        "app",
+        "known_sessions",
+        "last_broadcast",
+        "mailboxes",
+        "members",
+        "online",
+        "publishers",
+        "resend",
+        "retained",
+        "subscriptions",
+    )
+
+    def __init__(self, app: App, *, max_retained: int, max_retained_bytes: int) -> None:
+        self.app = app
+        self.members: dict[int, Member] = {}  # devno -> its one live connection (G5)
+        self.online = BitMap()  # the same devnos
+        self.publishers: dict[str, Member] = {}  # client id -> connection
+        self._log: list[LivePush | None] = []  # None: over; leading ones are cut off
+        self._base = 0  # position of _log[0]
+        self.last_broadcast = 0  # msg_id; a doorbell may ring twice
+        self.subscriptions = SubscriptionIndex()
+        self.retained = RetainedMessages(max_retained, max_retained_bytes)
+        self.mailboxes: dict[str, Mailbox] = {}  # sessions that outlive their connection
+        self.resend: dict[int, dict[int, int]] = {}  # devno -> msg_id -> packet id, likewise
+        self.known_sessions = BitMap()  # devnos with a session that has nothing to keep but its existence
+
+    # The broadcast log
+
+    @property
+    def end(self) -> int:
+        """The position the next broadcast will have."""
+        return self._base + len(self._log)
+
+    def add_broadcast(self, row: StoredBroadcast) -> tuple[LivePush, int] | None:
+        """Append a row and return it with its position; None if it is known already."""
+        if row.message.msg_id <= self.last_broadcast:
+            return None
+        self.last_broadcast = row.message.msg_id
+        push = LivePush(row.message, row)
+        self._log.append(push)
+        return push, self.end - 1
+
+    def broadcasts(self) -> Iterator[LivePush]:
+        return (push for push in self._log if push is not None)
+
+    def drop_finished(self, now: float) -> None:
+        """Forget broadcasts that expired or that every target has."""
+        for i, push in enumerate(self._log):
+            if push is None:
+                continue
+            assert push.targets is not None
+            assert push.settled is not None
+            if push.message.expires_at <= now or len(push.targets) == len(push.settled):
+                self._log[i] = None
+        keep = next((i for i, push in enumerate(self._log) if push is not None), len(self._log))
+        del self._log[:keep]
+        self._base += keep
+
+    def walk(self, push: LivePush, position: int | None) -> Walk:
+        assert push.targets is not None
+        return Walk(push, position, iter(push.targets & self.online))
+
+    # What a session is owed
+
+    def start(self, session: Session, *, may_owe: bool) -> list[LivePush]:
+        """A device connected: everything owed is to be looked at from the beginning. Applies the newest-N rule to
+        broadcasts and returns those it dropped for this device (its devno added to their `evicted`)."""
+        session.cursor = self._base
+        session.fetch = Inbox.WANTED if may_owe else Inbox.EMPTY
+        if not self._log:
+            return []
+        owed = [push for push in self.broadcasts() if push.owed_to(session.devno)]
+        dropped = owed[: max(0, len(owed) - self.app.offline_limit)]
+        for push in dropped:
+            assert push.settled is not None
+            push.evicted.append(session.devno)
+            push.settled.add(session.devno)
+        return dropped
+
+    def collect(self, session: Session, clock: Clock) -> list[bytes]:
+        """Packets of the pushes the device is owed and has room for, in msg_id order."""
+        frames: list[bytes] = []
+        room = session.room
+        while room > 0 and (push := self._next(session)) is not None:
+            if push.message.expires_at <= clock.wall or not session.fits(push.frames(session.encoding).size):
+                continue  # stays undelivered, and expires
+            frames.append(session.send_push(push, clock.now))
+            room -= 1
+        session.behind = room == 0
+        return frames
+
+    def _next(self, session: Session) -> LivePush | None:
+        """The oldest push owed, taken off; None if there is none or an older one may still be fetched."""
+        broadcast = self._next_broadcast(session)
+        inbox = session.inbox
+        if inbox:
+            if broadcast is None or inbox[-1].msg_id < broadcast.msg_id:
+                push = inbox.pop()
+                if not inbox:
+                    session.inbox = None
+                return push
+        elif session.fetch is not Inbox.EMPTY:
+            return None
+        if broadcast is not None:
+            session.cursor += 1
+        return broadcast
+
+    def _next_broadcast(self, session: Session) -> LivePush | None:
+        """The first broadcast owed at or after the cursor, which is left standing on it."""
+        log, base = self._log, self._base
+        index = max(session.cursor - base, 0)
+        while index < len(log):
+            push = log[index]
+            if push is not None and push.owed_to(session.devno):
+                session.cursor = base + index
+                return push
+            index += 1
+        session.cursor = base + index
+        return None
+
+    def offer(self, session: Session, push: LivePush, clock: Clock) -> list[bytes]:
+        """A targeted push arrived for a live device: what to send it, older broadcasts first. When it cannot go
+        now it is left in the store."""
+        if push.msg_id <= session.seen:
+            return []  # the doorbell rang twice, or the fetch was faster
+        if session.fetch is not Inbox.EMPTY or session.behind:
+            self.note_rows(session)
+            return []
+        frames = self.collect(session, clock)
+        if session.behind or not session.room:
+            session.behind = True
+            self.note_rows(session)
+            return frames
+        session.seen = push.msg_id
+        if session.fits(push.frames(session.encoding).size):
+            frames.append(session.send_push(push, clock.now))
+        return frames
+
+    @staticmethod
+    def note_rows(session: Session) -> None:
+        """There are inbox rows the session has not seen."""
+        session.fetch = Inbox.FETCHING_STALE if session.fetch >= Inbox.FETCHING else Inbox.WANTED
+
+    @staticmethod
+    def wants_fetch(session: Session) -> bool:
+        return session.fetch is Inbox.WANTED and not session.inbox and session.room > 0
+
+    @staticmethod
+    def fetched(session: Session, page: Sequence[LivePush], *, more: bool) -> None:
+        """A page of inbox rows came, oldest first; `more` if it was full."""
+        if page:
+            session.inbox = list(reversed(page))
+            session.seen = page[-1].msg_id
+        stale = session.fetch is Inbox.FETCHING_STALE
+        session.fetch = Inbox.WANTED if more or stale else Inbox.EMPTY
+
+    def everyone(self) -> list[Member]:
+        """All live connections of the app."""
+        return [*self.members.values(), *self.publishers.values()]

@@ -1,0 +1,75 @@
+"""Where devices come in: TCP, TLS and WebSocket, all in front of the same `Connection`."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from gateway.connection import Connection
+from gateway.node import Node
+from gateway.websocket import WebSocketProtocol
+
+BACKLOG: Final = 4096  # connections the kernel holds for us in a reconnect storm; it may allow fewer
+
+
+class TlsError(Exception):
+    """The certificate or key cannot be used; the message names the file."""
+
+
+class Certificate:
+    """The server's certificate, which can change under live connections: a handshake uses what is loaded then."""
+
+    def __init__(self, certificate: Path, private_key: Path) -> None:
+        self._certificate = certificate
+        self._private_key = private_key
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
+        self.context.set_alpn_protocols(["mqtt"])
+        self.reload()
+
+    def reload(self) -> None:
+        """Read both files again. Raises TlsError, and goes on with the old ones."""
+        trial = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            trial.load_cert_chain(
+                self._certificate, self._private_key
+            )  # a bad pair must not replace a good one
+            self.context.load_cert_chain(self._certificate, self._private_key)
+        except (OSError, ssl.SSLError) as error:
+            raise TlsError(f"{self._certificate} and {self._private_key}: {error}") from error
+
+
+async def listen_tcp(
+    node: Node, host: str, port: int, certificate: Certificate | None = None
+) -> asyncio.Server:
+    listener = "tls" if certificate else "tcp"
+    return await _listen(
+        lambda: Connection(node, listener), host, port, certificate.context if certificate else None
+    )
+
+
+async def listen_websocket(node: Node, host: str, port: int) -> asyncio.Server:
+    def make() -> asyncio.Protocol:
+        return WebSocketProtocol(
+            lambda: Connection(node, "ws"),
+            max_message=node.settings.max_packet_size,
+            on_refused=lambda reason: node.count_refusal(f"websocket: {reason}"),
+        )
+
+    return await _listen(make, host, port, None)
+
+
+async def _listen(
+    factory: Callable[[], asyncio.Protocol], host: str, port: int, context: ssl.SSLContext | None
+) -> asyncio.Server:
+    loop = asyncio.get_running_loop()
+    return await loop.create_server(factory, host, port, ssl=context, backlog=BACKLOG)
+
+
+def address_of(server: asyncio.Server) -> str:
+    """`host:port` of a listening socket."""
+    host, port = server.sockets[0].getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

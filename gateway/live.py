@@ -1,0 +1,137 @@
+"""A push on its way to devices: rendered and encoded once, shared by every session that sends it.
+
+Devices of the same age use the same packet ids, so a broadcast to any number of them needs a handful of
+distinct byte strings (architecture, decision 7): `Frames` makes each at most once and keeps the recent ones.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgpack
+import orjson
+from pyroaring import BitMap
+
+from broker.model import StoredBroadcast, StoredMessage
+from gateway.mqtt import Properties, publish_frame
+
+PUSH_TOPIC: Final = "push"
+FRAMES_KEPT: Final = (
+    1024  # byte strings a message keeps for one encoding; more packet ids than this share nothing
+)
+DUP: Final = 0x08
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoding:
+    """What decides the bytes of a push besides its packet id. Few exist, and sessions share them: get one from
+    `encoding`, and compare by identity."""
+
+    version: int  # MQTT protocol level, 4 or 5
+    platform: str  # whose overrides are merged, one of broker.model.PLATFORMS
+    packed: bool = False  # MessagePack instead of JSON
+
+
+@functools.cache
+def encoding(version: int, platform: str, packed: bool = False) -> Encoding:
+    """The one Encoding with these values. The arguments come from closed sets, so the cache is bounded."""
+    return Encoding(version, platform, packed)
+
+
+class Frames(dict[int, bytes]):
+    """packet id -> the whole PUBLISH packet, made on first use."""
+
+    __slots__ = ("head", "size", "tail")
+
+    def __init__(self, head: bytes, tail: bytes) -> None:
+        super().__init__()
+        self.head = head
+        self.tail = tail
+        self.size = len(head) + 2 + len(tail)
+
+    def __missing__(self, packet_id: int) -> bytes:
+        if len(self) >= FRAMES_KEPT:
+            self.clear()
+        frame = self[packet_id] = self.head + packet_id.to_bytes(2) + self.tail
+        return frame
+
+    def again(self, packet_id: int) -> bytes:
+        """The same packet with DUP set, for a resend in a session that survived (MQTT5-3.3.1-1)."""
+        return bytes((self.head[0] | DUP,)) + self[packet_id][1:]
+
+
+class LivePush:
+    """A message while this node has something to do with it."""
+
+    __slots__ = ("_frames", "acked", "broadcast", "evicted", "message", "settled", "targets")
+
+    def __init__(self, message: StoredMessage, broadcast: StoredBroadcast | None = None) -> None:
+        self.message = message
+        self.broadcast = broadcast is not None
+        self.targets: BitMap | None = broadcast.targets if broadcast else None
+        self.settled: BitMap | None = broadcast.settled if broadcast else None
+        self.acked: list[int] = []  # devnos, since the node last folded them
+        self.evicted: list[int] = []  # devnos, likewise
+        self._frames: dict[Encoding, Frames] = {}
+
+    @property
+    def msg_id(self) -> int:
+        return self.message.msg_id
+
+    def owed_to(self, devno: int) -> bool:
+        """Broadcasts only: whether this device is still to get it."""
+        assert self.targets is not None
+        assert self.settled is not None
+        return devno in self.targets and devno not in self.settled
+
+    def frames(self, encoding: Encoding) -> Frames:
+        frames = self._frames.get(encoding)
+        if frames is None:
+            payload = render(self.message, encoding)
+            head, tail = publish_frame(PUSH_TOPIC, payload, qos=1, version=encoding.version)
+            frames = self._frames[encoding] = Frames(head, tail)
+        return frames
+
+    def forget_frames(self) -> None:
+        """The walk is over: stragglers make theirs anew, and a live broadcast costs its bitmaps only."""
+        self._frames.clear()
+
+
+def render(message: StoredMessage, encoding: Encoding) -> bytes:
+    """The payload a device receives: an object with `msg_id` and the publisher's notification and message, the
+    notification merged for the device's platform (docs/protocol.md)."""
+    body: dict[str, Any] = orjson.loads(message.body)
+    content = {"msg_id": str(message.msg_id)}
+    if "notification" in body:
+        content["notification"] = merge_notification(body["notification"], encoding.platform)
+    if "message" in body:
+        content["message"] = body["message"]
+    if encoding.packed:
+        packed: bytes = msgpack.packb(content)
+        return packed
+    return orjson.dumps(content)
+
+
+def merge_notification(notification: dict[str, Any], platform: str) -> Any:
+    """The platform's own part over the common alert; all of it for a platform without a part of its own."""
+    own = notification.get(platform)
+    if own is None:
+        return {"alert": notification["alert"]} if "alert" in notification else notification
+    part = own if isinstance(own, dict) else {"alert": own}
+    return {"alert": notification["alert"], **part} if "alert" in notification else part
+
+
+@dataclass(frozen=True, slots=True)
+class TopicMessage:
+    """An ordinary MQTT message inside an app, as its subscribers get it."""
+
+    topic: str
+    payload: bytes
+    qos: int
+    retain: bool = False
+    properties: Properties | None = None  # passed on from the publisher
+    expires_at: float | None = None  # MQTT 5 message expiry
+    subscription_ids: Sequence[int] = field(default=())

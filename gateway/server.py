@@ -1,0 +1,237 @@
+"""The whole service in one process: store, bus, broker, node and listeners, opened and closed in order."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from dataclasses import dataclass
+from typing import Final
+
+from aiohttp import web
+
+from broker.admin import AdminListener, Health, LocalActions, describe_app
+from broker.apps import Apps
+from broker.bus_local import LocalBus
+from broker.command import make_store
+from broker.config import Config
+from broker.devices import Devices
+from broker.http_api import build_api
+from broker.limits import Limits
+from broker.logs import log_event
+from broker.metrics import HttpMetrics, LoopLag, Metrics, StoreMetrics
+from broker.model import App
+from broker.pushes import Pushes
+from broker.reports import Reports
+from broker.store import StoreError
+from gateway.carriers import Carriers
+from gateway.listeners import Certificate, TlsError, address_of, listen_tcp, listen_websocket
+from gateway.node import Node, NodeSettings
+from gateway.session import MailboxLimits
+
+DEMO_APP: Final = "demo"
+UPKEEP_PAUSE: Final = 10.0  # seconds between looks for expired data
+UPKEEP_BREATH: Final = 0.05  # seconds between slices while there is some
+
+log = logging.getLogger(__name__)
+
+
+class StartError(Exception):
+    """The service cannot run like this; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """Addresses that are really bound, None where a listener is off."""
+
+    mqtt: str | None
+    mqtts: str | None
+    ws: str | None
+    http: str
+    admin: str
+    demo_app: App | None
+
+    def as_json(self, config: Config) -> dict[str, object]:
+        return {
+            "event": "listening",
+            "mqtt": self.mqtt,
+            "mqtts": self.mqtts,
+            "ws": self.ws,
+            "http": self.http,
+            "admin": self.admin,
+            "node": config.server.node_id,
+            "data_dir": str(config.server.data_dir),
+            "demo_app": describe_app(self.demo_app) if self.demo_app else None,
+        }
+
+
+class Service:
+    """`open`, then `close`, once each, on one event loop."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        loop = asyncio.get_running_loop()
+        limits = _limits(config)
+        self.metrics = Metrics()
+        self.health = Health()
+        self._lag = LoopLag(self.metrics, loop)
+        self._store = make_store(config)
+        self._store_metrics = StoreMetrics(self.metrics)
+        self._store.on_commit = self._store_metrics.on_commit
+        self._bus = LocalBus()
+        self._apps = Apps(self._store, self._bus, limits)
+        self._devices = Devices(self._store, self._bus, limits)
+        pushes = Pushes(self._store, self._bus, limits)
+        reports = Reports(self._store, limits)
+        self.node = Node(
+            _node_settings(config),
+            store=self._store,
+            bus=self._bus,
+            apps=self._apps,
+            devices=self._devices,
+            pushes=pushes,
+            reports=reports,
+            carriers=Carriers(config.carriers.directory),
+            metrics=self.metrics,
+        )
+        api = build_api(
+            self._apps, self._devices, pushes, reports, limits, observe=HttpMetrics(self.metrics).observe
+        )
+        self._api = web.AppRunner(api, access_log=None)
+        self._certificate: Certificate | None = None
+        self._servers: list[asyncio.Server] = []
+        self._admin: AdminListener | None = None
+        self._upkeep: asyncio.Task[None] | None = None
+
+    async def open(self) -> Listening:
+        """Raises StoreError, TlsError, OSError (an address in use) or StartError; call close after any."""
+        config = self._config
+        config.server.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if config.mqtt.tls_port is not None:
+            assert config.mqtt.certificate is not None  # config.py checks that
+            assert config.mqtt.private_key is not None
+            self._certificate = Certificate(config.mqtt.certificate, config.mqtt.private_key)
+        await self._store.open()
+        demo_app = await self._demo_app()
+        actions = LocalActions(self._store, self._apps, self._devices, config.push.offline_limit)
+        self._admin = AdminListener(config, actions, self.metrics, self.health, self._lag)
+        admin = await self._admin.open()
+        self.node.start()
+        await self._api.setup()
+        site = web.TCPSite(self._api, config.server.host, config.http.port, backlog=1024)
+        await site.start()
+        host, port = self._api.addresses[0][:2]
+        listening = Listening(
+            mqtt=await self._listen_tcp(config.mqtt.port, None),
+            mqtts=await self._listen_tcp(config.mqtt.tls_port, self._certificate),
+            ws=await self._listen_websocket(config.mqtt.ws_port),
+            http=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+            admin=admin.removeprefix("http://"),
+            demo_app=demo_app,
+        )
+        self._upkeep = asyncio.get_running_loop().create_task(self._keep_up())
+        self.health.state = "ready"
+        tune_garbage_collection()
+        return listening
+
+    async def _demo_app(self) -> App | None:
+        """The app of the first steps: open, so it must not be reachable from outside."""
+        found = next(
+            (app for app in await self._store.list_apps() if app.name == DEMO_APP and app.open), None
+        )
+        if self._config.on_loopback and self._config.server.demo_app:
+            return found or await self._apps.create(
+                DEMO_APP, open=True, offline_limit=self._config.push.offline_limit
+            )
+        if found is not None and not self._config.on_loopback:
+            raise StartError(
+                f"the data directory {self._config.server.data_dir} holds the demo app, which anybody may join; "
+                f"remove it with `holdfast app delete {found.key}`, or listen on a loopback address only"
+            )
+        return None
+
+    async def _listen_tcp(self, port: int | None, certificate: Certificate | None) -> str | None:
+        if port is None:
+            return None
+        self._servers.append(await listen_tcp(self.node, self._config.server.host, port, certificate))
+        return address_of(self._servers[-1])
+
+    async def _listen_websocket(self, port: int | None) -> str | None:
+        if port is None:
+            return None
+        self._servers.append(await listen_websocket(self.node, self._config.server.host, port))
+        return address_of(self._servers[-1])
+
+    async def _keep_up(self) -> None:
+        """Remove what is over, a slice at a time."""
+        while True:
+            try:
+                removed = await self._store.expire(self.node.clock.wall)
+            except StoreError as error:
+                removed = 0
+                log.warning("expired data not removed, trying again: %s", error)
+            await asyncio.sleep(UPKEEP_BREATH if removed else UPKEEP_PAUSE)
+
+    def reload_certificate(self) -> None:
+        """On SIGHUP. Live connections go on undisturbed."""
+        if self._certificate is None:
+            return
+        try:
+            self._certificate.reload()
+            log_event(log, logging.INFO, "certificate reloaded")
+        except TlsError as error:
+            log.error("certificate not reloaded, the old one stays: %s", error)
+
+    async def close(self) -> None:
+        """Drain: accept nothing new, tell the devices, record what they acknowledged, then let go."""
+        self.health.state = "draining"
+        log_event(log, logging.INFO, "draining", connections=self.node.live)
+        for server in self._servers:
+            server.close()
+        for site in list(self._api.sites):
+            await site.stop()
+        await self.node.drain(self._config.server.drain_limit / 2)
+        await self._api.cleanup()
+        if self._upkeep is not None:
+            self._upkeep.cancel()
+            await asyncio.wait([self._upkeep])
+        await self.node.close()
+        self._apps.close()
+        await self._store.close()
+        self._lag.close()
+        if self._admin is not None:
+            await self._admin.close()
+
+
+def tune_garbage_collection() -> None:
+    """Connections are long-lived and few of them are garbage: what start-up made is never looked at again, and
+    collections are rare (a full one over a million objects stops the loop for a quarter of a second)."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
+
+def _limits(config: Config) -> Limits:
+    push = config.push
+    return Limits(
+        fanout_limit=push.fanout_limit,
+        default_ttl=push.default_ttl,
+        max_ttl=push.max_ttl,
+        token_lifetime=int(push.token_lifetime),
+        max_body=config.http.max_body,
+    )
+
+
+def _node_settings(config: Config) -> NodeSettings:
+    mqtt = config.mqtt
+    return NodeSettings(
+        node_id=config.server.node_id,
+        connect_timeout=mqtt.connect_timeout,
+        max_packet_size=mqtt.max_packet_size,
+        max_connections=mqtt.max_connections,
+        max_connecting=mqtt.max_connecting,
+        keep_alive_max=mqtt.keep_alive_max,
+        session_expiry_max=mqtt.session_expiry_max,
+        window=mqtt.max_inflight,
+        mailbox=MailboxLimits(subscriptions=mqtt.max_subscriptions, queued_messages=mqtt.max_queued),
+    )
