@@ -10,7 +10,7 @@ from typing import Final
 
 from gateway.connection import Connection
 from gateway.node import Node
-from gateway.websocket import WebSocketProtocol
+from gateway.websocket import WebSocketFactory
 
 BACKLOG: Final = 4096  # connections the kernel holds for us in a reconnect storm; it may allow fewer
 
@@ -52,14 +52,10 @@ async def listen_tcp(
 
 
 async def listen_websocket(node: Node, host: str, port: int) -> asyncio.Server:
-    def make() -> asyncio.Protocol:
-        return WebSocketProtocol(
-            lambda: Connection(node, "ws"),
-            max_message=node.settings.max_packet_size,
-            on_refused=lambda reason: node.count_refusal(f"websocket: {reason}"),
-        )
-
-    return await _listen(make, host, port, None)
+    factory = WebSocketFactory(
+        lambda: Connection(node, "ws"), node.settings.max_packet_size, node.count_refusal
+    )
+    return await _listen(factory, host, port, None)
 
 
 async def _listen(

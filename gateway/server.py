@@ -76,8 +76,9 @@ class Service:
         self.health = Health()
         self._lag = LoopLag(self.metrics, loop)
         self._store = make_store(config)
-        self._store_metrics = StoreMetrics(self.metrics)
-        self._store.on_commit = self._store_metrics.on_commit
+        store_metrics = StoreMetrics(self.metrics, self._store.stats)
+        self._store.stats.on_commit = store_metrics.on_commit
+        self.health.checks.append(store_metrics.refusing)
         self._bus = LocalBus()
         self._apps = Apps(self._store, self._bus, limits)
         self._devices = Devices(self._store, self._bus, limits)

@@ -1,9 +1,10 @@
 """MQTT over WebSocket (MQTT5-6.0.0, RFC 6455): the HTTP upgrade and the frames, around an ordinary protocol.
 
-`WebSocketTransport` stands between a socket and the `asyncio.Protocol` that also serves plain TCP. To the socket it
-is the protocol, to that protocol the transport: one object, so an idle WebSocket costs little more than TCP. The
-handshake, frame syntax, masking and close codes are those of the `websockets` library; what it builds for them is
-dropped as soon as it has answered. A reader lives on only while half a frame has arrived (decision 0005).
+`WebSocketTransport` stands between a socket and the `asyncio.Protocol` that also serves plain TCP. To the
+socket it is the protocol, to that protocol the transport: one object, so that an idle WebSocket costs
+little more than TCP. The handshake, frame syntax, masking and close codes are those of the `websockets`
+library; what it builds for them is dropped as soon as it has answered, and a frame parser is kept only
+while half a frame has arrived (decision 0005).
 
     OPENING   -> UPGRADED   the HTTP request was good, 101 is written
     UPGRADED  -> OPEN       our side wrote for the first time: its CONNACK
@@ -11,8 +12,9 @@ dropped as soon as it has answered. A reader lives on only while half a frame ha
     .. CLOSING-> DEAF       the peer broke a rule: Close is written, what still comes is thrown away
     any       -> CLOSED     the socket is closed or closing
 
-MQTT packets may span or share frames (MQTT5-6.0.0-2, MQTT311-6.0.0-2). So fragments are passed on as they come, and
-a message is never assembled. Everything after OPEN ends within `close_timeout`, whatever the peer does.
+MQTT packets may span or share frames (MQTT5-6.0.0-2, MQTT311-6.0.0-2), so fragments are passed on as they
+come and a message is never assembled. What comes after OPEN ends within `close_timeout`, whatever the peer
+does.
 """
 
 from __future__ import annotations
@@ -91,8 +93,9 @@ class _Ended(Exception):
 class WebSocketFactory:
     """Pass it to `loop.create_server`, with `ssl=` or without.
 
-    `make_protocol` is called once for each accepted socket. Its product gets `connection_made` at once, before the
-    HTTP request: its own connect deadline covers the upgrade too, by `close` or `abort`, and there is no timer here.
+    `make_protocol` is called once for each accepted socket. Its product gets `connection_made` at once, before
+    the HTTP request: its own connect deadline covers the upgrade too, by `close` or `abort`, so a silent
+    socket needs no timer here.
     """
 
     make_protocol: Callable[[], asyncio.Protocol]
@@ -108,8 +111,8 @@ class WebSocketFactory:
 class WebSocketTransport(asyncio.Transport, asyncio.Protocol):
     """One WebSocket. All calls on the event loop's thread.
 
-    `write` and `writelines` send one binary frame each; what is written before the upgrade or after `close` is lost.
-    `data_received` of the protocol behind gets what one read brought, never empty.
+    `write` and `writelines` send one binary frame each; what is written before the upgrade or after `close` is
+    lost. `data_received` of the protocol behind gets what one read brought, never empty.
     """
 
     __slots__ = ("_close_timer", "_factory", "_in_message", "_inner", "_phase", "_transport", "_unfinished")
@@ -174,7 +177,7 @@ class WebSocketTransport(asyncio.Transport, asyncio.Protocol):
     def close(self) -> None:
         if self._phase is Phase.OPENING:
             self._close_socket()
-        elif self._phase < Phase.CLOSING:
+        elif not self.is_closing():
             self._send_close(CloseCode.NORMAL_CLOSURE)
             self._leave(Phase.CLOSING)
             self._transport.resume_reading()  # or the peer's Close would not come
