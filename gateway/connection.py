@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from gateway.carriers import CarrierProfile
 from gateway.mqtt import (
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from gateway.mqtt import Will
     from gateway.node import Node
 
-MAX_CONNECT_SIZE = 65_536  # bytes of a CONNECT, will included: nobody has proved anything yet
+OPENING_CHECK: Final = 1.0  # seconds between checks before CONNECT; the first check after it follows in time
+MAX_CONNECT_SIZE: Final = 65_536  # bytes of a CONNECT, will included: nobody has proved anything yet
 
 
 class Phase(enum.IntEnum):
@@ -56,6 +57,7 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "blocked",
+        "busy",
         "client_id",
         "epoch",
         "hub",
@@ -88,6 +90,7 @@ class Connection(asyncio.Protocol):
         self.session_expiry = 0
         self.will: Will | None = None
         self.blocked = False
+        self.busy = 0  # messages of the peer that wait for the store
 
     # From the event loop
 
@@ -131,7 +134,7 @@ class Connection(asyncio.Protocol):
         start = 0
         try:
             while start < len(data) and self.phase is not Phase.CLOSED:
-                if self.phase is Phase.JOINING or (self.session is not None and self.session.congested):
+                if self.phase is Phase.JOINING or self.busy >= self.node.settings.receive_maximum:
                     self.transport.pause_reading()
                     break
                 found = self._decode(data, start)
@@ -211,12 +214,18 @@ class Connection(asyncio.Protocol):
             self.transport.write(data)
 
     def resume_reading(self) -> None:
-        """CONNECT is decided, or a backlog of unanswered messages went down: take what has waited."""
+        """CONNECT is decided, or the backlog of unanswered messages went down: take what has waited."""
         if self.phase is Phase.CLOSED:
             return
         self.transport.resume_reading()
         if self.partial is not None:
             self._take(self.partial)
+
+    def less_busy(self) -> None:
+        """The store took a message of the peer; if reading stopped for that, go on."""
+        self.busy -= 1
+        if self.busy == self.node.settings.receive_maximum - 1:
+            self.resume_reading()
 
     def catch_up(self) -> None:
         """Send what is owed and has room; ask for the inbox if it may hold more."""
@@ -240,9 +249,8 @@ class Connection(asyncio.Protocol):
             return None
         session = self.session
         if session is None:
-            deadline = self.last_seen + self.node.settings.connect_timeout
-            if now < deadline or self.phase is Phase.JOINING:
-                return max(deadline, now + 1)
+            if now < self.last_seen + self.node.settings.connect_timeout or self.phase is Phase.JOINING:
+                return now + OPENING_CHECK
             self.node.count_refusal("connect timeout")
             self.close("connect timeout")
             return None

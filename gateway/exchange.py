@@ -7,7 +7,8 @@ only use the reserved ones (docs/protocol.md). `push` is not a topic one can joi
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Final, cast
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from broker.model import Retained
 from broker.store import Store
@@ -123,15 +124,18 @@ class Exchange:
 
     # Messages
 
-    async def publish(self, hub: Hub, packet: Publish, origin: Mailbox | None) -> Reason:
-        """An ordinary message: retain it if asked to (durable when this returns), then hand it to subscribers.
-        Raises StoreError."""
+    def publish(
+        self, hub: Hub, packet: Publish, origin: Mailbox | None
+    ) -> tuple[Reason, Coroutine[Any, Any, None] | None]:
+        """Hand an ordinary message to its subscribers, and retain it if asked to. Returns the answer, and for a
+        retained message what makes it durable, to be awaited before the answer (raises StoreError)."""
         message = _message(packet, self._clock.now)
-        if packet.retain:
-            if not hub.retained.set(message):
-                return Reason.QUOTA_EXCEEDED
-            await self._store.retain([_as_row(hub, message, self._clock)])
-        return self.route(hub, message, origin)
+        if packet.retain and not hub.retained.set(message):
+            return Reason.QUOTA_EXCEEDED, None
+        reason = self.route(hub, message, origin)
+        if not packet.retain:
+            return reason, None
+        return reason, self._store.retain([_as_row(hub, message, self._clock)])
 
     def route(self, hub: Hub, message: TopicMessage, origin: Mailbox | None) -> Reason:
         delivered = False
@@ -161,16 +165,28 @@ class Exchange:
             self._metrics.topic_dropped.value += 1  # QoS 0 to a socket that does not drain
         self._metrics.topic_dropped.value += mailbox.dropped - dropped
 
-    def send_will(self, hub: Hub, will: Will, session_expiry: int) -> None:
-        """The connection ended without DISCONNECT (MQTT5-3.1.2-8), the will delay starts."""
-        delay = min(will.properties.get("will_delay_interval", 0), session_expiry)
+    def send_will(self, connection: Connection, hub: Hub, key: str, will: Will) -> None:
+        """The connection ended without DISCONNECT (MQTT5-3.1.2-8): publish now, or after the will delay unless
+        the session is taken up before (MQTT5-3.1.3-9)."""
+        delay = min(will.properties.get("will_delay_interval", 0), connection.session_expiry)
         packet = Publish(
             will.topic, will.payload, will.qos, will.retain, packet_id=1, properties=will.properties
         )
-        message = _message(packet, self._clock.now)
-        if will.retain:
-            hub.retained.set(message)
-        asyncio.get_running_loop().call_later(delay, self.route, hub, message, None)
+        if not delay:
+            self._publish_will(connection, hub, packet)
+            return
+        hub.wills[key] = asyncio.get_running_loop().call_later(
+            delay, self._publish_delayed, connection, hub, key, packet
+        )
+
+    def _publish_delayed(self, connection: Connection, hub: Hub, key: str, packet: Publish) -> None:
+        del hub.wills[key]
+        self._publish_will(connection, hub, packet)
+
+    def _publish_will(self, connection: Connection, hub: Hub, packet: Publish) -> None:
+        _, retaining = self.publish(hub, packet, None)
+        if retaining is not None:
+            connection.node.spawn(retaining)
 
 
 def _message(packet: Publish, now: float) -> TopicMessage:

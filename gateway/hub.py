@@ -11,6 +11,7 @@ broadcasts are merged by msg_id (G3): a broadcast is sent only when no older inb
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from pyroaring import BitMap
 
@@ -19,6 +20,9 @@ from gateway.live import LivePush
 from gateway.session import Inbox, Mailbox, Member, Session
 from gateway.topics import RetainedMessages, SubscriptionIndex
 from gateway.wheel import Clock
+
+if TYPE_CHECKING:
+    import asyncio
 
 
 class Walk:
@@ -30,6 +34,13 @@ class Walk:
         self.push = push
         self.position = position  # None: not in the log, only for devices that are online now
         self.todo = todo
+
+
+class Resend(NamedTuple):
+    """The pushes in flight when a connection ended."""
+
+    packet_ids: dict[int, int]  # by msg_id
+    expires_at: float  # with its session, monotonic
 
 
 class Hub:
@@ -46,12 +57,15 @@ class Hub:
         "resend",
         "retained",
         "subscriptions",
+        "touched",
+        "wills",
     )
 
     def __init__(self, app: App, *, max_retained: int, max_retained_bytes: int) -> None:
         self.app = app
         self.members: dict[int, Member] = {}  # devno -> its one live connection (G5)
         self.online = BitMap()  # the same devnos
+        self.touched = 0.0  # when the last CONNECT came, monotonic
         self.publishers: dict[str, Member] = {}  # client id -> connection
         self._log: list[LivePush | None] = []  # None: over; leading ones are cut off
         self._base = 0  # position of _log[0]
@@ -59,7 +73,8 @@ class Hub:
         self.subscriptions = SubscriptionIndex()
         self.retained = RetainedMessages(max_retained, max_retained_bytes)
         self.mailboxes: dict[str, Mailbox] = {}  # sessions that outlive their connection
-        self.resend: dict[int, dict[int, int]] = {}  # devno -> msg_id -> packet id, likewise
+        self.resend: dict[int, Resend] = {}  # devno -> what was in flight, likewise
+        self.wills: dict[str, asyncio.TimerHandle] = {}  # delayed wills of such sessions
         self.known_sessions = BitMap()  # devnos with a session that has nothing to keep but its existence
 
     # The broadcast log
@@ -191,6 +206,19 @@ class Hub:
             session.seen = page[-1].msg_id
         stale = session.fetch is Inbox.FETCHING_STALE
         session.fetch = Inbox.WANTED if more or stale else Inbox.EMPTY
+
+    @property
+    def idle(self) -> bool:
+        """Nothing here that could not be loaded again."""
+        kept = (self.members, self.publishers, self.mailboxes, self.resend, self.wills, self.known_sessions)
+        return not any(kept)
+
+    def drop_sessions(self, now: float) -> list[Mailbox]:
+        """Forget sessions that expired while their client was away; returns their mailboxes."""
+        for devno in [devno for devno, resend in self.resend.items() if resend.expires_at <= now]:
+            del self.resend[devno]
+        expired = [key for key, box in self.mailboxes.items() if (box.expires_at or now) <= now]
+        return [self.mailboxes.pop(key) for key in expired]
 
     def everyone(self) -> list[Member]:
         """All live connections of the app."""

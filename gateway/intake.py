@@ -18,6 +18,7 @@ from gateway.exchange import Exchange
 from gateway.live import PUSH_TOPIC
 from gateway.metrics import NodeMetrics
 from gateway.mqtt import Publish, Reason
+from gateway.session import Session
 from gateway.wheel import Clock
 
 if TYPE_CHECKING:
@@ -53,53 +54,68 @@ class Intake:
         self._metrics = metrics
 
     def take(self, connection: Connection, packet: Publish) -> None:
-        connection.node.spawn(self._take(connection, packet))
-
-    async def _take(self, connection: Connection, packet: Publish) -> None:
+        """Decide at once where it goes. What waits for the store counts as `connection.busy` until answered."""
         hub, session = connection.hub, connection.session
-        if hub is None or session is None:
-            return
-        kind, work = self._work(connection, hub, packet)
-        self._metrics.inbound.labels(kind).value += 1
-        try:
-            reason, text, properties = await work
-        except ApiError as error:
-            if error.http_status >= 500 and session.encoding.version != 5:
-                connection.close(
-                    "store unavailable"
-                )  # 3.1.1 cannot be told; unacknowledged, it will try again
-                return
-            reason, text, properties = _reason(error), error.message, (("code", str(error.code)),)
-        except StoreError as error:
-            if session.encoding.version != 5:
-                connection.close("store unavailable")
-                return
-            reason, text, properties = Reason.IMPLEMENTATION_SPECIFIC_ERROR, str(error), ()
-        if packet.qos == 0 or connection.session is not session:
-            return
-        congested = session.congested
-        connection.send(session.answer(packet, reason, text=text, user_properties=properties))
-        if congested and not session.congested:
-            connection.resume_reading()
+        assert hub is not None
+        assert session is not None
+        topic, devno = packet.topic, session.devno
+        if devno < 0 and topic == PUSH_TOPIC:
+            self._start("push", connection, packet, self._push(hub, packet))
+        elif devno >= 0 and topic == RECEIPT_TOPIC:
+            self._start("receipt", connection, packet, self._receipt(hub, devno, packet))
+        elif devno >= 0 and topic.startswith(EVENT_PREFIX):
+            self._start("event", connection, packet, self._event(hub, devno, packet))
+        elif devno >= 0 and topic == DEVICE_TOPIC:
+            self._start("device", connection, packet, self._change(hub, connection.client_id, packet))
+        elif topic == PUSH_TOPIC or not self._exchange.allowed(connection):
+            self._metrics.inbound.labels("refused").value += 1
+            text = f"this device may not publish on {topic!r}"
+            self._answer(connection, session, packet, (Reason.NOT_AUTHORIZED, text, ()))
+        else:
+            self._ordinary(connection, session, packet)
 
-    def _work(
-        self, connection: Connection, hub: Hub, packet: Publish
-    ) -> tuple[str, Coroutine[Any, Any, Verdict]]:
-        """The kind, for the metric, and what is to be done."""
-        assert connection.session is not None
-        devno = connection.session.devno
-        if devno < 0:
-            if packet.topic == PUSH_TOPIC:
-                return "push", self._push(hub, packet)
-        elif packet.topic == RECEIPT_TOPIC:
-            return "receipt", self._receipt(hub, devno, packet)
-        elif packet.topic.startswith(EVENT_PREFIX):
-            return "event", self._event(hub, devno, packet)
-        elif packet.topic == DEVICE_TOPIC:
-            return "device", self._change(hub, connection.client_id, packet)
-        elif packet.topic == PUSH_TOPIC or not self._exchange.allowed(connection):
-            return "refused", _refuse(packet.topic)
-        return "topic", self._ordinary(connection, hub, packet)
+    def _ordinary(self, connection: Connection, session: Session, packet: Publish) -> None:
+        hub = connection.hub
+        assert hub is not None
+        reason, retaining = self._exchange.publish(hub, packet, session.mailbox)
+        if retaining is None:
+            self._metrics.inbound.labels("topic").value += 1
+            self._answer(connection, session, packet, (reason, "", ()))
+        else:
+            self._start("topic", connection, packet, _then(retaining, reason))
+
+    def _start(
+        self, kind: str, connection: Connection, packet: Publish, work: Coroutine[Any, Any, Verdict]
+    ) -> None:
+        self._metrics.inbound.labels(kind).value += 1
+        connection.busy += 1
+        connection.node.spawn(self._finish(connection, packet, work))
+
+    async def _finish(
+        self, connection: Connection, packet: Publish, work: Coroutine[Any, Any, Verdict]
+    ) -> None:
+        session = connection.session
+        if session is None:
+            work.close()
+            return
+        try:
+            verdict = await work
+        except ApiError as error:
+            verdict = (_reason(error), error.message, (("code", str(error.code)),))
+        except StoreError as error:
+            verdict = (Reason.IMPLEMENTATION_SPECIFIC_ERROR, str(error), ())
+        if connection.session is session:  # still the same life
+            self._answer(connection, session, packet, verdict)
+            connection.less_busy()
+
+    def _answer(self, connection: Connection, session: Session, packet: Publish, verdict: Verdict) -> None:
+        reason, text, properties = verdict
+        if packet.qos == 0:
+            return
+        if reason is Reason.IMPLEMENTATION_SPECIFIC_ERROR and session.encoding.version != 5:
+            connection.close("store unavailable")  # 3.1.1 cannot be told; unacknowledged, it will try again
+            return
+        connection.send(session.answer(packet, reason, text=text, user_properties=properties))
 
     async def _push(self, hub: Hub, packet: Publish) -> Verdict:
         accepted = await self._pushes.push(hub.app, packet.payload)
@@ -120,13 +136,10 @@ class Intake:
         await self._devices.change(hub.app, registration_id, packet.payload)
         return DONE
 
-    async def _ordinary(self, connection: Connection, hub: Hub, packet: Publish) -> Verdict:
-        origin = connection.session.mailbox if connection.session else None
-        return await self._exchange.publish(hub, packet, origin), "", ()
 
-
-async def _refuse(topic: str) -> Verdict:
-    return Reason.NOT_AUTHORIZED, f"this device may not publish on {topic!r}", ()
+async def _then(retaining: Coroutine[Any, Any, None], reason: Reason) -> Verdict:
+    await retaining
+    return reason, "", ()
 
 
 def _reason(error: ApiError) -> Reason:

@@ -36,11 +36,11 @@ from gateway.admission import (
     admit,
 )
 from gateway.carriers import Carriers
-from gateway.connection import Connection, Phase
+from gateway.connection import OPENING_CHECK, Connection, Phase
 from gateway.exchange import Exchange
 from gateway.fanout import Fanout
 from gateway.fetcher import Fetcher
-from gateway.hub import Hub
+from gateway.hub import Hub, Resend
 from gateway.intake import Intake
 from gateway.live import TopicMessage, encoding
 from gateway.metrics import NodeMetrics
@@ -50,7 +50,8 @@ from gateway.settler import Settler
 from gateway.wheel import Clock, Wheel
 
 TICK: Final = 0.25  # seconds: how exact keep-alives and expiries are
-HUB_UPKEEP: Final = 5.0  # seconds between clearing out finished broadcasts and expired sessions
+HUB_REST: Final = 60.0  # seconds without a CONNECT or anybody there before an app is unloaded
+UPKEEP_SLICE: Final = 500  # apps looked after in one tick
 FORMAT_PROPERTY: Final = ("format", "msgpack")  # user property of a CONNECT that wants MessagePack payloads
 MAX_RECEIVE: Final = 65_535
 
@@ -74,6 +75,14 @@ class NodeSettings:
     max_retained_bytes: int = 16 << 20
     max_sessions: int = 100_000  # sessions of one app kept for absent clients
     mailbox: MailboxLimits = field(default_factory=MailboxLimits)
+
+
+@dataclass(slots=True)
+class _Load:
+    """An app's hub on its way from the store, and the doorbells that rang meanwhile."""
+
+    task: asyncio.Task[Hub | None] | None = None
+    heard: list[Doorbell] = field(default_factory=list)
 
 
 class Node:
@@ -104,8 +113,7 @@ class Node:
         self._wheel: Wheel[Connection] = Wheel(self.clock.now, TICK)
         self._hubs: dict[str, Hub] = {}
         self._by_id: dict[int, Hub] = {}
-        self._loading: dict[str, asyncio.Task[Hub | None]] = {}
-        self._heard_while_loading: list[Doorbell] = []
+        self._loading: dict[str, _Load] = {}
         self._opening: set[Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.live = 0  # connections after CONNECT
@@ -125,7 +133,7 @@ class Node:
         )
         self._unsubscribe: Callable[[], None] = lambda: None
         self._tick_timer: asyncio.TimerHandle | None = None
-        self._next_upkeep = self.clock.now + HUB_UPKEEP
+        self._upkeep_todo: list[Hub] = []
         _declare_gauges(self, metrics)
 
     # Life
@@ -178,36 +186,39 @@ class Node:
             following = connection.check(clock.now)
             if following is not None:
                 self._wheel.add(connection, following)
-        if clock.now >= self._next_upkeep:
-            self._next_upkeep = clock.now + HUB_UPKEEP
-            self._upkeep()
+        self._upkeep()
         self._tick_timer = self._loop.call_later(TICK, self._tick)
 
     def _upkeep(self) -> None:
-        for hub in self._by_id.values():
+        """Look after the next apps, a slice at a time: there may be hundreds of thousands."""
+        if not self._upkeep_todo:
+            self._upkeep_todo = list(self._by_id.values())
+        for hub in self._upkeep_todo[-UPKEEP_SLICE:]:
             hub.drop_finished(self.clock.wall)
-            for key, mailbox in list(hub.mailboxes.items()):
-                if mailbox.expires_at is not None and mailbox.expires_at <= self.clock.now:
-                    del hub.mailboxes[key]
-                    self.exchange.forget(hub, mailbox)
+            for mailbox in hub.drop_sessions(self.clock.now):
+                self.exchange.forget(hub, mailbox)
+            if hub.idle and self.clock.now > hub.touched + HUB_REST and not self.fanout.walking:
+                self._hubs.pop(hub.app.key, None)
+                self._by_id.pop(hub.app.app_id, None)
+        del self._upkeep_todo[-UPKEEP_SLICE:]
 
     # Doorbells
 
     def _heard(self, doorbells: Sequence[Doorbell]) -> None:
-        if self._loading:
-            self._heard_while_loading += doorbells
+        for load in self._loading.values():
+            load.heard += doorbells
         for doorbell in doorbells:
-            self._hear(doorbell, None)
+            self._hear(doorbell)
 
-    def _hear(self, doorbell: Doorbell, only: Hub | None) -> None:
+    def _hear(self, doorbell: Doorbell) -> None:
         match doorbell:
             case Targeted():
                 hub = self._by_id.get(doorbell.message.app_id)
-                if hub is not None and only is None:
+                if hub is not None:
                     self.fanout.targeted(hub, doorbell)
             case Broadcast():
                 hub = self._by_id.get(doorbell.broadcast.message.app_id)
-                if hub is not None and only in (None, hub):
+                if hub is not None:
                     self.fanout.broadcast(hub, doorbell)
             case CredentialsChanged():
                 self.spawn(self._credentials_changed(doorbell))
@@ -224,6 +235,9 @@ class Node:
             return
         app = await self._apps.find(hub.app.key)
         if app is not None:
+            if app.master_secret != hub.app.master_secret:
+                for member in list(hub.publishers.values()):
+                    member.close("secret rotated", Reason.NOT_AUTHORIZED)
             hub.app = app
             return
         self._hubs.pop(hub.app.key, None)
@@ -244,7 +258,7 @@ class Node:
             connection.transport.abort()
             return
         self._opening.add(connection)
-        self._wheel.add(connection, self.clock.now + self.settings.connect_timeout)
+        self._wheel.add(connection, self.clock.now + OPENING_CHECK)
 
     def join(self, connection: Connection, connect: Connect) -> None:
         """A CONNECT came. Ends, at once or later, in CONNACK; until then nothing more is read."""
@@ -281,18 +295,15 @@ class Node:
         hub = self._hubs.get(key)
         if hub is not None:
             return hub
-        task = self._loading.get(key)
-        if task is None:
-            task = self._loading[key] = self._loop.create_task(self._load_hub(key))
-            task.add_done_callback(lambda _: self._loaded(key))
-        return await asyncio.shield(task)
+        load = self._loading.get(key)
+        if load is None:
+            load = self._loading[key] = _Load()
+            load.task = self._loop.create_task(self._load_hub(key, load))
+            load.task.add_done_callback(lambda _: self._loading.pop(key))
+        assert load.task is not None
+        return await asyncio.shield(load.task)
 
-    def _loaded(self, key: str) -> None:
-        del self._loading[key]
-        if not self._loading:
-            self._heard_while_loading.clear()
-
-    async def _load_hub(self, key: str) -> Hub | None:
+    async def _load_hub(self, key: str, load: _Load) -> Hub | None:
         app = await self._apps.find(key)
         if app is None:
             return None
@@ -306,13 +317,13 @@ class Node:
         for retained in await self._store.list_retained(app.app_id):
             hub.retained.set(_as_message(retained, self.clock))
         self._hubs[key] = self._by_id[app.app_id] = hub
-        for (
-            doorbell
-        ) in self._heard_while_loading:  # accepted after the rows were read; known ones are ignored
-            self._hear(doorbell, hub)
+        for doorbell in load.heard:  # accepted after the rows were read; known ones are ignored
+            if isinstance(doorbell, Broadcast) and doorbell.broadcast.message.app_id == app.app_id:
+                self.fanout.broadcast(hub, doorbell)
         return hub
 
     def _admit(self, connection: Connection, connect: Connect, hub: Hub) -> None:
+        hub.touched = self.clock.now
         generations = self._store.token_generations(hub.app.app_id)
         match admit(hub.app, connect, generations, self._wall()):
             case KnownDevice(devno, platform):
@@ -346,6 +357,10 @@ class Node:
     ) -> None:
         if connection.phase is Phase.CLOSED:
             self._store.release_route(hub.app.app_id, devno, claim.epoch, self._wall())
+            return
+        if self._by_id.get(hub.app.app_id) is not hub:  # the app was deleted meanwhile
+            self._store.release_route(hub.app.app_id, devno, claim.epoch, self._wall())
+            self._refuse(connection, connect, UNKNOWN_APP)
             return
         old = hub.members.get(devno)
         if old is not None:
@@ -409,17 +424,21 @@ class Node:
         key = _mailbox_key(session, connection.client_id)
         mailbox = hub.mailboxes.pop(key, None)
         resend = hub.resend.pop(session.devno, None)
+        will = hub.wills.pop(key, None)
         known = session.devno >= 0 and session.devno in hub.known_sessions
         if known:
             hub.known_sessions.discard(session.devno)
         expired = (
             mailbox is not None and mailbox.expires_at is not None and mailbox.expires_at <= self.clock.now
         )
+        if will is not None:
+            will.cancel()  # MQTT5-3.1.3-9
         if connect.clean_start or expired:
             if mailbox is not None:
                 self.exchange.forget(hub, mailbox)
             return [], False
-        session.resend = resend
+        if resend is not None and resend.expires_at > self.clock.now:
+            session.resend = resend.packet_ids
         if mailbox is None:
             return [], known or resend is not None
         mailbox.member = connection
@@ -460,7 +479,6 @@ class Node:
             if assigned is None or connect.version == 4
             else encode(Connack(present, Reason.SUCCESS, {"assigned_client_identifier": assigned}), 5)
         )
-        self._wheel.add(connection, self.clock.now + min(connection.keep_alive or 30.0, 30.0))
         self.metrics.connects.labels(connection.listener, str(connect.version), role).value += 1
         if log.isEnabledFor(logging.INFO):
             log_event(
@@ -474,7 +492,8 @@ class Node:
                 version=connect.version,
                 keep_alive=keep_alive,
             )
-        self._loop.call_soon(connection.resume_reading)
+        if connection.partial is not None:  # it sent on before it had its CONNACK
+            self._loop.call_soon(connection.resume_reading)
 
     def _keep_alive(self, connection: Connection, connect: Connect) -> tuple[int, int | None]:
         """The keep-alive in force, and the Server Keep Alive to tell (MQTT5-3.2.2-21)."""
@@ -520,7 +539,8 @@ class Node:
         self._leave(connection, hub, session)
         self.metrics.disconnects.labels(label).value += 1
         if connection.will is not None:
-            self.exchange.send_will(hub, connection.will, connection.session_expiry)
+            key = _mailbox_key(session, connection.client_id)
+            self.exchange.send_will(connection, hub, key, connection.will)
         if log.isEnabledFor(logging.INFO):
             log_event(
                 log,
@@ -549,8 +569,8 @@ class Node:
             return
         if devno >= 0:
             hub.known_sessions.add(devno)
-            if in_flight:
-                hub.resend[devno] = in_flight
+            if in_flight and len(hub.resend) < self.settings.max_sessions:
+                hub.resend[devno] = Resend(in_flight, self.clock.now + connection.session_expiry)
         if mailbox is not None and not mailbox.empty:
             self._keep_mailbox(connection, hub, session, mailbox)
 

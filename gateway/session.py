@@ -466,12 +466,6 @@ class Session:
             topic, packet.payload, packet.qos, packet.retain, packet.dup, packet.packet_id, packet.properties
         )
 
-    @property
-    def congested(self) -> bool:
-        """As many unanswered inbound messages as allowed: stop reading until some are answered (3.1.1 has no
-        other way to slow a sender)."""
-        return self.inbound is not None and len(self.inbound) >= self.inbound_maximum
-
     def answer(
         self,
         packet: Publish,

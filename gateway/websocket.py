@@ -93,9 +93,9 @@ class _Ended(Exception):
 class WebSocketFactory:
     """Pass it to `loop.create_server`, with `ssl=` or without.
 
-    `make_protocol` is called once for each accepted socket. Its product gets `connection_made` at once, before
-    the HTTP request: its own connect deadline covers the upgrade too, by `close` or `abort`, so a silent
-    socket needs no timer here.
+    `make_protocol` is called once for each accepted socket. Its product gets `connection_made` at once,
+    before the HTTP request: its own connect deadline covers the upgrade too, by `close` or `abort`, so a
+    silent socket needs no timer here.
     """
 
     make_protocol: Callable[[], asyncio.Protocol]
@@ -111,8 +111,8 @@ class WebSocketFactory:
 class WebSocketTransport(asyncio.Transport, asyncio.Protocol):
     """One WebSocket. All calls on the event loop's thread.
 
-    `write` and `writelines` send one binary frame each; what is written before the upgrade or after `close` is
-    lost. `data_received` of the protocol behind gets what one read brought, never empty.
+    `write` and `writelines` send one binary frame each; what is written before the upgrade or after `close`
+    is lost. `data_received` of the protocol behind gets what one read brought, never empty.
     """
 
     __slots__ = ("_close_timer", "_factory", "_in_message", "_inner", "_phase", "_transport", "_unfinished")
