@@ -65,11 +65,20 @@ class UnknownDevice(StoreError):
     """No such device in this app."""
 
 
+class StoreStats(Protocol):
+    """Counters, written by whatever thread commits, read by the metrics."""
+
+    failed_commits: int
+    on_commit: Callable[[int, float], None] | None
+    """Called on the event loop's thread after each commit: how many writes shared it, and its seconds."""
+
+
 class Store(Protocol):
     """See the module's guarantees. `app_id`s come from `create_app`/`find_app`."""
 
-    on_commit: Callable[[int, float], None] | None
-    """Called on the loop's thread after each commit: how many writes shared it, and its seconds."""
+    @property
+    def stats(self) -> StoreStats:
+        """What the store counts for the metrics."""
 
     async def open(self) -> None:
         """Create or open. Raises StoreUnavailable with what to do about it."""

@@ -17,7 +17,6 @@ from broker.command import make_store
 from broker.config import Config
 from broker.devices import Devices
 from broker.http_api import build_api
-from broker.limits import Limits
 from broker.logs import log_event
 from broker.metrics import HttpMetrics, LoopLag, Metrics, StoreMetrics
 from broker.model import App
@@ -71,7 +70,7 @@ class Service:
     def __init__(self, config: Config) -> None:
         self._config = config
         loop = asyncio.get_running_loop()
-        limits = _limits(config)
+        limits = config.limits()
         self.metrics = Metrics()
         self.health = Health()
         self._lag = LoopLag(self.metrics, loop)
@@ -210,17 +209,6 @@ def tune_garbage_collection() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
-
-
-def _limits(config: Config) -> Limits:
-    push = config.push
-    return Limits(
-        fanout_limit=push.fanout_limit,
-        default_ttl=push.default_ttl,
-        max_ttl=push.max_ttl,
-        token_lifetime=int(push.token_lifetime),
-        max_body=config.http.max_body,
-    )
 
 
 def _node_settings(config: Config) -> NodeSettings:

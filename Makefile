@@ -1,0 +1,76 @@
+# `make help` lists the targets. Nothing here needs root; `make test` says which system packages it wants.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+ARGS   ?=
+
+# Debian puts mosquitto into /usr/sbin.
+export PATH := $(PATH):/usr/sbin
+SHELL := /bin/bash
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run demo check test bench fuzz clean
+
+help: ## This list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+setup: $(VENV)/.setup-all ## Make .venv with everything that tests and checks need
+
+run: $(VENV)/.setup ## Start the server; ARGS="--host 0.0.0.0 …" are its flags
+	$(BIN)/holdfast serve $(ARGS)
+
+demo: $(VENV)/.setup ## Show a server, devices and pushes at work
+	$(BIN)/python -m clients.demo $(ARGS)
+
+check: $(VENV)/.setup-all ## Formatting, lint, types, import arrows: under a minute
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict
+	$(BIN)/lint-imports
+
+test: $(VENV)/.setup-all ## All tests; ARGS="-k name" chooses
+	@for tool in mosquitto:mosquitto mosquitto_sub:mosquitto-clients promtool:prometheus curl:curl; do \
+	    command -v $${tool%%:*} >/dev/null || \
+	    echo "$${tool%%:*} is missing; its tests are skipped. As root: apt-get install $${tool##*:}"; \
+	done
+	$(BIN)/pytest -n auto --dist loadgroup $(ARGS)
+
+bench: $(VENV)/.setup-all ## Measure; numbers go to docs/numbers.md by hand
+	$(BIN)/python -m loadtest.bench $(ARGS)
+
+fuzz: $(VENV)/.setup-all ## The property tests again, with many more EXAMPLES
+	EXAMPLES=$(EXAMPLES) $(BIN)/python -c "$$FUZZ" -m hypothesis \
+	    -W ignore::pytest.PytestAssertRewriteWarning $(ARGS)
+
+clean: ## Remove what make made; holdfast-data stays
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .bench
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+EXAMPLES ?= 20000
+
+define FUZZ
+import os, sys, hypothesis, pytest
+examples = int(os.environ["EXAMPLES"])
+hypothesis.settings.register_profile("fuzz", max_examples=examples, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("fuzz")
+sys.exit(pytest.main(sys.argv[1:]))
+endef
+export FUZZ
+
+# A stamp is newer than pyproject.toml while the environment has what it asks for.
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "$(PYTHON) is too old: Holdfast needs Python 3.11 or newer; name one with PYTHON=…"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+	    { echo "$(PYTHON) cannot make a venv. As root: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.setup: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.setup-all: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,check]'
+	@touch $@ $(VENV)/.setup

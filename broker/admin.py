@@ -1,0 +1,306 @@
+"""The operator's listener: metrics, health, and the admin API; and `admin.json`, by which commands find it.
+
+`/metrics`, `/healthz` and `/readyz` need no key: the listener is on loopback unless told otherwise. The other
+paths need the admin key, as `Authorization: Bearer KEY` or as the password of Basic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import ipaddress
+import os
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Protocol, TypeVar
+
+import msgspec
+import orjson
+from aiohttp import hdrs, web
+
+from broker.apps import Apps, read_basic
+from broker.config import Config
+from broker.devices import Devices
+from broker.errors import ApiError
+from broker.metrics import LoopLag, Metrics
+from broker.model import App
+from broker.store import Store, StoreError
+
+MAX_BODY: Final = 65_536  # no admin call comes near it
+MAX_NAME: Final = 200
+PAGE: Final = 1000
+
+
+class Actions(Protocol):
+    """What an operator may do, here or by way of a running server. Each answers what is printed as JSON, or
+    raises ApiError."""
+
+    async def create_app(self, name: str, *, open: bool) -> object: ...
+    async def list_apps(self) -> object: ...
+    async def rotate_secret(self, key: str) -> object: ...
+    async def delete_app(self, key: str) -> object: ...
+    async def issue_token(self, key: str, registration_id: str) -> object: ...
+
+
+class LocalActions:
+    """On the store of this process."""
+
+    def __init__(self, store: Store, apps: Apps, devices: Devices, offline_limit: int) -> None:
+        self._store = store
+        self._apps = apps
+        self._devices = devices
+        self._offline_limit = offline_limit  # of new apps
+
+    async def create_app(self, name: str, *, open: bool) -> object:
+        if not name.strip() or len(name) > MAX_NAME or not name.isprintable():
+            raise ApiError(1003, f"name must be 1 to {MAX_NAME} printable characters")
+        app = await self._apps.create(name, open=open, offline_limit=self._offline_limit)
+        return {**describe_app(app), "is_new_created": True}
+
+    async def list_apps(self) -> object:
+        apps: list[App] = []
+        while page := await self._store.list_apps(apps[-1].app_id if apps else 0, PAGE):
+            apps += page
+        return [describe_app(app) for app in apps]
+
+    async def rotate_secret(self, key: str) -> object:
+        app = await self._apps.rotate_secret(key)
+        return describe_app(app or _no_app(key))
+
+    async def delete_app(self, key: str) -> object:
+        if not await self._apps.delete(key):
+            _no_app(key)
+        return {"success": "delete app success"}
+
+    async def issue_token(self, key: str, registration_id: str) -> object:
+        """Registers the device if it is new."""
+        app = await self._apps.find(key) or _no_app(key)
+        registered = await self._devices.register(app, registration_id=registration_id, trusted=True)
+        return {
+            "registration_id": registered.device.registration_id,
+            "token": registered.token,
+            "expires_at": registered.expires_at,
+        }
+
+
+def describe_app(app: App) -> dict[str, object]:
+    """All an operator needs to hand an app to its developers. The signing key stays inside."""
+    return {
+        "app_key": app.key,
+        "name": app.name,
+        "master_secret": app.master_secret,
+        "device_key": app.device_key,
+        "open": app.open,
+        "offline_limit": app.offline_limit,
+        "created_at": int(app.created_at),
+    }
+
+
+def _no_app(key: str) -> App:
+    raise ApiError(1008, f"there is no app {key}", http_status=404)
+
+
+@dataclass(slots=True)
+class Health:
+    """Whether this process should get traffic. `serve` moves `state` on: starting, ready, draining."""
+
+    state: str = "starting"
+    checks: list[Callable[[], str | None]] = field(default_factory=list)  # each: a reason why not, or None
+
+    def reasons(self) -> list[str]:
+        found = [reason for check in self.checks if (reason := check())]
+        return found if self.state == "ready" else [self.state, *found]
+
+
+# The file by which commands find a running server
+
+
+class AdminFile(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`admin.json` in the data directory, mode 0600."""
+
+    key: str
+    address: str | None = (
+        None  # of the admin listener while a server runs; left behind by one that was killed
+    )
+
+
+def _admin_path(data_dir: Path) -> Path:
+    return data_dir / "admin.json"
+
+
+def read_admin_file(data_dir: Path) -> AdminFile | None:
+    """None: no server ran here yet. Raises ValueError if the file is damaged."""
+    try:
+        content = _admin_path(data_dir).read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        return msgspec.json.decode(content, type=AdminFile)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"{_admin_path(data_dir)}: {error}; delete it to get a new admin key") from error
+
+
+def write_admin_file(data_dir: Path, content: AdminFile) -> None:
+    """Replace the file in one step; it is never readable by others."""
+    target = _admin_path(data_dir)
+    draft = target.with_suffix(".new")
+    draft.unlink(missing_ok=True)
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(msgspec.json.encode(content))
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(target)
+
+
+def _admin_key(config: Config) -> str:
+    """The configured key, else the one of an earlier start, else a new one."""
+    known = read_admin_file(config.server.data_dir)
+    return config.admin.key or (known.key if known else secrets.token_urlsafe(32))
+
+
+class AdminListener:
+    """Serves the admin application, and says where in `admin.json`. Made with the data directory locked."""
+
+    def __init__(
+        self, config: Config, actions: Actions, metrics: Metrics, health: Health, lag: LoopLag
+    ) -> None:
+        self._config = config
+        self._key = _admin_key(config)
+        self._runner = web.AppRunner(
+            admin_application(actions, metrics, health, lag, self._key), access_log=None
+        )
+        self.address = ""
+
+    async def open(self) -> str:
+        """Returns the address, `http://127.0.0.1:8081`. Raises OSError."""
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, self._config.admin.host, self._config.admin.port)
+        await site.start()
+        self.address = _as_url(self._runner.addresses[0])
+        write_admin_file(self._config.server.data_dir, AdminFile(self._key, self.address))
+        return self.address
+
+    async def close(self) -> None:
+        await self._runner.cleanup()
+        with contextlib.suppress(OSError):  # a full disk: who finds the old address finds nobody there
+            write_admin_file(self._config.server.data_dir, AdminFile(self._key))
+
+
+def _as_url(address: Sequence[Any]) -> str:
+    """Of a bound socket; where it listens everywhere, loopback is one of the places."""
+    host, port = ipaddress.ip_address(address[0]), address[1]
+    if host.is_unspecified:
+        host = ipaddress.ip_address("127.0.0.1" if host.version == 4 else "::1")
+    return f"http://{host}:{port}" if host.version == 4 else f"http://[{host}]:{port}"
+
+
+# HTTP
+
+
+class _NewApp(msgspec.Struct, forbid_unknown_fields=True):
+    """`app_name`, `android_package` and `group_name` are the JPush form; the last two change nothing here."""
+
+    name: str = ""
+    app_name: str = ""
+    open: bool = False
+    android_package: str | None = None
+    group_name: str | None = None
+
+
+class _NewToken(msgspec.Struct, forbid_unknown_fields=True):
+    registration_id: str
+
+
+_Body = TypeVar("_Body")
+
+
+async def _read(request: web.Request, shape: type[_Body]) -> _Body:
+    try:
+        return msgspec.json.decode(await request.read(), type=shape)
+    except msgspec.DecodeError as error:
+        raise ApiError(1003, str(error)) from error
+
+
+def _answer(body: object, status: int = 200) -> web.Response:
+    return web.Response(body=orjson.dumps(body), status=status, content_type="application/json")
+
+
+def admin_application(
+    actions: Actions, metrics: Metrics, health: Health, lag: LoopLag, key: str
+) -> web.Application:
+    async def show_metrics(request: web.Request) -> web.Response:
+        body, content_type = metrics.render(request.headers.get(hdrs.ACCEPT, ""))
+        return web.Response(body=body, headers={hdrs.CONTENT_TYPE: content_type})
+
+    async def show_health(_: web.Request) -> web.Response:
+        return _answer({"status": "alive", "loop_lag_seconds": lag.last})  # to answer at all is the proof
+
+    async def show_readiness(_: web.Request) -> web.Response:
+        reasons = health.reasons()
+        return _answer({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
+
+    async def create_app(request: web.Request) -> web.Response:
+        body = await _read(request, _NewApp)
+        return _answer(await actions.create_app(body.name or body.app_name, open=body.open))
+
+    async def list_apps(_: web.Request) -> web.Response:
+        return _answer(await actions.list_apps())
+
+    async def rotate_secret(request: web.Request) -> web.Response:
+        return _answer(await actions.rotate_secret(request.match_info["key"]))
+
+    async def delete_app(request: web.Request) -> web.Response:
+        return _answer(await actions.delete_app(request.match_info["key"]))
+
+    async def issue_token(request: web.Request) -> web.Response:
+        body = await _read(request, _NewToken)
+        return _answer(await actions.issue_token(request.match_info["key"], body.registration_id))
+
+    application = web.Application(middlewares=[_guard(key)], client_max_size=MAX_BODY)
+    application.add_routes(
+        [
+            web.get("/metrics", show_metrics),
+            web.get("/healthz", show_health),
+            web.get("/readyz", show_readiness),
+            web.post("/v1/app", create_app),
+            web.get("/v1/apps", list_apps),
+            web.post("/v1/app/{key}/rotate-secret", rotate_secret),
+            web.post("/v1/app/{key}/delete", delete_app),
+            web.post("/v1/app/{key}/device-token", issue_token),
+        ]
+    )
+    return application
+
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def _guard(key: str) -> Any:
+    """Ask for the key on every path but the open ones, and answer errors in the API's shape."""
+
+    @web.middleware
+    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            if request.path not in ("/metrics", "/healthz", "/readyz"):
+                _check_key(request.headers.get(hdrs.AUTHORIZATION, ""), key)
+            return await handler(request)
+        except web.HTTPException as error:  # of the router, or a body that is too large
+            code = 1001 if error.status == 405 else 1003
+            return _answer(ApiError(code, error.reason).as_dict(), error.status)
+        except ApiError as error:
+            return _answer(error.as_dict(), error.http_status)
+        except StoreError as error:
+            return _answer(ApiError(1030, str(error)).as_dict(), 503)
+
+    return guard
+
+
+def _check_key(header: str, key: str) -> None:
+    scheme, _, credentials = header.partition(" ")
+    basic = read_basic(header)
+    given = basic[1] if basic else credentials.encode() if scheme.lower() == "bearer" else b""
+    if not hmac.compare_digest(given, key.encode()):
+        raise ApiError(1004, "the admin key is missing or wrong; it is in admin.json in the data directory")

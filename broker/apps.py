@@ -1,0 +1,152 @@
+"""Apps by key, and who may act for them. What was asked once is answered without I/O."""
+
+from __future__ import annotations
+
+import hmac
+from base64 import b64decode
+from binascii import Error as Base64Error
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from broker.bus import Bus, CredentialsChanged, Doorbell
+from broker.limits import Limits
+from broker.model import App
+from broker.store import Store
+
+_V = TypeVar("_V")
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """Whoever proved a secret of this app."""
+
+    app: App
+    publisher: bool  # master secret; else the device key, which may only register devices
+
+
+class Apps:
+    """Bounded caches over `store.find_app`. Told by the bus (in every process) when an app changed.
+
+    Key and header lookups are dict lookups: str hashes are keyed per process, so their timing tells nothing
+    about the secrets. Comparisons of secrets take constant time.
+    """
+
+    def __init__(self, store: Store, bus: Bus, limits: Limits | None = None) -> None:
+        self._store = store
+        self._bus = bus
+        self._limits = limits or Limits()
+        self._apps: dict[str, App] = {}
+        self._unknown: dict[str, None] = {}  # keys that were looked up in vain
+        self._logins: dict[str, Login] = {}  # Authorization header -> what it proved
+        self._changes = 0  # a lookup that spans a change is not cached
+        self._unsubscribe = bus.subscribe(self._heard)
+
+    def close(self) -> None:
+        self._unsubscribe()
+
+    def peek(self, key: str) -> App | None:
+        """From the cache only; None may mean "not asked yet"."""
+        return self._apps.get(key)
+
+    async def find(self, key: str) -> App | None:
+        app = self._apps.get(key)
+        if app is not None or key in self._unknown:
+            return app
+        changes = self._changes
+        app = await self._store.find_app(key)
+        if changes == self._changes:
+            self._remember(key, app)
+        return app
+
+    def forget(self, app_id: int) -> None:
+        """The app changed or is gone. Logins are dropped all together: this is rare, and one app may have
+        several."""
+        self._changes += 1
+        for key in [key for key, app in self._apps.items() if app.app_id == app_id]:
+            del self._apps[key]
+        self._unknown.clear()
+        self._logins.clear()
+
+    def check_master_secret(self, app: App, secret: bytes) -> bool:
+        return hmac.compare_digest(app.master_secret.encode(), secret)
+
+    def check_device_key(self, app: App, key: bytes) -> bool:
+        return hmac.compare_digest(app.device_key.encode(), key)
+
+    def peek_login(self, header: str) -> Login | None:
+        """The login of an Authorization header that was accepted before."""
+        return self._logins.get(header)
+
+    async def login(self, header: str) -> Login | None:
+        """Check an `Authorization: Basic` header (app key; master secret or device key)."""
+        known = self._logins.get(header)
+        if known is not None:
+            return known
+        credentials = read_basic(header)
+        app = await self.find(credentials[0]) if credentials else None
+        if app is None or credentials is None:
+            return None
+        login = self._prove(app, credentials[1])
+        if login is not None and self._apps.get(app.key) is app:
+            _put(self._logins, header, login, self._limits.max_apps_cached)
+        return login
+
+    async def create(self, name: str, *, open: bool = False, offline_limit: int = 100) -> App:
+        app = await self._store.create_app(name, open=open, offline_limit=offline_limit)
+        self._changed(app.app_id)
+        return app
+
+    async def rotate_secret(self, key: str) -> App | None:
+        """A fresh master secret; the old one stops at once. None: no such app."""
+        app = await self._store.rotate_secret(key)
+        if app is not None:
+            self._changed(app.app_id)
+        return app
+
+    async def delete(self, key: str) -> bool:
+        app = await self._store.find_app(key)
+        if app is None or not await self._store.delete_app(key):
+            return False
+        self._changed(app.app_id)
+        return True
+
+    def _prove(self, app: App, secret: bytes) -> Login | None:
+        if self.check_master_secret(app, secret):
+            return Login(app, publisher=True)
+        if self.check_device_key(app, secret):
+            return Login(app, publisher=False)
+        return None
+
+    def _remember(self, key: str, app: App | None) -> None:
+        if app is None:
+            _put(self._unknown, key, None, self._limits.max_unknown_keys)
+        else:
+            _put(self._apps, key, app, self._limits.max_apps_cached)
+
+    def _changed(self, app_id: int) -> None:
+        self.forget(app_id)  # here at once, elsewhere when the bell arrives
+        self._bus.ring([CredentialsChanged(app_id, None)])
+
+    def _heard(self, doorbells: Sequence[Doorbell]) -> None:
+        for doorbell in doorbells:
+            if isinstance(doorbell, CredentialsChanged) and doorbell.devnos is None:
+                self.forget(doorbell.app_id)
+
+
+def read_basic(header: str) -> tuple[str, bytes] | None:
+    """User and password of an `Authorization: Basic` header (RFC 7617); None if it is not one."""
+    scheme, _, encoded = header.partition(" ")
+    if scheme.lower() != "basic":
+        return None
+    try:
+        user, colon, password = b64decode(encoded.strip(), validate=True).partition(b":")
+        return (user.decode(), password) if colon else None
+    except (Base64Error, UnicodeDecodeError, ValueError):
+        return None
+
+
+def _put(cache: dict[str, _V], key: str, value: _V, limit: int) -> None:
+    if len(cache) >= limit:
+        del cache[next(iter(cache))]
+    cache[key] = value

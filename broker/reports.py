@@ -1,0 +1,209 @@
+"""What became of pushes, and what devices tell about them and about the app."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import msgspec
+import orjson
+from pyroaring import BitMap
+
+from broker.errors import REPORT, ApiError
+from broker.limits import Limits
+from broker.model import App, BehaviourEvent, DeliveryState, MessageRecord, Receipt, Term
+from broker.requests import PUSH_PLATFORMS, decode
+from broker.store import Store
+
+Clock = Callable[[], float]
+RECEIPTS: Final = ("shown", "clicked", "dismissed")
+_DATE: Final = re.compile(r"\d{4}-\d\d-\d\d")
+
+# Status of one message for one device, on the wire.
+DELIVERED, NOT_DELIVERED, NOT_A_DEVICE, NOT_A_TARGET = range(4)
+
+
+class StatusRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    msg_id: int | str
+    registration_ids: list[str]
+    date: str | None = None  # the vendor's hint for its archive; checked, not needed
+
+
+class ReceiptRequest(msgspec.Struct, frozen=True):
+    msg_id: int | str
+    event: str
+
+
+_read_status: Final = msgspec.json.Decoder(StatusRequest).decode
+_read_receipt: Final = msgspec.json.Decoder(ReceiptRequest).decode
+
+
+class Reports:
+    """Methods let StoreError pass."""
+
+    def __init__(self, store: Store, limits: Limits | None = None, clock: Clock = time.time) -> None:
+        self._store = store
+        self._limits = limits or Limits()
+        self._clock = clock
+
+    async def received(self, app: App, msg_ids: str | None) -> list[dict[str, object]]:
+        """`msg_ids`: ids with commas between. One row for each, in that order; null counts where the id is
+        unknown."""
+        ids = self._read_ids(msg_ids)
+        records, platforms = await self._records(app, ids)
+        return [_received(i, records.get(i), platforms) for i in ids]
+
+    async def received_detail(self, app: App, msg_ids: str | None) -> list[dict[str, object]]:
+        """`received`, by channel, with the whole accounting of each message."""
+        ids = self._read_ids(msg_ids)
+        records, platforms = await self._records(app, ids)
+        now = self._clock()
+        return [_detail(i, records.get(i), platforms) | _accounts(records.get(i), now) for i in ids]
+
+    async def status(self, app: App, raw: bytes) -> dict[str, dict[str, int]]:
+        """`{"msg_id", "registration_ids"}` -> `{registration_id: {"status": 0..3}}`."""
+        request = decode(_read_status, raw, REPORT)
+        ids = request.registration_ids
+        if not ids:
+            raise ApiError(3004, "registration_ids: at least one value is required")
+        if len(ids) > self._limits.max_ids:
+            raise ApiError(3004, f"registration_ids: at most {self._limits.max_ids} values, got {len(ids)}")
+        if request.date is not None and not _DATE.fullmatch(request.date):
+            raise ApiError(3004, "date: must be YYYY-MM-DD")
+        msg_id = _read_msg_id(request.msg_id)
+        record = (await self._store.find_messages(app.app_id, [msg_id])).get(msg_id)
+        if record is None:
+            raise ApiError(3004, f"msg_id: {msg_id} is not a message of this app, or its report is over")
+        devnos = await self._store.resolve(app.app_id, ids)
+        return {i: {"status": _status(record, devnos.get(i))} for i in ids}
+
+    async def events(self, app: App, after: str | None, limit: str | None) -> dict[str, object]:
+        """Behaviour events with id > after, oldest first; `after` of the answer continues."""
+        start = _read_int("after", after, 0, 0, 2**63 - 1)
+        count = _read_int("limit", limit, 100, 1, self._limits.max_events)
+        events = await self._store.list_events(app.app_id, start, count)
+        names = await self._store.names(app.app_id, list({event.devno for _, event in events}))
+        return {
+            "events": [_event_row(event_id, event, names) for event_id, event in events],
+            "after": events[-1][0] if events else start,
+        }
+
+    def receipt(self, app_id: int, devno: int, raw: bytes) -> Receipt:
+        """What a device published on `receipt`. Raises ApiError."""
+        request = decode(_read_receipt, raw, REPORT)
+        if request.event not in RECEIPTS:
+            raise ApiError(3004, f"event: must be one of {', '.join(RECEIPTS)}")
+        return Receipt(app_id, _read_msg_id(request.msg_id), devno, request.event)
+
+    def event(self, app_id: int, devno: int, name: str, raw: bytes, now: float) -> BehaviourEvent:
+        """What a device published on `event/<name>`: any JSON, or nothing. Raises ApiError."""
+        if not 0 < len(name.encode()) <= self._limits.max_event_name or not name.isprintable():
+            raise ApiError(3004, f"event name: must be 1 to {self._limits.max_event_name} printable bytes")
+        if len(raw) > self._limits.max_event:
+            raise ApiError(3004, f"event {name}: at most {self._limits.max_event} bytes, got {len(raw)}")
+        try:
+            orjson.loads(raw or b"null")
+        except orjson.JSONDecodeError as error:
+            raise ApiError(3004, f"event {name}: the payload is not valid JSON: {error}") from None
+        return BehaviourEvent(app_id, devno, name, now, raw)
+
+    def _read_ids(self, msg_ids: str | None) -> list[int]:
+        if not msg_ids:
+            raise ApiError(3004, "msg_ids is required: ids with commas between")
+        ids = msg_ids.split(",")
+        if len(ids) > self._limits.max_msg_ids:
+            raise ApiError(3004, f"msg_ids: at most {self._limits.max_msg_ids} values, got {len(ids)}")
+        return [_read_msg_id(i) for i in ids]
+
+    async def _records(
+        self, app: App, ids: list[int]
+    ) -> tuple[dict[int, MessageRecord], Mapping[str, BitMap]]:
+        records = await self._store.find_messages(app.app_id, ids)
+        terms = [(Term.PLATFORM, platform) for platform in PUSH_PLATFORMS]
+        postings = await self._store.postings(app.app_id, terms)
+        return records, dict(zip(PUSH_PLATFORMS, postings, strict=True))
+
+
+def _read_msg_id(value: int | str) -> int:
+    text = str(value).strip()
+    if not (text.isascii() and text.isdigit()) or len(text) > 19 or int(text) >= 2**63:
+        raise ApiError(3004, f"msg_id: must be a positive integer, got {text[:40]}")
+    return int(text)
+
+
+def _read_int(name: str, text: str | None, default: int, least: int, most: int) -> int:
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit()) or len(text) > 19 or not least <= int(text) <= most:
+        raise ApiError(3004, f"{name}: must be an integer from {least} to {most}")
+    return int(text)
+
+
+def _received(
+    msg_id: int, record: MessageRecord | None, platforms: Mapping[str, BitMap]
+) -> dict[str, object]:
+    """The vendor's summary. All our deliveries are its own channel; null where it means another vendor's."""
+    on = _delivered(record, platforms)
+    return {
+        "msg_id": str(msg_id),
+        "android_received": on("android"),
+        "ios_apns_sent": None,
+        "ios_apns_received": None,
+        "ios_msg_received": on("ios"),
+        "wp_mpns_sent": on("winphone"),
+    }
+
+
+def _detail(msg_id: int, record: MessageRecord | None, platforms: Mapping[str, BitMap]) -> dict[str, object]:
+    on = _delivered(record, platforms)
+    return {
+        "msg_id": str(msg_id),
+        "jpush_received": on("android"),
+        "android_pns_sent": None,
+        "android_pns_received": None,
+        "ios_apns_sent": None,
+        "ios_apns_received": None,
+        "ios_msg_received": on("ios"),
+        "wp_mpns_sent": on("winphone"),
+        "quickapp_jpush_received": on("quickapp"),
+        "quickapp_pns_sent": None,
+        "hmos_msg_received": on("hmos"),
+        "hmos_hmpns_sent": None,
+    }
+
+
+def _delivered(record: MessageRecord | None, platforms: Mapping[str, BitMap]) -> Callable[[str], int | None]:
+    def on(platform: str) -> int | None:
+        return None if record is None else record.delivered.intersection_cardinality(platforms[platform])
+
+    return on
+
+
+def _accounts(record: MessageRecord | None, now: float) -> dict[str, object]:
+    """target = delivered + pending + expired + evicted (G4); the rest counts what people did."""
+    states = [state.value for state in DeliveryState]
+    if record is None:
+        return dict.fromkeys(["target", *states, *RECEIPTS])
+    counts: dict[str, object] = {"target": len(record.targets)}
+    counts |= {state.value: count for state, count in record.counts(now).items()}
+    return counts | {event: len(record.receipts.get(event, ())) for event in RECEIPTS}
+
+
+def _status(record: MessageRecord, devno: int | None) -> int:
+    if devno is None:
+        return NOT_A_DEVICE
+    if devno in record.delivered:
+        return DELIVERED
+    return NOT_DELIVERED if devno in record.targets else NOT_A_TARGET
+
+
+def _event_row(event_id: int, event: BehaviourEvent, names: Mapping[int, str]) -> dict[str, object]:
+    return {
+        "id": event_id,
+        "registration_id": names.get(event.devno),
+        "name": event.name,
+        "at": event.at,
+        "payload": orjson.Fragment(event.payload or b"null"),
+    }

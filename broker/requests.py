@@ -1,0 +1,452 @@
+"""What publishers send, as typed requests; and how a wrong one is told so.
+
+null is as if absent, everywhere. Keys of the push object itself that we do not know are accepted (SDKs send
+vendor channels' settings there), except `sms_message`: without the SMS the push is not what the publisher
+meant. Inside notification and message an unknown key is 1009, inside audience 1003, inside options it is
+accepted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Literal, TypeVar
+
+import msgspec
+
+from broker.audience import Audience
+from broker.errors import PUSH, ApiError, Area
+from broker.limits import Limits
+
+PUSH_PLATFORMS: Final = ("android", "ios", "quickapp", "hmos", "winphone")
+_PLATFORM_SET: Final = frozenset(PUSH_PLATFORMS)
+
+_T = TypeVar("_T")
+Text = str | dict[str, Any] | None
+Extras = dict[str, Any] | None
+
+
+class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, gc=False):
+    """Written back as it came, less nulls and blanks between tokens."""
+
+
+class Android(_Part, frozen=True):
+    alert: Text = None
+    title: str | None = None
+    builder_id: int | None = None
+    channel_id: str | None = None
+    category: str | None = None
+    priority: int | None = None
+    style: int | None = None
+    alert_type: int | None = None
+    big_text: str | None = None
+    inbox: Any = None
+    big_pic_path: str | None = None
+    extras: Extras = None
+    large_icon: str | None = None
+    small_icon_uri: str | None = None
+    icon_bg_color: str | None = None
+    intent: Any = None
+    uri_activity: str | None = None
+    uri_action: str | None = None
+    badge_add_num: int | None = None
+    badge_set_num: int | None = None
+    badge_class: str | None = None
+    sound: str | None = None
+    show_begin_time: str | None = None
+    show_end_time: str | None = None
+    display_foreground: Any = None
+    custom_buttons: Any = None
+    mipns_content_forshort: str | None = None
+    oppns_content_forshort: str | None = None
+    vpns_content_forshort: str | None = None
+    mzpns_content_forshort: str | None = None
+
+
+class Ios(_Part, frozen=True, rename="kebab"):
+    alert: Text = None
+    sound: Text = None
+    badge: int | str | None = None
+    content_available: bool | int | None = None
+    mutable_content: bool | int | None = None
+    category: str | None = None
+    extras: Extras = None
+    thread_id: str | None = None
+    interruption_level: str | None = None
+    relevance_score: float | None = None
+    target_content_id: str | None = None
+    filter_criteria: str | None = None
+
+
+class Quickapp(_Part, frozen=True):
+    alert: str | None = None
+    title: str | None = None
+    page: str | None = None
+    extras: Extras = None
+
+
+class Hmos(_Part, frozen=True):
+    alert: Text = None
+    title: str | None = None
+    category: str | None = None
+    large_icon: str | None = None
+    intent: Any = None
+    extras: Extras = None
+    style: int | None = None
+    inbox: Any = None
+    badge_add_num: int | None = None
+    badge_set_num: int | None = None
+    test_message: Any = None
+    receipt_id: str | None = None
+    push_type: int | None = None
+    extra_data: Any = None
+    display_foreground: Any = None
+    sound: str | None = None
+    sound_duration: int | None = None
+    hm_payload: Any = None
+
+
+class Winphone(_Part, frozen=True, rename={"open_page": "_open_page"}):
+    alert: str | None = None
+    title: str | None = None
+    open_page: str | None = None
+    extras: Extras = None
+
+
+class Notification(_Part, frozen=True):
+    alert: Text = None
+    android: Android | None = None
+    ios: Ios | None = None
+    quickapp: Quickapp | None = None
+    hmos: Hmos | None = None
+    winphone: Winphone | None = None
+    voip: dict[str, Any] | None = None
+
+
+class Message(_Part, frozen=True):
+    msg_content: str
+    title: str | None = None
+    content_type: str | None = None
+    extras: Extras = None
+
+
+class Body(_Part, frozen=True):
+    """What devices get."""
+
+    notification: Notification | None = None
+    message: Message | None = None
+
+
+Names = list[str | int] | None
+
+
+class AudienceObject(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    tag: Names = None
+    tag_and: Names = None
+    tag_not: Names = None
+    alias: Names = None
+    registration_id: list[str] | None = None
+    segment: list[Any] | None = None
+    abtest: list[Any] | None = None
+    file: dict[str, Any] | None = None
+
+
+class Options(msgspec.Struct, frozen=True, gc=False):
+    sendno: int | str | None = None
+    time_to_live: int | None = None
+    override_msg_id: int | str | None = None
+    big_push_duration: int | None = None
+    apns_production: bool | None = None
+    apns_collapse_id: str | None = None
+    classification: int | None = None
+
+
+class _Content(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """What one push and one item of a batch have in common."""
+
+    platform: str | list[str] | None = None
+    notification: Notification | None = None
+    message: Message | None = None
+    options: Options | None = None
+    callback: dict[str, Any] | None = None  # accepted; calling back is a later issue
+    sms_message: Any = None
+
+
+class PushRequest(_Content, frozen=True, gc=False, kw_only=True):
+    audience: str | AudienceObject | None = None
+    cid: str | None = None
+
+
+class BatchItem(_Content, frozen=True, gc=False, kw_only=True):
+    target: str | None = None
+
+
+class Batch(msgspec.Struct, frozen=True, gc=False):
+    pushlist: dict[str, BatchItem]
+
+
+class LooseBatch(msgspec.Struct, frozen=True, gc=False):
+    """Read when some item of a batch is wrong, so that the others still go."""
+
+    pushlist: dict[str, msgspec.Raw]
+
+
+NOT_YET: Final = "not supported yet"
+
+_push_decoder: Final = msgspec.json.Decoder(PushRequest)
+_batch_decoder: Final = msgspec.json.Decoder(Batch)
+_loose_batch_decoder: Final = msgspec.json.Decoder(LooseBatch)
+_item_decoder: Final = msgspec.json.Decoder(BatchItem)
+_encode: Final = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A push that is right in itself; its audience is not resolved yet."""
+
+    audience: Audience
+    body: bytes
+    ttl: int
+    sendno: str
+    cid: str  # "": none
+
+
+def read_push(raw: bytes, limits: Limits) -> Checked:
+    """Decode and check one push. Raises ApiError: 1002, 1003, 1005, 1009."""
+    request = decode(_push_decoder.decode, raw, PUSH)
+    sendno = read_sendno(request.options, limits)
+    try:
+        platforms = _read_platforms(request.platform)
+        audience = _read_audience(request.audience, platforms, limits)
+        ttl = _check_content(request, limits)
+        if request.cid is not None:
+            check_cid(request.cid, limits)
+        return Checked(audience, _encode_body(request, limits), ttl, sendno, request.cid or "")
+    except ApiError as error:
+        error.sendno = sendno
+        raise
+
+
+def read_batch(raw: bytes, limits: Limits) -> tuple[dict[str, BatchItem], dict[str, ApiError]]:
+    """The items of a batch by cid that could be read, and what is wrong with the others."""
+    wrong: dict[str, ApiError] = {}
+    try:
+        items = _batch_decoder.decode(raw).pushlist
+    except (ValueError, RecursionError):
+        items, wrong = _read_items(decode(_loose_batch_decoder.decode, raw, PUSH).pushlist)
+    count = len(items) + len(wrong)
+    if not count:
+        raise ApiError(1002, "pushlist: at least one push is required")
+    if count > limits.max_batch_items:
+        raise ApiError(1003, f"pushlist: at most {limits.max_batch_items} pushes, got {count}")
+    return items, wrong
+
+
+def check_item(cid: str, item: BatchItem, by: Literal["regid", "alias"], limits: Limits) -> Checked:
+    """As read_push, for one item of a batch: `target` is one registration id or alias, the key is its cid."""
+    sendno = read_sendno(item.options, limits)
+    try:
+        check_cid(cid, limits)
+        platforms = _read_platforms(item.platform)
+        audience = _read_target(item.target, by, platforms, limits)
+        ttl = _check_content(item, limits)
+        return Checked(audience, _encode_body(item, limits), ttl, sendno, cid)
+    except ApiError as error:
+        error.sendno = sendno
+        raise
+
+
+def decode(decoder: Callable[[bytes], _T], raw: bytes, area: Area) -> _T:
+    """Run a msgspec decoder; what it dislikes becomes an ApiError that names the field."""
+    try:
+        return decoder(raw)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error), area) from None
+    except UnicodeDecodeError:
+        raise ApiError(area.invalid, "the body is not valid UTF-8") from None
+    except msgspec.DecodeError as error:
+        raise ApiError(area.invalid, f"the body is not valid JSON: {error}") from None
+    except RecursionError:
+        raise ApiError(area.invalid, "the body is nested too deeply") from None
+
+
+_PROBLEM: Final = re.compile(r"(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<path>[^`]*)`)?", re.DOTALL)
+_FIELD: Final = re.compile(r"`([^`]*)`")
+
+
+def _explain(problem: str, area: Area) -> ApiError:
+    """msgspec says "Expected `int`, got `str` - at `$.options.time_to_live`"."""
+    match = _PROBLEM.fullmatch(problem)
+    what, path = (match["what"], match["path"] or "") if match else (problem, "")
+    field = _FIELD.search(what)
+    named = ".".join(part for part in (path, field[1] if field else "") if part)
+    if what.startswith("Object missing required field"):
+        return ApiError(area.missing, f"{named} is required")
+    if what.startswith("Object contains unknown field"):
+        # The push area alone tells unsupported content keys apart.
+        content = area is PUSH and not path.startswith("audience")
+        return ApiError(1009 if content else area.invalid, f"{named}: this key is not supported")
+    expected = what[:1].lower() + what[1:].replace("`", "")
+    return ApiError(area.invalid, f"{path or 'the body'}: {expected}")
+
+
+def _read_items(raws: dict[str, msgspec.Raw]) -> tuple[dict[str, BatchItem], dict[str, ApiError]]:
+    items, wrong = {}, {}
+    for cid, raw in raws.items():
+        try:
+            items[cid] = decode(_item_decoder.decode, bytes(raw), PUSH)
+        except ApiError as error:
+            wrong[cid] = error
+    return items, wrong
+
+
+def _read_platforms(platform: str | list[str] | None) -> tuple[str, ...]:
+    """() means all."""
+    if platform == "all":
+        return ()
+    if platform is None:
+        raise ApiError(1002, 'platform is required: "all" or a list of ' + ", ".join(PUSH_PLATFORMS))
+    if isinstance(platform, str) or not platform or not _PLATFORM_SET.issuperset(platform):
+        raise ApiError(1003, 'platform: must be "all" or a list of ' + ", ".join(PUSH_PLATFORMS))
+    return tuple(platform)
+
+
+def _read_audience(
+    audience: str | AudienceObject | None, platforms: tuple[str, ...], limits: Limits
+) -> Audience:
+    if audience == "all":
+        return Audience(everyone=True, platforms=platforms)
+    if audience is None:
+        raise ApiError(1002, 'audience is required: "all" or an object')
+    if isinstance(audience, str):
+        raise ApiError(1003, 'audience: must be "all" or an object')
+    for key, value in (("segment", audience.segment), ("abtest", audience.abtest), ("file", audience.file)):
+        if value:
+            raise ApiError(1003, f"audience.{key}: {NOT_YET}")
+    read = Audience(
+        registration_ids=_read_ids(audience.registration_id, limits),
+        aliases=_read_names(audience.alias, "audience.alias", limits.max_ids, limits),
+        tags=_read_names(audience.tag, "audience.tag", limits.max_audience_tags, limits),
+        tags_and=_read_names(audience.tag_and, "audience.tag_and", limits.max_audience_tags, limits),
+        tags_not=_read_names(audience.tag_not, "audience.tag_not", limits.max_audience_tags, limits),
+        platforms=platforms,
+    )
+    if not (read.registration_ids or read.aliases or read.tags or read.tags_and or read.tags_not):
+        raise ApiError(
+            1003, 'audience: names nobody; give tag, tag_and, tag_not, alias or registration_id, or "all"'
+        )
+    return read
+
+
+def _read_target(
+    target: str | None, by: Literal["regid", "alias"], platforms: tuple[str, ...], limits: Limits
+) -> Audience:
+    if not target:
+        raise ApiError(1002, "target is required: one " + ("alias" if by == "alias" else "registration id"))
+    if by == "alias":
+        return Audience(aliases=(check_name(target, "target", limits),), platforms=platforms)
+    return Audience(registration_ids=(target,), platforms=platforms)
+
+
+def _read_ids(ids: list[str] | None, limits: Limits) -> tuple[str, ...]:
+    if not ids:
+        return ()
+    if len(ids) > limits.max_ids:
+        raise ApiError(1003, f"audience.registration_id: at most {limits.max_ids} values, got {len(ids)}")
+    return tuple(ids)
+
+
+def _read_names(names: Names, path: str, most: int, limits: Limits) -> tuple[str, ...]:
+    if not names:
+        return ()
+    if len(names) > most:
+        raise ApiError(1003, f"{path}: at most {most} values, got {len(names)}")
+    return tuple(check_name(str(name), path, limits) for name in names)
+
+
+_NAME: Final = re.compile(r"[\w@!#$&*+=.|￥]+")
+
+
+def check_name(name: str, path: str, limits: Limits, code: int = 1003) -> str:
+    """A tag or alias: 1..40 bytes of letters, digits, _, CJK and @!#$&*+=.|￥."""
+    if len(name) > limits.name_size or len(name.encode()) > limits.name_size:
+        raise ApiError(code, f"{path}: a name is at most {limits.name_size} bytes, got {len(name.encode())}")
+    if not _NAME.fullmatch(name):
+        raise ApiError(
+            code, f"{path}: a name has letters, digits, _ and @!#$&*+=.|￥ only, at least one of them"
+        )
+    return name
+
+
+def check_cid(cid: str, limits: Limits) -> None:
+    if not 0 < len(cid.encode()) <= limits.cid_size or not cid.isprintable():
+        raise ApiError(1003, f"cid: must be 1 to {limits.cid_size} bytes of printable text")
+
+
+def read_sendno(options: Options | None, limits: Limits) -> str:
+    if options is None or options.sendno is None:
+        return ""
+    sendno = str(options.sendno)
+    if len(sendno.encode()) > limits.sendno_size:
+        raise ApiError(1003, f"options.sendno: at most {limits.sendno_size} bytes")
+    return sendno
+
+
+def _check_content(content: _Content, limits: Limits) -> int:
+    """Everything but whom it is for; returns the time to live."""
+    if content.sms_message is not None:
+        raise ApiError(1003, "sms_message: SMS is not supported")
+    if content.notification is None and content.message is None:
+        raise ApiError(1002, "notification or message is required")
+    if content.notification == _NO_NOTIFICATION:
+        raise ApiError(1002, "notification is empty: give alert or a platform's notification")
+    return limits.default_ttl if content.options is None else _check_options(content.options, limits)
+
+
+_NO_NOTIFICATION: Final = Notification()
+
+
+def _check_options(options: Options, limits: Limits) -> int:
+    # Some SDKs send 0 for "not set" in these two.
+    if options.override_msg_id not in (None, 0, "", "0"):
+        raise ApiError(1003, f"options.override_msg_id: {NOT_YET}")
+    if options.big_push_duration not in (None, 0):
+        raise ApiError(1003, f"options.big_push_duration: {NOT_YET}")
+    ttl = options.time_to_live
+    if ttl is None:
+        return limits.default_ttl
+    if not 0 <= ttl <= limits.max_ttl:
+        raise ApiError(1003, f"options.time_to_live: must be 0 to {limits.max_ttl} seconds, got {ttl}")
+    return ttl
+
+
+def _encode_body(content: _Content, limits: Limits) -> bytes:
+    body = _encode(Body(content.notification, content.message))
+    if len(body) > limits.max_ios_notification or len(body) > limits.max_push:  # else no part can be too long
+        _check_sizes(content, limits)
+    return body
+
+
+def _check_sizes(content: _Content, limits: Limits) -> None:
+    message = _size(content.message)
+    _check_size("message", message, limits.max_push)
+    if content.notification is None:
+        return
+    alert = _size(content.notification.alert)
+    for platform in PUSH_PLATFORMS:
+        own = _size(getattr(content.notification, platform))
+        if platform == "ios":
+            own += _size(content.notification.voip)
+            _check_size("notification.ios", own or alert, limits.max_ios_notification)
+        else:
+            _check_size(f"notification.{platform} and message", (own or alert) + message, limits.max_push)
+
+
+def _size(part: object) -> int:
+    return 0 if part is None else len(_encode(part))
+
+
+def _check_size(what: str, size: int, most: int) -> None:
+    if size > most:
+        raise ApiError(1005, f"{what}: at most {most} bytes, got {size}")

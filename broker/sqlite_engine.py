@@ -1,0 +1,296 @@
+"""The SQLite engine under the store: schema, connections, the lock, and statements over many rows.
+
+Every statement that touches many rows carries them as `VALUES (…),(…)` in a few fixed sizes. python's
+sqlite3 drops and retakes the GIL at every step, and each retake may wait for a busy event loop; so the number
+of steps decides the speed, not the number of rows (decision 0004). The sizes are powers of two, so that every
+count of rows is a few statements that are already prepared.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import itertools
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from pyroaring import BitMap
+
+from broker.store import StoreError, StoreFull, StoreUnavailable
+
+SCHEMA_VERSION: Final = 1
+APPLICATION_ID: Final = 0x484F4C44  # "HOLD": tells our file from any other SQLite file
+ROWS_PER_STATEMENT: Final = 512  # a prepared statement of this size takes about 150 KB
+CACHED_STATEMENTS: Final = 256
+BUSY_TIMEOUT: Final = 10.0
+
+Row = tuple[Any, ...]
+
+SCHEMA: Final = """
+CREATE TABLE apps (
+    app_id INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used again, so that no cache can mix two apps up
+    key TEXT NOT NULL UNIQUE, name TEXT NOT NULL, master_secret TEXT NOT NULL, device_key TEXT NOT NULL,
+    signing_key BLOB NOT NULL, open INTEGER NOT NULL, created_at REAL NOT NULL,
+    offline_limit INTEGER NOT NULL,
+    deleted INTEGER NOT NULL DEFAULT 0,
+    purged_to INTEGER NOT NULL DEFAULT 0);  -- of a deleted app: its messages up to this id are gone
+CREATE INDEX deleted_apps ON apps (app_id) WHERE deleted;
+
+CREATE TABLE devices (
+    app INTEGER NOT NULL, devno INTEGER NOT NULL, rid TEXT NOT NULL, platform TEXT NOT NULL, alias TEXT,
+    tags TEXT NOT NULL, mobile TEXT, generation INTEGER NOT NULL, created_at REAL NOT NULL,
+    last_online_at REAL,
+    PRIMARY KEY (app, devno)) WITHOUT ROWID;
+CREATE UNIQUE INDEX devices_by_rid ON devices (app, rid);
+CREATE INDEX revoked_devices ON devices (app, devno, generation) WHERE generation > 0;
+
+CREATE TABLE postings (  -- chunk = devno >> 16: one changed tag rewrites at most 8 KB
+    app INTEGER NOT NULL, kind TEXT NOT NULL, value TEXT NOT NULL, chunk INTEGER NOT NULL, bits BLOB NOT NULL,
+    PRIMARY KEY (app, kind, value, chunk)) WITHOUT ROWID;
+
+CREATE TABLE messages (
+    msg_id INTEGER PRIMARY KEY, app INTEGER NOT NULL, broadcast INTEGER NOT NULL,
+    body BLOB,  -- NULL once nobody can be owed it
+    created_at REAL NOT NULL, expires_at REAL NOT NULL, sendno TEXT NOT NULL,
+    target NOT NULL,  -- a devno (INTEGER), or a bitmap (BLOB); the same for the next two
+    delivered, evicted);
+CREATE INDEX messages_by_expiry ON messages (expires_at) WHERE body IS NOT NULL;
+CREATE INDEX live_broadcasts ON messages (app, msg_id) WHERE broadcast AND body IS NOT NULL;
+
+CREATE TABLE settled (  -- what bitmap messages got since they were folded last
+    msg_id INTEGER NOT NULL, delivered BLOB, evicted BLOB);
+CREATE INDEX settled_by_message ON settled (msg_id);
+
+CREATE TABLE inbox (
+    app INTEGER NOT NULL, devno INTEGER NOT NULL, msg_id INTEGER NOT NULL,
+    PRIMARY KEY (app, devno, msg_id)) WITHOUT ROWID;
+
+CREATE TABLE cids (
+    app INTEGER NOT NULL, cid TEXT NOT NULL, msg_id INTEGER NOT NULL, expires_at REAL NOT NULL,
+    PRIMARY KEY (app, cid)) WITHOUT ROWID;
+CREATE INDEX cids_by_expiry ON cids (expires_at);
+
+CREATE TABLE receipts (
+    msg_id INTEGER NOT NULL, event TEXT NOT NULL, chunk INTEGER NOT NULL, bits BLOB NOT NULL,
+    PRIMARY KEY (msg_id, event, chunk)) WITHOUT ROWID;
+
+CREATE TABLE events (
+    id INTEGER PRIMARY KEY, app INTEGER NOT NULL, devno INTEGER NOT NULL, name TEXT NOT NULL,
+    at REAL NOT NULL, payload BLOB NOT NULL);
+CREATE INDEX events_by_app ON events (app);
+
+CREATE TABLE retained (
+    app INTEGER NOT NULL, topic TEXT NOT NULL, payload BLOB NOT NULL, qos INTEGER NOT NULL,
+    properties BLOB NOT NULL, expires_at REAL, PRIMARY KEY (app, topic));
+CREATE INDEX retained_by_expiry ON retained (expires_at) WHERE expires_at IS NOT NULL;
+
+CREATE TABLE high_water (id INTEGER NOT NULL);  -- the greatest id given out before the last purge
+INSERT INTO high_water VALUES (0);
+"""
+
+
+# `DELETE … WHERE (a, b) IN (VALUES …)` scans the table in some versions and uses part of the key in others.
+# A row inserted into one of these views deletes exactly its own, by the whole key.
+DELETED_KEYS: Final = {
+    "inbox": ("app", "devno", "msg_id"),
+    "devices": ("app", "devno"),
+    "postings": ("app", "kind", "value", "chunk"),
+    "cids": ("app", "cid"),
+    "retained": ("app", "topic"),
+    "messages": ("msg_id",),
+    "settled": ("msg_id",),
+    "receipts": ("msg_id",),
+    "events": ("id",),
+}
+
+
+# Opening
+
+
+def lock_data_dir(directory: Path) -> int:
+    """Take the directory for this process; the lock lives as long as the returned descriptor. Raises
+    StoreUnavailable if another server has it or it cannot be written."""
+    path = directory / "holdfast.lock"
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StoreUnavailable(
+            f"cannot write in the data directory {directory}: {error.strerror}; "
+            "fix its permissions or choose another with --data-dir"
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+        os.close(descriptor)
+        raise StoreUnavailable(
+            f"the data directory {directory} is in use by another server (process {owner}); "
+            "stop it or choose another with --data-dir"
+        ) from error
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+    except OSError as error:
+        os.close(descriptor)
+        raise StoreUnavailable(f"cannot write {path}: {error.strerror}") from error
+    return descriptor
+
+
+def connect(path: Path, *, cache_size: int) -> sqlite3.Connection:
+    """A connection in autocommit mode. One thread at a time may use it."""
+    connection = sqlite3.connect(
+        path,
+        isolation_level=None,
+        check_same_thread=False,
+        cached_statements=CACHED_STATEMENTS,
+        timeout=BUSY_TIMEOUT,
+    )
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute(f"PRAGMA cache_size = -{cache_size // 1024}")
+    connection.execute("PRAGMA wal_autocheckpoint = 0")  # the checkpointer does it, away from commits
+    return connection
+
+
+def open_database(path: Path, *, cache_size: int) -> sqlite3.Connection:
+    """Open the writer's connection; create the schema in a new file."""
+    try:
+        connection = connect(path, cache_size=cache_size)
+        try:
+            _prepare(connection, path)
+        except BaseException:
+            connection.close()
+            raise
+    except sqlite3.Error as error:
+        raise StoreUnavailable(
+            f"cannot open {path}: {error}; check that the disk is writable and has room. "
+            "A damaged file can be saved with the sqlite3 tool's .recover"
+        ) from error
+    return connection
+
+
+def _prepare(connection: sqlite3.Connection, path: Path) -> None:
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    if tables and application != APPLICATION_ID:
+        raise StoreUnavailable(f"{path} is an SQLite file, but not one of Holdfast")
+    if version > SCHEMA_VERSION:
+        raise StoreUnavailable(
+            f"{path} has schema version {version}, this server knows up to {SCHEMA_VERSION}; "
+            "run the newer server that wrote it, or restore a backup"
+        )
+    if not tables:
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only possible before the first table
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA temp_store = MEMORY")
+    if not tables:
+        connection.executescript(
+            f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION};"
+            f" PRAGMA application_id = {APPLICATION_ID}; COMMIT;"
+        )
+    _create_deletion_views(connection)
+
+
+def _create_deletion_views(connection: sqlite3.Connection) -> None:
+    for table, key in DELETED_KEYS.items():
+        columns = ", ".join(f"0 AS {column}" for column in key)
+        same = " AND ".join(f"{column} = NEW.{column}" for column in key)
+        connection.execute(f"CREATE TEMP VIEW delete_{table} AS SELECT {columns}")
+        connection.execute(
+            f"CREATE TEMP TRIGGER delete_from_{table} INSTEAD OF INSERT ON delete_{table}"
+            f" BEGIN DELETE FROM {table} WHERE {same}; END"
+        )
+
+
+def as_store_error(error: Exception) -> StoreError:
+    """What the caller is told about an engine's error."""
+    if isinstance(error, StoreError):
+        return error
+    code = getattr(error, "sqlite_errorcode", None)
+    if code == sqlite3.SQLITE_FULL:
+        return StoreFull(f"no room for the data: {error}")
+    if code is not None and code & 0xFF in UNAVAILABLE:
+        return StoreUnavailable(f"the database cannot be used: {error}")
+    return StoreError(f"{type(error).__name__}: {error}")
+
+
+UNAVAILABLE: Final = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_NOTADB,
+        sqlite3.SQLITE_PERM,
+        sqlite3.SQLITE_PROTOCOL,
+        sqlite3.SQLITE_READONLY,
+    }
+)
+
+
+# Statements over many rows
+
+
+@functools.lru_cache(maxsize=CACHED_STATEMENTS)
+def _with_values(template: str, width: int, count: int) -> str:
+    row = "(" + ",".join("?" * width) + ")"
+    return template.replace("{values}", "VALUES " + ",".join([row] * count))
+
+
+def _statements(
+    template: str, rows: Sequence[Row], before: Row, after: Row
+) -> Iterator[tuple[str, list[Any]]]:
+    start, left = 0, len(rows)
+    while left:
+        count = min(ROWS_PER_STATEMENT, 1 << (left.bit_length() - 1))
+        parameters = [*before, *itertools.chain.from_iterable(rows[start : start + count]), *after]
+        yield _with_values(template, len(rows[start]), count), parameters
+        start += count
+        left -= count
+
+
+def write_rows(connection: sqlite3.Connection, template: str, rows: Sequence[Row], after: Row = ()) -> int:
+    """Run the template, its `{values}` standing for the rows, `after` for the parameters behind it; returns
+    how many rows changed."""
+    changed = 0
+    for statement, parameters in _statements(template, rows, (), after):
+        changed += connection.execute(statement, parameters).rowcount
+    return changed
+
+
+def read_rows(
+    connection: sqlite3.Connection, template: str, rows: Sequence[Row], after: Row = (), *, before: Row = ()
+) -> list[Row]:
+    """The same for a query; `before` are the parameters in front of `{values}`."""
+    found: list[Row] = []
+    for statement, parameters in _statements(template, rows, before, after):
+        found.extend(connection.execute(statement, parameters).fetchall())
+    return found
+
+
+def delete_rows(connection: sqlite3.Connection, table: str, keys: Sequence[Row]) -> None:
+    """Delete by the key columns of DELETED_KEYS. The writer's connection only."""
+    write_rows(connection, f"INSERT INTO delete_{table} {{values}}", keys)
+
+
+# Bitmaps in columns
+
+
+def encode_bits(bits: BitMap) -> bytes:
+    bits.run_optimize()
+    return bytes(bits.serialize())
+
+
+def decode_bits(column: int | bytes | None) -> BitMap:
+    """A bitmap column of `messages`: nothing, one devno, or a bitmap."""
+    if column is None:
+        return BitMap()
+    if isinstance(column, int):
+        return BitMap((column,))
+    return BitMap.deserialize(column)

@@ -1,0 +1,163 @@
+"""Removing what is over, in slices: each call is one short transaction between two groups of writes. No
+table has an index for this that appends would pay for, beyond the two on expiry: ids carry their time, and
+the inbox rows of an expired message follow from its own bitmaps."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from typing import Final
+
+from broker.sqlite_engine import DELETED_KEYS, Row, delete_rows, write_rows
+from broker.sqlite_messages import Ids, MessageWrites, first_id, merged
+from broker.sqlite_threads import Handler
+
+SLICE_ROWS: Final = 4_000  # of one transaction: about 20 ms
+SLICE_MESSAGES: Final = 500  # expired messages looked at in one transaction; each may have many inbox rows
+SCAN_MESSAGES: Final = 20_000  # messages passed over in one transaction while looking for a deleted app's
+FREE_PAGES: Final = 1_000  # kept for what comes next (4 MB)
+VACUUM_PAGES: Final = 500  # given back in one transaction
+
+
+class Upkeep:
+    def __init__(
+        self,
+        connection: sqlite3.Connection,
+        ids: Ids,
+        messages: MessageWrites,
+        report_lifetime: float,
+        event_lifetime: float,
+    ) -> None:
+        self._connection = connection
+        self._ids = ids
+        self._messages = messages
+        self._report_lifetime = report_lifetime
+        self._event_lifetime = event_lifetime
+        self._steps: tuple[Callable[[float], int], ...] = (
+            self._expire_messages,
+            self._drop_reports,
+            self._drop_cids,
+            self._drop_events,
+            self._drop_retained,
+            self._drop_apps,
+            self._give_space_back,
+        )
+        self.handlers: dict[str, Handler] = {"expire": lambda calls: [self._expire(now) for now in calls]}
+
+    def _expire(self, now: float) -> int:
+        """The first step that finds something to do takes the whole slice."""
+        return next((gone for step in self._steps if (gone := step(now))), 0)
+
+    def _expire_messages(self, now: float) -> int:
+        rows = self._connection.execute(
+            "SELECT msg_id, target, delivered, evicted, app, broadcast FROM messages"
+            " WHERE body IS NOT NULL AND expires_at <= ? ORDER BY expires_at LIMIT ?",
+            (now, SLICE_MESSAGES),
+        ).fetchall()
+        bitmaps = merged(self._connection, (row[:4] for row in rows))
+        waiting: list[Row] = []
+        done: list[Row] = []
+        for msg_id, _, _, _, app, broadcast in rows:
+            targets, delivered, evicted = bitmaps[msg_id]
+            if not broadcast:
+                waiting.extend([(app, devno, msg_id) for devno in targets - delivered - evicted])
+            done.append((msg_id,))
+            if len(waiting) >= SLICE_ROWS:
+                break
+        delete_rows(self._connection, "inbox", waiting)
+        self._messages.fold([msg_id for (msg_id,) in done])
+        write_rows(self._connection, "UPDATE messages SET body = NULL WHERE msg_id IN ({values})", done)
+        return len(waiting) + len(done)
+
+    def _drop_reports(self, now: float) -> int:
+        return self._drop_messages(
+            "SELECT msg_id FROM messages WHERE msg_id < ? AND body IS NULL ORDER BY msg_id LIMIT ?",
+            (first_id(now - self._report_lifetime), SLICE_ROWS),
+        )
+
+    def _drop_messages(self, query: str, parameters: Row) -> int:
+        """Messages with all that is known of them."""
+        rows = self._connection.execute(query, parameters).fetchall()
+        if not rows:
+            return 0
+        for table in ("settled", "receipts", "messages"):
+            delete_rows(self._connection, table, rows)
+        self._keep_high_water()
+        return len(rows)
+
+    def _keep_high_water(self) -> None:
+        """Ids that were given out must not come again, even if the clock steps back and we restart."""
+        self._connection.execute("UPDATE high_water SET id = ?", (self._ids.greatest,))
+
+    def _drop(self, table: str, condition: str, parameters: Row, limit: int = SLICE_ROWS) -> int:
+        """The first rows that fulfil the condition."""
+        keys = self._connection.execute(
+            f"SELECT {', '.join(DELETED_KEYS[table])} FROM {table} WHERE {condition} LIMIT ?",
+            (*parameters, limit),
+        ).fetchall()
+        delete_rows(self._connection, table, keys)
+        return len(keys)
+
+    def _drop_cids(self, now: float) -> int:
+        return self._drop("cids", "expires_at <= ? ORDER BY expires_at", (now,))
+
+    def _drop_events(self, now: float) -> int:
+        gone = self._drop("events", "id < ? ORDER BY id", (first_id(now - self._event_lifetime),))
+        if gone:
+            self._keep_high_water()
+        return gone
+
+    def _drop_retained(self, now: float) -> int:
+        return self._drop("retained", "expires_at <= ?", (now,))
+
+    # Deleted apps
+
+    def _drop_apps(self, _now: float) -> int:
+        app = self._connection.execute(
+            "SELECT app_id, purged_to FROM apps WHERE deleted ORDER BY app_id LIMIT 1"
+        ).fetchone()
+        if app is None:
+            return 0
+        app_id, purged_to = app
+        return (
+            self._drop_rows(app_id)
+            or self._drop_scanned(app_id, purged_to)
+            or self._connection.execute("DELETE FROM apps WHERE app_id = ?", (app_id,)).rowcount
+        )
+
+    def _drop_rows(self, app_id: int) -> int:
+        gone = 0
+        for table in ("inbox", "devices", "postings", "cids", "retained", "events"):
+            gone += self._drop(table, "app = ?", (app_id,), SLICE_ROWS - gone)
+        return gone
+
+    def _drop_scanned(self, app_id: int, purged_to: int) -> int:
+        """Its messages: they have no index by app, so all are passed over, a stretch at a time."""
+        (last, scanned) = self._connection.execute(
+            "SELECT max(msg_id), count(*) FROM"
+            " (SELECT msg_id FROM messages WHERE msg_id > ? ORDER BY msg_id LIMIT ?)",
+            (purged_to, SCAN_MESSAGES),
+        ).fetchone()
+        if last is None:
+            return 0
+        self._drop_messages(
+            "SELECT msg_id FROM messages WHERE msg_id > ? AND msg_id <= ? AND app = ?",
+            (purged_to, last, app_id),
+        )
+        self._connection.execute("UPDATE apps SET purged_to = ? WHERE app_id = ?", (last, app_id))
+        return int(scanned)
+
+    # Space
+
+    def _give_space_back(self, _now: float) -> int:
+        """Only when more is free than the file will soon use again."""
+        (free,) = self._connection.execute("PRAGMA freelist_count").fetchone()
+        (pages,) = self._connection.execute("PRAGMA page_count").fetchone()
+        surplus = free - max(FREE_PAGES, pages // 10)
+        if surplus <= 0:
+            return 0
+        count = min(surplus, VACUUM_PAGES)
+        # execute() would take one step: one page. A script runs to the end, but outside our transaction,
+        # which has nothing in it yet: every other step found nothing to do.
+        self._connection.executescript(f"PRAGMA incremental_vacuum({count}); BEGIN")
+        return int(count)

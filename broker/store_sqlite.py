@@ -1,0 +1,499 @@
+"""The embedded store: SQLite in WAL mode, one writer thread with group commit, two reader threads.
+
+    event loop --submit--> writer   one transaction for all that waits; then Effects and futures come back
+               --submit--> readers  (devices and owed rows; reports and lists): one read transaction for all
+
+In memory, bounded: posting lists and registration ids that were used lately. For each device: a route bit, a
+"may owe" bit, eight bytes of epoch. Why it is so, with the measurements: docs/decisions/0004-sqlite-store.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sqlite3
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+from pyroaring import BitMap
+
+from broker.model import (
+    App,
+    Appended,
+    BehaviourEvent,
+    Claim,
+    Device,
+    DeviceChange,
+    MessageRecord,
+    NewDevice,
+    NewMessage,
+    OwedRequest,
+    Receipt,
+    Retained,
+    Settled,
+    StoredBroadcast,
+    StoredMessage,
+    TermKey,
+)
+from broker.sqlite_engine import as_store_error, connect, lock_data_dir, open_database
+from broker.sqlite_index import IndexWrites
+from broker.sqlite_messages import Ids, MessageWrites
+from broker.sqlite_reads import Reads
+from broker.sqlite_routes import AppStates
+from broker.sqlite_threads import (
+    Checkpointer,
+    Effects,
+    Engine,
+    LogGauge,
+    Operation,
+    Reader,
+    StoreStats,
+    Writer,
+)
+from broker.sqlite_upkeep import Upkeep
+from broker.store import StoreError, StoreUnavailable
+
+log = logging.getLogger(__name__)
+
+DAY: Final = 86_400.0
+POSTING_BYTES: Final = 64 << 20  # memory for posting lists that were used lately
+POSTING_OVERHEAD: Final = 400  # of one cached list, beside its bits
+RESOLVED_DEVICES: Final = 65_536  # registration ids whose devno is remembered (about 250 bytes each)
+WRITER_CACHE: Final = 32 << 20  # SQLite pages
+READER_CACHE: Final = 8 << 20
+LAST_ONLINE_DELAY: Final = 3.0  # until the times of the devices that left are written
+LAST_ONLINE_DEVICES: Final = 20_000  # or until so many left
+DROP_SLICE: Final = 4_096  # devices that lose a term in one transaction, so that other writes get through
+
+
+class _Engine(Engine):
+    """The tables' handlers, on the writer's connection."""
+
+    def __init__(self, index: IndexWrites, messages: MessageWrites, upkeep: Upkeep) -> None:
+        self._index = index
+        self.handlers = {**index.handlers, **messages.handlers, **upkeep.handlers}
+
+    def begin(self) -> Effects:
+        effects = Effects()
+        self._index.begin(effects)
+        return effects
+
+    def finish(self) -> None:
+        self._index.flush_postings()
+
+
+class _Postings:
+    """Posting lists that were used lately. A list is never changed in place: its users may hold it."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._size = 0
+        self._lists: OrderedDict[tuple[int, str, str], tuple[BitMap, int]] = OrderedDict()
+
+    def get(self, key: tuple[int, str, str]) -> BitMap | None:
+        entry = self._lists.get(key)
+        if entry is None:
+            return None
+        self._lists.move_to_end(key)
+        return entry[0]
+
+    def put(self, key: tuple[int, str, str], bits: BitMap) -> None:
+        self._size -= self._lists.pop(key, (bits, 0))[1]
+        size = POSTING_OVERHEAD + len(key[2]) + _memory(bits)
+        self._lists[key] = (bits, size)
+        self._size += size
+        while self._size > self._limit and len(self._lists) > 1:
+            self._size -= self._lists.popitem(last=False)[1][1]
+
+    def change(self, key: tuple[int, str, str], devnos: Mapping[int, bool]) -> None:
+        entry = self._lists.get(key)
+        if entry is not None:
+            on = BitMap([devno for devno, has in devnos.items() if has])
+            off = BitMap([devno for devno, has in devnos.items() if not has])
+            self.put(key, (entry[0] | on) - off)
+
+
+def _memory(bits: BitMap) -> int:
+    parts = bits.get_statistics()
+    return int(
+        parts["n_bytes_array_containers"]
+        + parts["n_bytes_run_containers"]
+        + parts["n_bytes_bitset_containers"]
+    )
+
+
+class SqliteStore:
+    """Implements `broker.store.Store`. `path` is the database file; its directory is locked while it is open.
+
+    `clock` gives Unix seconds. `stats` has the counters for the metrics."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        clock: Callable[[], float] = time.time,
+        report_lifetime: float = 30 * DAY,
+        cid_lifetime: float = 1 * DAY,
+        event_lifetime: float = 7 * DAY,
+        posting_bytes: int = POSTING_BYTES,
+    ) -> None:
+        self.stats = StoreStats()
+        self._path = path
+        self._clock = clock
+        self._report_lifetime = report_lifetime
+        self._cid_lifetime = cid_lifetime
+        self._event_lifetime = event_lifetime
+        self._open = False
+        self._states = AppStates()
+        self._deleted: set[int] = set()  # apps that are gone but whose rows may still be there
+        self._postings = _Postings(posting_bytes)
+        self._resolved: dict[tuple[int, str], int] = {}
+        self._last_online: dict[tuple[int, int], float] = {}
+        self._writing_last_online: dict[tuple[int, int], float] = {}
+        self._last_online_timer: asyncio.TimerHandle | None = None
+        self._last_epoch = 0
+
+    # Life
+
+    async def open(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        try:
+            await asyncio.to_thread(self._open_engine)
+        except sqlite3.Error as error:
+            raise as_store_error(error) from error
+        self._last_epoch = int(self._clock() * 1e9)  # above those of the last run
+        self._open = True
+
+    def _open_engine(self) -> None:
+        self._lock = lock_data_dir(self._path.parent)
+        self._connections: list[sqlite3.Connection] = []
+        self._gauge: LogGauge | None = None
+        try:
+            connection = open_database(self._path, cache_size=WRITER_CACHE)
+            self._connections.append(connection)
+            self._load(connection)
+            self._start(connection)
+        except BaseException:
+            self._disconnect()
+            raise
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = connect(self._path, cache_size=READER_CACHE)
+        self._connections.append(connection)
+        return connection
+
+    def _disconnect(self) -> None:
+        for connection in reversed(self._connections):  # the last one empties the log
+            connection.close()
+        if self._gauge is not None:
+            self._gauge.close()
+        os.close(self._lock)
+
+    def _load(self, connection: sqlite3.Connection) -> None:
+        greatest = connection.execute(
+            "SELECT max(id, coalesce((SELECT max(msg_id) FROM messages), 0),"
+            " coalesce((SELECT max(id) FROM events), 0)) FROM high_water"
+        ).fetchone()[0]
+        self._ids = Ids(greatest, self._clock)
+        self._deleted = {row[0] for row in connection.execute("SELECT app_id FROM apps WHERE deleted")}
+        owed: dict[int, BitMap] = {}
+        for app_id, devno in connection.execute("SELECT DISTINCT app, devno FROM inbox"):
+            owed.setdefault(app_id, BitMap()).add(devno)
+        self._states.load_owed(owed)
+
+    def _start(self, connection: sqlite3.Connection) -> None:
+        messages = MessageWrites(
+            connection, self._ids, self._clock, self._cid_lifetime, self._states.without_route
+        )
+        upkeep = Upkeep(connection, self._ids, messages, self._report_lifetime, self._event_lifetime)
+        engine = _Engine(IndexWrites(connection, self._clock), messages, upkeep)
+        self._checkpointer = Checkpointer(self._connect(), self.stats)
+        self._gauge = LogGauge(self._path)
+        self._writer = Writer(
+            connection,
+            engine,
+            self._checkpointer,
+            self._gauge,
+            self.stats,
+            loop=self._loop,
+            committed=self._committed,
+        )
+        self._reader = self._new_reader("store-reader")  # what a connecting device waits for
+        self._lister = self._new_reader("store-lister")  # what may take long
+        self._checkpointer.start()
+        for worker in (self._writer.worker, self._reader.worker, self._lister.worker):
+            worker.start()
+
+    def _new_reader(self, name: str) -> Reader:
+        connection = self._connect()
+        return Reader(name, connection, Reads(connection, self._clock).handlers, self._loop)
+
+    async def close(self) -> None:
+        if not self._open:
+            return
+        self._write_last_online()
+        self._open = False
+        await asyncio.to_thread(self._close_engine)
+
+    def _close_engine(self) -> None:
+        for worker in (self._writer.worker, self._reader.worker, self._lister.worker):
+            worker.stop()
+        self._checkpointer.stop()
+        self._disconnect()
+
+    # Calls into the threads
+
+    def _future(self) -> asyncio.Future[Any]:
+        if not self._open:
+            raise StoreUnavailable("the store is closed")
+        return self._loop.create_future()
+
+    def _write(self, kind: str, argument: Any, rows: int = 1) -> asyncio.Future[Any]:
+        future = self._future()
+        self._writer.worker.submit(Operation(kind, argument, rows, future))
+        return future
+
+    def _read(self, reader: Reader, kind: str, argument: Any, rows: int = 1) -> asyncio.Future[Any]:
+        future = self._future()
+        reader.worker.submit(Operation(kind, argument, rows, future))
+        return future
+
+    def _committed(self, operations: list[Operation], effects: Effects) -> None:
+        """A group was committed (or failed, then `effects` is empty and the results are errors)."""
+        for key, bits in effects.loaded.items():
+            self._postings.put(key, bits)
+        for key, devnos in effects.postings.items():  # final states: right for what was loaded midway, too
+            self._postings.change(key, devnos)
+        for (app_id, devno), generation in effects.generations.items():
+            self._states[app_id].generations[devno] = generation
+        for operation in operations:
+            if operation.kind == "append":
+                self._states.committed(operation.argument[2])
+
+    def _check_app(self, app_id: int) -> None:
+        if app_id in self._deleted:
+            raise StoreError(f"app {app_id} was deleted")
+
+    # Apps
+
+    async def create_app(self, name: str, *, open: bool = False, offline_limit: int = 100) -> App:
+        app: App = await self._write("create_app", (name, open, offline_limit))
+        return app
+
+    async def find_app(self, key: str) -> App | None:
+        found: tuple[App, dict[int, int]] | None = await self._read(self._reader, "find_app", key)
+        if found is None or found[0].app_id in self._deleted:
+            return None
+        app, generations = found
+        known = self._states[app.app_id].generations
+        for devno, generation in generations.items():
+            known[devno] = max(generation, known.get(devno, 0))  # a newer one may have come meanwhile
+        return app
+
+    async def list_apps(self, after: int = 0, limit: int = 1000) -> list[App]:
+        apps: list[App] = await self._read(self._lister, "list_apps", (after, limit))
+        return apps
+
+    async def rotate_secret(self, key: str) -> App | None:
+        app: App | None = await self._write("rotate_secret", key)
+        return app
+
+    async def delete_app(self, key: str) -> bool:
+        app_id: int | None = await self._write("delete_app", key)
+        if app_id is None:
+            return False
+        self._deleted.add(app_id)
+        self._states.drop(app_id)
+        return True
+
+    # Devices and the index over them
+
+    async def register(self, app_id: int, devices: Sequence[NewDevice]) -> list[Device]:
+        self._check_app(app_id)
+        registered: list[Device] = await self._write("register", (app_id, devices), 4 * len(devices))
+        return registered
+
+    async def find_devices(self, app_id: int, registration_ids: Sequence[str]) -> dict[str, Device]:
+        found: dict[str, Device] = await self._read(self._reader, "find_devices", (app_id, registration_ids))
+        return {rid: self._with_last_online(device) for rid, device in found.items()}
+
+    def _with_last_online(self, device: Device) -> Device:
+        key = (device.app_id, device.devno)
+        at = self._last_online.get(key) or self._writing_last_online.get(key)
+        return device if at is None else replace(device, last_online_at=at)
+
+    async def resolve(self, app_id: int, registration_ids: Sequence[str]) -> dict[str, int]:
+        resolved = self._resolved
+        known = {rid: resolved.get((app_id, rid)) for rid in registration_ids}
+        missing = [rid for rid, devno in known.items() if devno is None]
+        if missing:
+            found: dict[str, int] = await self._read(self._reader, "resolve", (app_id, missing))
+            resolved.update({(app_id, rid): devno for rid, devno in found.items()})
+            while len(resolved) > RESOLVED_DEVICES:
+                del resolved[next(iter(resolved))]
+            known.update(found)
+        return {rid: devno for rid, devno in known.items() if devno is not None}
+
+    async def names(self, app_id: int, devnos: Sequence[int]) -> dict[int, str]:
+        found: dict[int, str] = await self._read(self._lister, "names", (app_id, devnos))
+        return found
+
+    async def change_devices(self, app_id: int, changes: Mapping[str, DeviceChange]) -> dict[str, Device]:
+        self._check_app(app_id)
+        devices: dict[str, Device] = await self._write("change_devices", (app_id, changes), 4 * len(changes))
+        return {rid: self._with_last_online(device) for rid, device in devices.items()}
+
+    async def postings(self, app_id: int, terms: Sequence[TermKey]) -> list[BitMap]:
+        cached = [self._postings.get((app_id, str(kind), value)) for kind, value in terms]
+        lists = [bits for bits in cached if bits is not None]
+        if len(lists) == len(terms):
+            return lists
+        # Through the writer's queue, so that no change of before or after is missed.
+        loaded: list[BitMap] = await self._write("load_postings", (app_id, terms), len(terms))
+        return loaded
+
+    async def list_terms(self, app_id: int, kind: str) -> list[str]:
+        values: list[str] = await self._read(self._lister, "list_terms", (app_id, str(kind)))
+        return values
+
+    async def drop_term(self, app_id: int, term: TermKey, only: BitMap | None = None) -> BitMap:
+        self._check_app(app_id)
+        (posting,) = await self.postings(app_id, [term])
+        dropped = posting.copy() if only is None else posting & only
+        left = dropped.copy()
+        while left:
+            part = left[:DROP_SLICE]
+            await self._write("drop_term", (app_id, term, part), 4 * len(part))
+            left -= part
+        return dropped
+
+    def token_generations(self, app_id: int) -> Mapping[int, int]:
+        return MappingProxyType(self._states[app_id].generations)
+
+    # Messages
+
+    async def append(self, messages: Sequence[NewMessage]) -> list[Appended]:
+        inboxes: dict[int, BitMap] = {}
+        candidates: dict[int, BitMap] = {}  # for the newest-N rule: something may wait there already
+        rows = 0
+        for message in messages:
+            self._check_app(message.app_id)
+            rows += 2
+            if message.broadcast or message.expires_at <= message.created_at:
+                continue
+            targets = message.targets
+            rows += len(targets)
+            may_owe = self._states[message.app_id].may_owe
+            again = targets & may_owe
+            if again:
+                candidates.setdefault(message.app_id, BitMap()).update(again)
+            may_owe |= targets
+            inboxes.setdefault(message.app_id, BitMap()).update(targets)
+        appended: list[Appended] = await self._write("append", (messages, candidates, inboxes), rows)
+        return appended
+
+    async def fetch_owed(self, requests: Sequence[OwedRequest]) -> list[list[StoredMessage]]:
+        future = self._read(self._reader, "fetch_owed", requests, len(requests))
+        nothing: dict[int, BitMap] = {}
+        self._states.begin_fetch()
+        try:
+            owed: list[list[StoredMessage]] = await future
+            for request, found in zip(requests, owed, strict=True):
+                if not found and request.after <= 0:
+                    nothing.setdefault(request.app_id, BitMap()).add(request.devno)
+        finally:
+            self._states.end_fetch(nothing)
+        return owed
+
+    async def live_broadcasts(self, app_id: int) -> list[StoredBroadcast]:
+        answer: tuple[list[StoredBroadcast], list[int]] = await self._read(
+            self._lister, "live_broadcasts", app_id
+        )
+        live, finished = answer
+        if finished:
+            with suppress(StoreError):  # only saves the next call work
+                await self._write("fold", finished, len(finished))
+        return live
+
+    async def settle(self, settled: Sequence[Settled]) -> None:
+        rows = sum(1 + len(item.delivered) + len(item.evicted) for item in settled if not item.broadcast)
+        await self._write("settle", settled, rows + len(settled))
+
+    async def find_messages(self, app_id: int, msg_ids: Sequence[int]) -> dict[int, MessageRecord]:
+        found: dict[int, MessageRecord] = await self._read(self._lister, "find_messages", (app_id, msg_ids))
+        return found
+
+    async def record_receipts(self, receipts: Sequence[Receipt]) -> None:
+        await self._write("receipts", receipts, len(receipts))
+
+    async def record_events(self, events: Sequence[BehaviourEvent]) -> None:
+        await self._write("events", events, len(events))
+
+    async def list_events(self, app_id: int, after: int, limit: int) -> list[tuple[int, BehaviourEvent]]:
+        events: list[tuple[int, BehaviourEvent]] = await self._read(
+            self._lister, "list_events", (app_id, after, limit)
+        )
+        return events
+
+    # Ordinary retained messages
+
+    async def retain(self, retained: Sequence[Retained]) -> None:
+        await self._write("retain", retained, len(retained))
+
+    async def list_retained(self, app_id: int) -> list[Retained]:
+        retained: list[Retained] = await self._read(self._lister, "list_retained", app_id)
+        return retained
+
+    # Routes: one node, this process, so they are only in memory
+
+    def claim_route(self, app_id: int, devno: int, node_id: str, done: Callable[[Claim], None]) -> None:
+        if not self._open:
+            raise StoreUnavailable("the store is closed")
+        self._last_epoch += 1
+        done(Claim(self._last_epoch, self._states[app_id].claim(devno, self._last_epoch)))
+
+    def release_route(self, app_id: int, devno: int, epoch: int, now: float) -> None:
+        if not self._open:
+            raise StoreUnavailable("the store is closed")
+        if not self._states[app_id].release(devno, epoch):
+            return
+        self._last_online[app_id, devno] = now
+        if len(self._last_online) >= LAST_ONLINE_DEVICES:
+            self._write_last_online()
+        elif self._last_online_timer is None:
+            self._last_online_timer = self._loop.call_later(LAST_ONLINE_DELAY, self._write_last_online)
+
+    def _write_last_online(self) -> None:
+        if self._last_online_timer is not None:
+            self._last_online_timer.cancel()
+            self._last_online_timer = None
+        if not self._last_online:
+            return
+        times, self._last_online = self._last_online, {}
+        self._writing_last_online.update(times)
+        future = self._write("last_online", times, len(times))
+        future.add_done_callback(lambda done: self._wrote_last_online(times, done))
+
+    def _wrote_last_online(self, times: Mapping[tuple[int, int], float], done: asyncio.Future[Any]) -> None:
+        if not done.cancelled() and (error := done.exception()) is not None:
+            log.warning("when %d devices were last online is not recorded: %s", len(times), error)
+        for key, at in times.items():
+            if self._writing_last_online.get(key) == at:
+                del self._writing_last_online[key]
+
+    async def online(self, app_id: int, devnos: BitMap | None = None) -> BitMap:
+        routed = self._states[app_id].routed
+        return routed.copy() if devnos is None else routed & devnos
+
+    # Upkeep
+
+    async def expire(self, now: float) -> int:
+        gone: int = await self._write("expire", now)
+        return gone

@@ -1,0 +1,80 @@
+"""Device tokens: what a device shows as its password. Verified without I/O.
+
+A token is 40 characters of base64url: version, platform code, devno, generation, expiry (14 bytes), then
+the first 16 bytes of HMAC-SHA256 under the app's signing key over those bytes, app key and registration id.
+It does not name its device: shown for another registration id or app, its signature is wrong.
+"""
+
+from __future__ import annotations
+
+import hmac
+from base64 import urlsafe_b64encode
+from binascii import Error as Base64Error
+from binascii import a2b_base64
+from dataclasses import dataclass
+from struct import Struct
+from typing import Final
+
+from broker.model import PLATFORMS, App
+
+VERSION: Final = 1
+LENGTH: Final = 40  # 30 bytes, so no padding
+
+_CLAIMS: Final = Struct(">BBIII")  # version, platform, devno, generation, expires_at
+_MAC_SIZE: Final = 16
+_PLATFORM_CODES: Final = {name: code for code, name in enumerate(PLATFORMS)}
+_FROM_URLSAFE: Final = bytes.maketrans(b"-_", b"+/")
+
+
+class TokenError(Exception):
+    """`reason`: malformed | signature | expired."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenClaims:
+    devno: int
+    platform: str
+    generation: int  # the caller compares it with store.token_generations(app_id).get(devno, 0)
+    expires_at: int
+
+
+def issue(
+    app: App,
+    registration_id: str,
+    devno: int,
+    platform: str,
+    generation: int,
+    now: float,
+    lifetime: float,
+) -> str:
+    claims = _CLAIMS.pack(VERSION, _PLATFORM_CODES[platform], devno, generation, int(now + lifetime))
+    return urlsafe_b64encode(claims + _mac(app, registration_id, claims)).decode()
+
+
+def verify(app: App, registration_id: str, token: bytes, now: float) -> TokenClaims:
+    """Raises TokenError."""
+    if len(token) != LENGTH:
+        raise TokenError("malformed")
+    try:
+        raw = a2b_base64(token.translate(_FROM_URLSAFE))
+    except Base64Error:
+        raise TokenError("malformed") from None
+    if len(raw) != _CLAIMS.size + _MAC_SIZE or raw[0] != VERSION:
+        raise TokenError("malformed")
+    claims = raw[: _CLAIMS.size]
+    if not hmac.compare_digest(raw[_CLAIMS.size :], _mac(app, registration_id, claims)):
+        raise TokenError("signature")
+    _, platform, devno, generation, expires_at = _CLAIMS.unpack(claims)
+    if now >= expires_at:
+        raise TokenError("expired")
+    return TokenClaims(devno, PLATFORMS[platform], generation, expires_at)
+
+
+def _mac(app: App, registration_id: str, claims: bytes) -> bytes:
+    # Unambiguous: claims have a fixed size, and an app key holds no NUL.
+    signed = b"%b%b\0%b" % (claims, app.key.encode(), registration_id.encode())
+    return hmac.digest(app.signing_key, signed, "sha256")[:_MAC_SIZE]

@@ -1,0 +1,1 @@
+"""What others run: device SDK, publisher SDK, command line. Imports gateway.mqtt, nothing else of ours."""

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import asyncio
+import io
+from base64 import b64encode
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import orjson
+import pytest
+from aiohttp import web
+
+from broker.apps import Apps
+from broker.bus import Doorbell
+from broker.bus_local import LocalBus
+from broker.devices import Devices
+from broker.http_api import build_api
+from broker.http_call import ApiCounters
+from broker.limits import Limits
+from broker.model import App, Device
+from broker.pushes import Pushes
+from broker.reports import Reports
+from broker.store_sqlite import SqliteStore
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return orjson.loads(self.body)
+
+    @property
+    def code(self) -> int:
+        return int(self.json["error"]["code"])
+
+    @property
+    def message(self) -> str:
+        return str(self.json["error"]["message"])
+
+
+@dataclass
+class Service:
+    """Everything behind the public API, on a real store, listening on a real port."""
+
+    store: SqliteStore
+    bus: LocalBus
+    apps: Apps
+    devices: Devices
+    pushes: Pushes
+    reports: Reports
+    limits: Limits
+    app: App
+    counters: ApiCounters = field(default_factory=ApiCounters)
+    now: float = 1_800_000_000.0
+    rung: asyncio.Queue[Doorbell] = field(default_factory=asyncio.Queue)
+    base: str = ""
+    session: aiohttp.ClientSession | None = None
+
+    def clock(self) -> float:
+        return self.now
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        *,
+        auth: tuple[str, str] | None = ("", ""),
+        headers: dict[str, str] | None = None,
+    ) -> Answer:
+        """`body`: bytes as they are, anything else as JSON. `auth` defaults to the app's own."""
+        assert self.session is not None
+        raw = body if isinstance(body, bytes) or body is None else orjson.dumps(body)
+        body_file = None if raw is None else io.BytesIO(raw)  # bytes of a megabyte would warn
+        headers = dict(headers or {})
+        if auth is not None:
+            user, password = auth if auth != ("", "") else (self.app.key, self.app.master_secret)
+            headers["Authorization"] = "Basic " + b64encode(f"{user}:{password}".encode()).decode()
+        async with self.session.request(method, self.base + path, data=body_file, headers=headers) as answer:
+            return Answer(answer.status, dict(answer.headers), await answer.read())
+
+    async def register(self, registration_id: str, **properties: Any) -> Device:
+        registered = await self.devices.register(
+            self.app, registration_id=registration_id, trusted=True, **properties
+        )
+        return registered.device
+
+    async def doorbell(self) -> Doorbell:
+        return await asyncio.wait_for(self.rung.get(), 5)
+
+
+Start = Callable[..., Awaitable[Service]]
+
+
+@pytest.fixture
+async def start(tmp_path: Path) -> AsyncIterator[Start]:
+    """Starts services: `await start(limits=Limits(…), open=True)`."""
+    async with AsyncExitStack() as stack:
+
+        async def run(*, limits: Limits | None = None, **app: Any) -> Service:
+            store, bus, limits = SqliteStore(tmp_path / "data.db"), LocalBus(), limits or Limits()
+            await store.open()
+            stack.push_async_callback(store.close)
+            apps = Apps(store, bus, limits)
+            stack.callback(apps.close)
+            service = Service(store, bus, apps, *_parts(store, bus, limits, lambda: service.now), limits,
+                              await apps.create("test", **app))  # fmt: skip
+            stack.callback(bus.subscribe(lambda doorbells: [service.rung.put_nowait(d) for d in doorbells]))  # type: ignore[arg-type, func-returns-value]
+            runner = web.AppRunner(
+                build_api(
+                    apps, service.devices, service.pushes, service.reports, limits,
+                    clock=service.clock, observe=service.counters.observe,
+                ),
+                access_log=None,
+            )  # fmt: skip
+            await runner.setup()
+            stack.push_async_callback(runner.cleanup)
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            service.base = "http://{}:{}".format(*runner.addresses[0][:2])
+            service.session = await stack.enter_async_context(aiohttp.ClientSession())
+            return service
+
+        yield run
+
+
+def _parts(
+    store: SqliteStore, bus: LocalBus, limits: Limits, clock: Callable[[], float]
+) -> tuple[Devices, Pushes, Reports]:
+    return (
+        Devices(store, bus, limits, clock),
+        Pushes(store, bus, limits, clock),
+        Reports(store, limits, clock),
+    )
+
+
+@pytest.fixture
+async def service(start: Start) -> Service:
+    return await start()

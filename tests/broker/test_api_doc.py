@@ -1,0 +1,102 @@
+"""Every example in docs/api.md is run, and every endpoint has one."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from broker.errors import STATUS
+from broker.http_api import device_endpoints, push_endpoints, report_endpoints
+from broker.limits import Limits
+
+PAGE = Path(__file__).parents[2] / "docs" / "api.md"
+EXAMPLE = re.compile(
+    r"```http\n(?P<method>[A-Z]+) (?P<path>\S+)\n(?P<auth>auth: device key\n)?(?:\n(?P<body>.*?))?```\n"
+    r"```(?P<kind>json|text) (?P<status>\d+)\n(?P<answer>.*?)```",
+    re.DOTALL,
+)
+DEVICE = "0a1b2c3d4e5f60718293"
+
+
+@dataclass
+class Example:
+    method: str
+    path: str
+    device_key: bool
+    body: str
+    status: int
+    answer: str
+
+
+def _examples() -> list[Example]:
+    page = PAGE.read_text()
+    examples = [
+        Example(m["method"], m["path"], bool(m["auth"]), m["body"] or "", int(m["status"]), m["answer"])
+        for m in EXAMPLE.finditer(page)
+    ]
+    assert len(examples) == page.count("```http"), "an example is not written as the others are"
+    return examples
+
+
+def _matches(wanted: Any, got: Any) -> bool:
+    """`…` stands for any value."""
+    if wanted == "…":
+        return True
+    if isinstance(wanted, dict) and isinstance(got, dict):
+        return wanted.keys() == got.keys() and all(_matches(wanted[key], got[key]) for key in wanted)
+    if isinstance(wanted, list) and isinstance(got, list):
+        return len(wanted) == len(got) and all(map(_matches, wanted, got))
+    return bool(wanted == got)
+
+
+async def test_every_example_answers_as_the_page_says(service: Any) -> None:
+    device = await service.register(DEVICE, platform="android", alias="ann", tags=["red"])
+    event = service.reports.event(service.app.app_id, device.devno, "opened", b'{"page":3}', service.now)
+    await service.store.record_events([event])
+    seen: dict[str, str] = {}
+
+    def fill(text: str) -> str:
+        for name, value in seen.items():
+            text = text.replace(name, value)
+        return text
+
+    for example in _examples():
+        auth = (service.app.key, service.app.device_key) if example.device_key else ("", "")
+        body = fill(example.body).encode() or None
+        answer = await service.call(example.method, fill(example.path), body, auth=auth)
+        where = (example.method, example.path, answer.body)
+        assert answer.status == example.status, where
+        if not example.answer:
+            assert answer.body == b"", where
+            continue
+        assert _matches(orjson.loads(fill(example.answer)), answer.json), where
+        if isinstance(answer.json, dict):
+            seen |= {name.upper(): answer.json[name] for name in ("msg_id", "token") if name in answer.json}
+
+
+def test_every_endpoint_has_a_heading_and_an_example(service: Any) -> None:
+    headings = set(re.findall(r"^### (\S+ \S+)$", PAGE.read_text(), re.MULTILINE))
+    limits = Limits()
+    endpoints = [
+        *push_endpoints(service.pushes, limits),
+        *device_endpoints(service.devices, limits),
+        *report_endpoints(service.reports, limits),
+    ]
+    assert headings == {f"{endpoint.method} {endpoint.paths[0]}" for endpoint in endpoints}
+    examples = _examples()
+    for endpoint in endpoints:
+        path = re.compile(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(endpoint.paths[0])) + r"(\?.*)?")
+        assert any(e.method == endpoint.method and path.fullmatch(e.path) for e in examples), endpoint.paths
+
+
+def test_the_page_has_the_codes_of_the_table() -> None:
+    rows = re.findall(r"^\| (\d{4}) \| (\d{3}) \|", PAGE.read_text(), re.MULTILINE)
+    assert len(rows) > 15
+    own = {404, 413}  # the same code in an unusual place
+    assert {(int(code), int(status)) for code, status in rows if int(status) not in own} <= {
+        (code, status) for code, (status, _) in STATUS.items()
+    }

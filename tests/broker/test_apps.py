@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from base64 import b64encode
+from typing import Any
+
+import pytest
+
+from broker.apps import Apps, read_basic
+from broker.bus import CredentialsChanged
+from broker.limits import Limits
+
+
+def _basic(user: str, password: str) -> str:
+    return "Basic " + b64encode(f"{user}:{password}".encode()).decode()
+
+
+@pytest.mark.parametrize(
+    ("header", "credentials"),
+    [
+        ("Basic YTpi", ("a", b"b")),
+        ("basic YTpi", ("a", b"b")),
+        ("Basic  YTpi", ("a", b"b")),
+        ("Basic YTpiOmM=", ("a", b"b:c")),
+        ("Basic Og==", ("", b"")),
+        ("Basic YQ==", None),
+        ("Basic YTp", None),
+        ("Basic \u00e9", None),
+        ("Basic /zo=", None),
+        ("Basic", None),
+        ("Bearer YTpi", None),
+        ("", None),
+    ],
+)
+def test_a_basic_header_is_read(header: str, credentials: tuple[str, bytes] | None) -> None:
+    assert read_basic(header) == credentials
+
+
+async def test_an_app_is_known_after_it_was_found(service: Any) -> None:
+    apps = Apps(service.store, service.bus)
+    assert apps.peek(service.app.key) is None
+    assert await apps.find(service.app.key) == service.app
+    assert apps.peek(service.app.key) == service.app
+    assert await apps.find("f" * 24) is None
+    assert await apps.find("f" * 24) is None
+    apps.close()
+
+
+async def test_each_secret_opens_its_own_door(service: Any) -> None:
+    apps, app = service.apps, service.app
+    master = await apps.login(_basic(app.key, app.master_secret))
+    device = await apps.login(_basic(app.key, app.device_key))
+    assert master is not None
+    assert device is not None
+    assert (master.app, master.publisher) == (app, True)
+    assert (device.app, device.publisher) == (app, False)
+    assert apps.peek_login(_basic(app.key, app.master_secret)) is master
+    for header in (_basic(app.key, "wrong"), _basic("f" * 24, app.master_secret), "nonsense"):
+        assert await apps.login(header) is None
+        assert apps.peek_login(header) is None
+    assert apps.check_master_secret(app, app.master_secret.encode())
+    assert not apps.check_master_secret(app, app.device_key.encode())
+    assert apps.check_device_key(app, app.device_key.encode())
+    assert not apps.check_device_key(app, b"")
+
+
+async def test_a_rotated_secret_stops_at_once_and_everywhere(service: Any) -> None:
+    app, elsewhere = service.app, Apps(service.store, service.bus)
+    old = _basic(app.key, app.master_secret)
+    assert await elsewhere.login(old) is not None
+    assert await service.apps.login(old) is not None
+    rotated = await service.apps.rotate_secret(app.key)
+    assert rotated is not None
+    assert await service.apps.login(old) is None
+    while not isinstance(bell := await service.doorbell(), CredentialsChanged) or bell.app_id != app.app_id:
+        pass
+    assert bell.devnos is None
+    assert elsewhere.peek(app.key) is None
+    assert await elsewhere.login(old) is None
+    assert await elsewhere.login(_basic(app.key, rotated.master_secret)) is not None
+    elsewhere.close()
+
+
+async def test_a_deleted_app_is_gone(service: Any) -> None:
+    header = _basic(service.app.key, service.app.master_secret)
+    assert await service.apps.login(header) is not None
+    assert await service.apps.delete(service.app.key)
+    assert await service.apps.login(header) is None
+    assert await service.apps.find(service.app.key) is None
+    assert not await service.apps.delete(service.app.key)
+    assert await service.apps.rotate_secret(service.app.key) is None
+
+
+async def test_caches_are_bounded(service: Any) -> None:
+    apps = Apps(service.store, service.bus, Limits(max_apps_cached=2, max_unknown_keys=2))
+    created = [await service.apps.create(f"app {n}") for n in range(4)]
+    for app in created:
+        assert await apps.login(_basic(app.key, app.master_secret)) is not None
+    for n in range(4):
+        assert await apps.find(f"unknown {n}") is None
+    assert [apps.peek(app.key) is not None for app in created] == [False, False, True, True]
+    assert await apps.find(created[0].key) == created[0]
+    apps.close()

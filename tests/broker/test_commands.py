@@ -1,0 +1,193 @@
+"""`holdfast config`, `app` and `device`: on a stopped server, and beside one that has the store open."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import click
+import orjson
+import pytest
+from click.testing import CliRunner, Result
+
+from broker import tokens
+from broker.admin import AdminFile, AdminListener, Health, LocalActions, write_admin_file
+from broker.apps import Apps
+from broker.bus_local import LocalBus
+from broker.command import app, config, device, make_store
+from broker.config import load_config
+from broker.devices import Devices
+from broker.metrics import LoopLag, Metrics
+
+COMMANDS: dict[str, click.Command] = {"app": app, "config": config, "device": device}
+
+
+def _run(line: str, *more: str) -> Result:
+    name, *words = line.split()
+    return CliRunner().invoke(COMMANDS[name], [*words, *more])
+
+
+def _answer(data_dir: Path, line: str) -> Any:
+    done = _run(line, "--data-dir", str(data_dir))
+    assert done.exit_code == 0, done.output
+    return orjson.loads(done.stdout)
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+# config
+
+
+def test_check_says_ok(tmp_path: Path) -> None:
+    file = tmp_path / "h.toml"
+    file.write_text("[mqtt]\nport = 0\n")
+    done = _run("config check", str(file))
+    assert (done.exit_code, done.output) == (0, "ok\n")
+
+
+def test_check_prints_every_mistake_and_fails(tmp_path: Path) -> None:
+    file = tmp_path / "h.toml"
+    file.write_text("[mqtt]\nprot = 0\nport = -1\n")
+    done = _run("config check", str(file))
+    assert done.exit_code == 1
+    assert [line.split(": ")[0] for line in done.output.splitlines()] == [f"{file}:2", f"{file}:3"]
+
+
+def test_show_prints_what_is_in_effect_without_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "h.toml"
+    file.write_text("[mqtt]\nport = 11\n[http]\nport = 12\n")
+    monkeypatch.setenv("HOLDFAST_HTTP_PORT", "13")
+    monkeypatch.setenv("HOLDFAST_ADMIN_KEY", "0123456789abcdef")
+    monkeypatch.setenv("HOLDFAST_CONFIG", str(file))
+    done = _run("config show", "--admin-port", "14")
+    assert done.exit_code == 0
+    for line in ("port = 11", "port = 13", "port = 14", 'key = "(hidden)"'):
+        assert line in done.output.splitlines()
+    assert "0123456789abcdef" not in done.output
+
+
+def test_a_wrong_setting_ends_any_command_with_status_2(tmp_path: Path) -> None:
+    done = _run("config show", "--mqtts-port", "x")
+    assert done.exit_code == 2
+    assert "--mqtts-port (mqtt.tls_port) = 'x': must be a whole number from 0 to 65535" in done.output
+
+
+def test_a_secret_is_no_flag() -> None:
+    done = _run("config show", "--admin-key", "0123456789abcdef")
+    assert done.exit_code == 2
+    assert "No such option" in done.output
+
+
+def test_sample_is_a_settings_file(tmp_path: Path) -> None:
+    file = tmp_path / "h.toml"
+    file.write_text(_run("config sample").stdout)
+    assert _run("config check", str(file)).output == "ok\n"
+
+
+# A stopped server
+
+
+def test_apps_of_a_stopped_server(data_dir: Path) -> None:
+    made = _answer(data_dir, "app create Shop --open")
+    assert (made["name"], made["open"]) == ("Shop", True)
+    rotated = _answer(data_dir, f"app rotate-secret {made['app_key']}")
+    assert rotated["master_secret"] != made["master_secret"]
+    assert _answer(data_dir, "app list") == [rotated]
+    _answer(data_dir, f"app delete {made['app_key']}")
+    assert _answer(data_dir, "app list") == []
+
+
+def test_tokens_of_a_stopped_server(data_dir: Path) -> None:
+    made = _answer(data_dir, "app create Shop")
+    first = _answer(data_dir, f"device token phone-1 --app {made['app_key']}")
+    again = _answer(data_dir, f"device token phone-1 --app {made['app_key']}")
+    other = _answer(data_dir, f"device token phone-2 --app {made['app_key']}")
+    assert len(first["token"]) == len(other["token"]) == tokens.LENGTH
+    assert first["registration_id"] == again["registration_id"] == "phone-1"
+
+
+def test_an_unknown_app_is_said(data_dir: Path) -> None:
+    _answer(data_dir, "app create Shop")
+    done = _run("app delete nope", "--data-dir", str(data_dir))
+    assert (done.exit_code, done.output) == (1, "Error: there is no app nope\n")
+
+
+def test_a_misspelt_data_directory_is_not_created(data_dir: Path) -> None:
+    done = _run("app list", "--data-dir", str(data_dir))
+    assert done.exit_code == 1
+    assert f"there is no data directory {data_dir}" in done.output
+    assert not data_dir.exists()
+
+
+def test_a_data_directory_that_cannot_be_written_is_said(data_dir: Path) -> None:
+    (data_dir / "holdfast.lock").mkdir(parents=True)  # unlike permissions, this stops root too
+    done = _run("app list", "--data-dir", str(data_dir))
+    assert done.exit_code == 1
+    assert f"cannot write in the data directory {data_dir}" in done.output
+
+
+# A running server
+
+
+@pytest.fixture
+async def running(data_dir: Path) -> AsyncIterator[Path]:
+    """What of a server matters here: it has the store open, and its admin listener is up."""
+    settings = load_config(None, None, {"server.data_dir": str(data_dir), "admin.port": "0"})
+    store, bus, metrics = make_store(settings), LocalBus(), Metrics()
+    await store.open()
+    lag = LoopLag(metrics)
+    actions = LocalActions(store, Apps(store, bus), Devices(store, bus), settings.push.offline_limit)
+    listener = AdminListener(settings, actions, metrics, Health(), lag)
+    await listener.open()
+    yield data_dir
+    await listener.close()
+    lag.close()
+    await store.close()
+
+
+async def test_apps_and_tokens_of_a_running_server(running: Path) -> None:
+    made = await asyncio.to_thread(_answer, running, "app create Shop")
+    key = made["app_key"]
+    issued = await asyncio.to_thread(_answer, running, f"device token phone-1 --app {key}")
+    assert issued["registration_id"] == "phone-1"
+    rotated = await asyncio.to_thread(_answer, running, f"app rotate-secret {key}")
+    assert await asyncio.to_thread(_answer, running, "app list") == [rotated]
+    await asyncio.to_thread(_answer, running, f"app delete {key}")
+    assert await asyncio.to_thread(_answer, running, "app list") == []
+
+
+async def test_the_running_server_says_why_not(running: Path) -> None:
+    odd = "../../v1/apps?x=#/"
+    done = await asyncio.to_thread(_run, f"app delete {odd}", "--data-dir", str(running))
+    assert (done.exit_code, done.output) == (1, f"Error: there is no app {odd}\n")
+
+
+async def test_a_locked_store_without_a_server_that_answers_is_said(data_dir: Path) -> None:
+    store = make_store(load_config(None, None, {"server.data_dir": str(data_dir)}))
+    await store.open()
+    free = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+    port = free.sockets[0].getsockname()[1]
+    free.close()
+    await free.wait_closed()
+    for address, expected in (
+        (None, "in use by another server"),
+        (f"http://127.0.0.1:{port}", "does not answer"),
+    ):
+        write_admin_file(data_dir, AdminFile("k" * 16, address))
+        done = await asyncio.to_thread(_run, "app list", "--data-dir", str(data_dir))
+        assert done.exit_code == 1
+        assert expected in done.output
+    await store.close()
+
+
+def test_a_file_left_by_a_killed_server_is_in_nobodys_way(data_dir: Path) -> None:
+    data_dir.mkdir()
+    write_admin_file(data_dir, AdminFile("k" * 16, "http://127.0.0.1:9"))
+    assert _answer(data_dir, "app list") == []

@@ -1,0 +1,189 @@
+"""The unmodified `jpush` package from PyPI as publisher, in both address plans.
+
+It is pointed at us the way it offers: a zone of its own in `jpush.common.ZONES`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jpush
+import pytest
+from jpush.common import ZONES, JPushFailure, Unauthorized
+
+from broker.model import Settled
+
+# Where each call goes in the two plans of the vendor (jpush/common.py).
+PLANS = {
+    "three hosts": {
+        "PUSH": "/v3/",
+        "REPORT": "/v3/",
+        "DEVICE": "/v3/devices/",
+        "ALIAS": "/v3/aliases/",
+        "TAG": "/v3/tags/",
+    },
+    "one host": {
+        "PUSH": "/v3/",
+        "REPORT": "/v3/report/",
+        "DEVICE": "/v3/device/",
+        "ALIAS": "/v3/device/aliases/",
+        "TAG": "/v3/device/tags/",
+    },
+}
+ZONE = "HOLDFAST"
+
+
+@pytest.fixture(params=PLANS.values(), ids=PLANS.keys())
+def sdk(request: pytest.FixtureRequest, service: Any) -> Iterator[jpush.JPush]:
+    ZONES[ZONE] = {key: service.base + path for key, path in request.param.items()}
+    client = jpush.JPush(service.app.key, service.app.master_secret, zone=ZONE)
+    yield client
+    client.session.close()
+    del ZONES[ZONE]
+
+
+async def _payload(call: Callable[..., Any], *args: Any) -> Any:
+    """The SDK blocks, so it runs beside the server's loop."""
+    response = await asyncio.to_thread(call, *args)
+    assert response.status_code == 200
+    return response.payload
+
+
+async def _devices(service: Any) -> dict[str, int]:
+    return {
+        name: (await service.register(name, platform=platform, alias=alias, tags=tags)).devno
+        for name, platform, alias, tags in (
+            ("a", "android", "ann", ["red", "big"]),
+            ("b", "ios", "ann", ["red"]),
+            ("c", "android", "bob", ["big"]),
+        )
+    }
+
+
+def _hello(sdk: jpush.JPush, audience: object = jpush.all_, platform: object = jpush.all_) -> Any:
+    push = sdk.create_push()
+    push.audience = audience
+    push.platform = platform
+    push.notification = jpush.notification(alert="hello")
+    return push
+
+
+AUDIENCES: list[tuple[Any, Any, str]] = [
+    (jpush.all_, jpush.all_, "abc"),
+    (jpush.all_, jpush.platform("ios"), "b"),
+    (jpush.audience(jpush.tag("red")), jpush.all_, "ab"),
+    (jpush.audience(jpush.tag("red", "big")), jpush.all_, "abc"),
+    (jpush.audience(jpush.tag_and("red", "big")), jpush.all_, "a"),
+    (jpush.audience(jpush.tag_not("red")), jpush.all_, "c"),
+    (jpush.audience(jpush.alias("ann")), jpush.all_, "ab"),
+    (jpush.audience(jpush.alias("ann", "bob"), jpush.tag("big")), jpush.platform("android", "hmos"), "ac"),
+    (jpush.audience(jpush.registration_id("a", "c")), jpush.all_, "ac"),
+]
+
+
+async def test_push_to_every_audience(service: Any, sdk: jpush.JPush) -> None:
+    devices = await _devices(service)
+    for audience, platform, names in AUDIENCES:
+        payload = await _payload(_hello(sdk, audience, platform).send)
+        msg_id = int(payload["msg_id"])
+        record = (await service.store.find_messages(service.app.app_id, [msg_id]))[msg_id]
+        assert list(record.targets) == sorted(devices[name] for name in names), audience
+
+
+async def test_everything_that_the_sdk_can_say(service: Any, sdk: jpush.JPush) -> None:
+    await _devices(service)
+    push = _hello(sdk)
+    push.notification = jpush.notification(
+        alert="hello",
+        android=jpush.android("hi", title="t", priority=1, style=1, alert_type=1, big_text="b", extras={"k": "v"},
+                              badge_add_num=1, intent={"url": "x"}, sound="s", display_foreground="1"),
+        ios=jpush.ios({"title": "t", "body": "b"}, badge="+1", content_available=True, mutable_content=True,
+                      category="c", thread_id="t", interruption_level="active", extras={"k": 1}),
+        hmos=jpush.hmos("hi", title="t", category="c", intent={"url": "x"}, badge_add_num=1, push_type=0),
+        quickapp=jpush.quickapp("hi", "t", "/page"),
+        winphone=jpush.winphone("hi", extras={"k": "v"}),
+        voip=jpush.voip({"k": "v"}),
+    )  # fmt: skip
+    push.message = jpush.message("content", title="t", content_type="text", extras={"k": "v"})
+    push.options = {"sendno": 12, "time_to_live": 60, "apns_production": False, "third_party_channel": {}}
+    assert (await _payload(push.send))["sendno"] == "12"
+
+
+async def test_validate_and_cid(service: Any, sdk: jpush.JPush) -> None:
+    await _devices(service)
+    assert (await _payload(_hello(sdk).send_validate)).keys() == {"sendno", "msg_id"}
+    push = _hello(sdk)
+    push.cid = (await _payload(push.get_cid, 2))["cidlist"][0]
+    assert await _payload(push.send) == await _payload(push.send)
+
+
+async def test_batches(service: Any, sdk: jpush.JPush) -> None:
+    await _devices(service)
+    notification = jpush.notification(alert="hello")
+    by_id = [{"platform": "all", "target": name, "notification": notification} for name in "ab"]
+    payload = await _payload(sdk.create_push().batch_push_by_regid, by_id)
+    assert [set(result) for result in payload.values()] == [{"sendno", "msg_id"}] * 2
+    by_alias = [{"platform": "all", "target": "ann", "notification": notification}]
+    payload = await _payload(sdk.create_push().batch_push_by_alias, by_alias)
+    msg_id = int(next(iter(payload.values()))["msg_id"])
+    assert len((await service.store.find_messages(service.app.app_id, [msg_id]))[msg_id].targets) == 2
+
+
+async def test_devices_tags_and_aliases(service: Any, sdk: jpush.JPush) -> None:
+    await _devices(service)
+    device = sdk.create_device()
+    assert await _payload(device.get_deviceinfo, "a") == {
+        "tags": ["big", "red"],
+        "alias": "ann",
+        "mobile": None,
+    }
+    change = jpush.device_tag(jpush.add("new"), jpush.remove("red")) | jpush.device_alias("eve")
+    assert await _payload(device.set_deviceinfo, "a", change) == "success"
+    await _payload(device.set_devicemobile, "a", jpush.device_mobile("13012345678"))
+    info = await _payload(device.get_deviceinfo, "a")
+    assert info == {"tags": ["big", "new"], "alias": "eve", "mobile": "13012345678"}
+    await _payload(device.set_deviceinfo, "a", jpush.device_tag("") | jpush.device_alias(""))
+    assert await _payload(device.get_deviceinfo, "a") == {"tags": [], "alias": None, "mobile": "13012345678"}
+
+    assert await _payload(device.get_taglist) == {"tags": ["big", "red"]}
+    users = jpush.device_regid(jpush.add("a"), jpush.remove("b"))
+    assert await _payload(device.update_tagusers, "red", users) == "success"
+    assert await _payload(device.check_taguserexist, "red", "a") == {"result": True}
+    assert await _payload(device.check_taguserexist, "red", "b") == {"result": False}
+    assert await _payload(device.delete_tag, "big", "android") == "success"
+    assert await _payload(device.get_taglist) == {"tags": ["red"]}
+
+    assert await _payload(device.get_aliasuser, "bob", "android") == {"registration_ids": ["c"]}
+    assert await _payload(device.delete_alias, "bob") == "success"
+    assert await _payload(device.get_aliasuser, "bob") == {"registration_ids": []}
+    status = await _payload(device.get_device_status, ["a", "nobody"])
+    assert status == {"a": {"online": False}}
+
+
+async def test_reports(service: Any, sdk: jpush.JPush) -> None:
+    devices = await _devices(service)
+    msg_id = int((await _payload(_hello(sdk).send))["msg_id"])
+    app_id = service.app.app_id
+    await service.store.settle([Settled(app_id, msg_id, broadcast=False, delivered=[devices["a"]])])
+    report = sdk.create_report()
+    row = (await _payload(report.get_received, str(msg_id)))[0]
+    assert (row["msg_id"], row["android_received"], row["ios_msg_received"]) == (str(msg_id), 1, 0)
+    row = (await _payload(report.get_received_detail, f"{msg_id}"))[0]
+    assert (row["jpush_received"], row["target"], row["delivered"], row["pending"]) == (1, 3, 1, 2)
+    status = await _payload(report.get_status_message, msg_id, ["a", "b", "nobody"], "2026-01-31")
+    assert status == {"a": {"status": 0}, "b": {"status": 1}, "nobody": {"status": 2}}
+
+
+async def test_the_sdk_understands_our_errors(service: Any, sdk: jpush.JPush) -> None:
+    with pytest.raises(JPushFailure) as caught:
+        await _payload(_hello(sdk, jpush.audience(jpush.tag("none"))).send)
+    assert caught.value.error_code == 1011
+    with pytest.raises(JPushFailure) as caught:
+        await _payload(sdk.create_device().get_deviceinfo, "nobody")
+    assert (caught.value.error_code, caught.value.details) == (7002, "no such device in this app: nobody")
+    stranger = jpush.JPush(service.app.key, "wrong", zone=ZONE)
+    with pytest.raises(Unauthorized):
+        await _payload(_hello(stranger).send)
+    stranger.session.close()
