@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
 from pyroaring import BitMap
 
 from broker.audience import resolve
@@ -23,8 +23,7 @@ from broker.store import Store, StoreError
 Clock = Callable[[], float]
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(msgspec.Struct, frozen=True, gc=False):
     """A push that is durable, or (its cid was used before) the push that was stored then."""
 
     msg_id: int

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar
 
 import msgspec
@@ -201,8 +200,7 @@ _item_decoder: Final = msgspec.json.Decoder(BatchItem)
 _encode: Final = msgspec.json.Encoder().encode
 
 
-@dataclass(frozen=True, slots=True)
-class Checked:
+class Checked(msgspec.Struct, frozen=True, gc=False):
     """A push that is right in itself; its audience is not resolved yet."""
 
     audience: Audience
@@ -380,7 +378,8 @@ def check_name(name: str, path: str, limits: Limits, code: int = 1003) -> str:
 
 
 def check_cid(cid: str, limits: Limits) -> None:
-    if not 0 < len(cid.encode()) <= limits.cid_size or not cid.isprintable():
+    size = len(cid) if cid.isascii() else len(cid.encode())
+    if not 0 < size <= limits.cid_size or not cid.isprintable():
         raise ApiError(1003, f"cid: must be 1 to {limits.cid_size} bytes of printable text")
 
 

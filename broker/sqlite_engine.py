@@ -87,8 +87,10 @@ CREATE TABLE retained (
     properties BLOB NOT NULL, expires_at REAL, PRIMARY KEY (app, topic));
 CREATE INDEX retained_by_expiry ON retained (expires_at) WHERE expires_at IS NOT NULL;
 
-CREATE TABLE high_water (id INTEGER NOT NULL);  -- the greatest id given out before the last purge
-INSERT INTO high_water VALUES (0);
+CREATE TABLE high_water (
+    id INTEGER NOT NULL,  -- the greatest message or event id given out before the last purge
+    epoch INTEGER NOT NULL);  -- the route epochs of this run are above it
+INSERT INTO high_water VALUES (0, 0);
 """
 
 

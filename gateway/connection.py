@@ -20,6 +20,7 @@ from gateway.mqtt import (
     Properties,
     ProtocolError,
     Reason,
+    UnsupportedVersion,
     decode,
     encode,
     puback_run,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 OPENING_CHECK: Final = 1.0  # seconds between checks before CONNECT; the first check after it follows in time
 MAX_CONNECT_SIZE: Final = 65_536  # bytes of a CONNECT, will included: nobody has proved anything yet
+MAX_UNREAD: Final = 1_048_576  # bytes not yet sent, above which nothing is read: a peer that asks and never listens
 
 
 class Phase(enum.IntEnum):
@@ -102,11 +104,16 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self.session is not None:  # before CONNECT the deadline does not move, whatever trickles in
             self.last_seen = self.node.clock.now
+        if self.blocked and self.transport.get_write_buffer_size() > MAX_UNREAD:
+            self.transport.pause_reading()  # until resume_writing
         if self.partial is not None:
             self.partial += data
             self._take(self.partial)
         elif self.phase is Phase.LIVE and data[0] == PUBACK_BYTES:
-            self._take_acks(data)
+            try:
+                self._take_acks(data)
+            except MQTTError as error:
+                self.fail(error)
         else:
             self._take(data)
 
@@ -202,10 +209,13 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.blocked = True
+        self.node.blocked += self.phase is Phase.LIVE
 
     def resume_writing(self) -> None:
         self.blocked = False
+        self.node.blocked -= self.phase is Phase.LIVE
         self.catch_up()
+        self.resume_reading()
 
     # For the node
 
@@ -258,7 +268,8 @@ class Connection(asyncio.Protocol):
             # Dead or hopeless: the next connection resends (architecture, decision 6).
             self.close("ack timeout", Reason.UNSPECIFIED_ERROR)
             return None
-        next_check = now + self.profile.ack_timeout
+        waiting_since = now if session.unacked is None else session.waiting_since
+        next_check = waiting_since + self.profile.ack_timeout
         if not self.keep_alive:
             return next_check
         deadline = self.last_seen + self.keep_alive
@@ -283,7 +294,9 @@ class Connection(asyncio.Protocol):
             label = "packet too large" if isinstance(error, PacketTooLarge) else "bad CONNECT"
             self.refuse(error.version or 0, error.reason, str(error), label)
         else:
-            self.close(error.reason.name.lower().replace("_", " "), error.reason, str(error))
+            # DISCONNECT has no "unsupported version": that was in a second CONNECT.
+            reason = Reason.PROTOCOL_ERROR if isinstance(error, UnsupportedVersion) else error.reason
+            self.close(reason.name.lower().replace("_", " "), reason, str(error))
 
     def close(self, label: str, reason: Reason | None = None, text: str = "") -> None:
         """End the connection; `reason` is told to an MQTT 5 peer in DISCONNECT."""

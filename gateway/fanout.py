@@ -37,6 +37,11 @@ class Fanout:
         """Broadcasts not yet offered to every online device."""
         return len(self._walks)
 
+    @property
+    def left(self) -> int:
+        """Devices they are still to be offered to."""
+        return sum(walk.left for _, walk in self._walks)
+
     def count(self, frames: int) -> None:
         """Pushes sent while a connection caught up."""
         self._sent_backlog.value += frames
@@ -101,7 +106,7 @@ class Fanout:
                 member.catch_up()  # the long way; it includes this broadcast, if that is in the log
                 if not fleeting:
                     continue
-            if session.room and session.fits(push.frames(session.encoding).size):
+            if session.room and hub.fits(session, push):
                 if not fleeting:
                     session.cursor += 1
                 member.send(session.send_push(push, now))
@@ -109,4 +114,5 @@ class Fanout:
             elif not fleeting:
                 session.behind = True
         self._sent_broadcast.value += sent
+        walk.left -= visited
         return visited == SLICE

@@ -10,11 +10,15 @@ broadcasts are merged by msg_id (G3): a broadcast is sent only when no older inb
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from math import ceil
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pyroaring import BitMap
 
+from broker.metrics import Counter
+from broker.metrics import Counter
 from broker.model import App, StoredBroadcast
 from gateway.live import LivePush
 from gateway.session import Inbox, Mailbox, Member, Session
@@ -25,15 +29,47 @@ if TYPE_CHECKING:
     import asyncio
 
 
+MAX_UINT32: Final = 0xFFFF_FFFF
+
+
 class Walk:
     """A broadcast on its way through the devices that were online when it came."""
 
-    __slots__ = ("position", "push", "todo")
+    __slots__ = ("left", "position", "push", "todo")
 
-    def __init__(self, push: LivePush, position: int | None, todo: Iterator[int]) -> None:
+    def __init__(self, push: LivePush, position: int | None, devnos: BitMap) -> None:
         self.push = push
         self.position = position  # None: not in the log, only for devices that are online now
-        self.todo = todo
+        self.todo = iter(devnos)
+        self.left = len(devnos)
+
+
+class SessionEnds:
+    """Until when the sessions of absent devices live: four bytes for each devno up to the largest, where a dict
+    would take a hundred for each absent device. Whole seconds, rounded up."""
+
+    __slots__ = ("_ends", "_start", "latest")
+
+    def __init__(self) -> None:
+        self._start = 0.0  # when the first one was noted; monotonic, as all times here
+        self._ends = array("I")  # by devno, seconds after the start; 0: no session
+        self.latest = 0.0
+
+    def note(self, devno: int, now: float, expiry: int) -> None:
+        """The device left, and its session lives `expiry` seconds more."""
+        self._start = self._start or now
+        missing = devno + 1 - len(self._ends)
+        if missing > 0:
+            self._ends.frombytes(bytes(missing * self._ends.itemsize))
+        self._ends[devno] = min(ceil(now - self._start) + expiry, MAX_UINT32)
+        self.latest = max(self.latest, now + expiry + 1)
+
+    def take(self, devno: int, now: float) -> bool:
+        """The device is back: whether its session is still there."""
+        if not 0 <= devno < len(self._ends):
+            return False
+        end, self._ends[devno] = self._ends[devno], 0
+        return now - self._start < end
 
 
 class Resend(NamedTuple):
@@ -47,8 +83,8 @@ class Hub:
     __slots__ = (
         "_base",
         "_log",
+        "_too_large",
         "app",
-        "known_sessions",
         "last_broadcast",
         "mailboxes",
         "members",
@@ -56,13 +92,16 @@ class Hub:
         "publishers",
         "resend",
         "retained",
+        "session_ends",
         "subscriptions",
+        "too_large",
         "touched",
         "wills",
     )
 
-    def __init__(self, app: App, *, max_retained: int, max_retained_bytes: int) -> None:
+    def __init__(self, app: App, *, max_retained: int, max_retained_bytes: int, too_large: Counter) -> None:
         self.app = app
+        self._too_large = too_large  # pushes over a device's Maximum Packet Size
         self.members: dict[int, Member] = {}  # devno -> its one live connection (G5)
         self.online = BitMap()  # the same devnos
         self.touched = 0.0  # when the last CONNECT came, monotonic
@@ -75,7 +114,7 @@ class Hub:
         self.mailboxes: dict[str, Mailbox] = {}  # sessions that outlive their connection
         self.resend: dict[int, Resend] = {}  # devno -> what was in flight, likewise
         self.wills: dict[str, asyncio.TimerHandle] = {}  # delayed wills of such sessions
-        self.known_sessions = BitMap()  # devnos with a session that has nothing to keep but its existence
+        self.session_ends = SessionEnds()
 
     # The broadcast log
 
@@ -111,7 +150,7 @@ class Hub:
 
     def walk(self, push: LivePush, position: int | None) -> Walk:
         assert push.targets is not None
-        return Walk(push, position, iter(push.targets & self.online))
+        return Walk(push, position, push.targets & self.online)
 
     # What a session is owed
 
@@ -135,7 +174,7 @@ class Hub:
         frames: list[bytes] = []
         room = session.room
         while room > 0 and (push := self._next(session)) is not None:
-            if push.message.expires_at <= clock.wall or not session.fits(push.frames(session.encoding).size):
+            if push.message.expires_at <= clock.wall or not self.fits(session, push):
                 continue  # stays undelivered, and expires
             frames.append(session.send_push(push, clock.now))
             room -= 1
@@ -185,9 +224,20 @@ class Hub:
             self.note_rows(session)
             return frames
         session.seen = push.msg_id
-        if session.fits(push.frames(session.encoding).size):
+        if self.fits(session, push):
             frames.append(session.send_push(push, clock.now))
         return frames
+
+    def fits(self, session: Session, push: LivePush) -> bool:
+        """Whether the device accepts a packet of this size; counts those it does not."""
+        fits = session.fits(push.frames(session.encoding).size)
+        self._too_large.value += not fits
+        return fits
+
+    def _fits(self, session: Session, push: LivePush) -> bool:
+        fits = session.fits(push.frames(session.encoding).size)
+        self.too_large.value += not fits
+        return fits
 
     @staticmethod
     def note_rows(session: Session) -> None:
@@ -207,11 +257,10 @@ class Hub:
         stale = session.fetch is Inbox.FETCHING_STALE
         session.fetch = Inbox.WANTED if more or stale else Inbox.EMPTY
 
-    @property
-    def idle(self) -> bool:
+    def idle(self, now: float) -> bool:
         """Nothing here that could not be loaded again."""
-        kept = (self.members, self.publishers, self.mailboxes, self.resend, self.wills, self.known_sessions)
-        return not any(kept)
+        kept = (self.members, self.publishers, self.mailboxes, self.resend, self.wills)
+        return not any(kept) and now > self.session_ends.latest
 
     def drop_sessions(self, now: float) -> list[Mailbox]:
         """Forget sessions that expired while their client was away; returns their mailboxes."""

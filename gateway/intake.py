@@ -69,6 +69,7 @@ class Intake:
             self._start("device", connection, packet, self._change(hub, connection.client_id, packet))
         elif topic == PUSH_TOPIC or not self._exchange.allowed(connection):
             self._metrics.inbound.labels("refused").value += 1
+            self._metrics.publishes_refused.labels("not allowed").value += 1
             text = f"this device may not publish on {topic!r}"
             self._answer(connection, session, packet, (Reason.NOT_AUTHORIZED, text, ()))
         else:
@@ -80,6 +81,8 @@ class Intake:
         reason, retaining = self._exchange.publish(hub, packet, session.mailbox)
         if retaining is None:
             self._metrics.inbound.labels("topic").value += 1
+            if reason is Reason.QUOTA_EXCEEDED:
+                self._metrics.publishes_refused.labels("retained full").value += 1
             self._answer(connection, session, packet, (reason, "", ()))
         else:
             self._start("topic", connection, packet, _then(retaining, reason))
@@ -88,21 +91,22 @@ class Intake:
         self, kind: str, connection: Connection, packet: Publish, work: Coroutine[Any, Any, Verdict]
     ) -> None:
         self._metrics.inbound.labels(kind).value += 1
+        session = connection.session
+        assert session is not None
         connection.busy += 1
-        connection.node.spawn(self._finish(connection, packet, work))
+        connection.node.spawn(self._finish(connection, session, packet, work))
 
     async def _finish(
-        self, connection: Connection, packet: Publish, work: Coroutine[Any, Any, Verdict]
+        self, connection: Connection, session: Session, packet: Publish, work: Coroutine[Any, Any, Verdict]
     ) -> None:
-        session = connection.session
-        if session is None:
-            work.close()
-            return
+        """The work is done even if the connection has ended: a QoS 0 message and DISCONNECT often share a read."""
         try:
             verdict = await work
         except ApiError as error:
+            self._metrics.publishes_refused.labels(str(error.code)).value += 1
             verdict = (_reason(error), error.message, (("code", str(error.code)),))
         except StoreError as error:
+            self._metrics.publishes_refused.labels("store").value += 1
             verdict = (Reason.IMPLEMENTATION_SPECIFIC_ERROR, str(error), ())
         if connection.session is session:  # still the same life
             self._answer(connection, session, packet, verdict)

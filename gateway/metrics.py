@@ -18,6 +18,10 @@ class NodeMetrics:
         self.takeovers = metrics.counter("takeovers", "Connections closed because the device came back.")
         self.sent = metrics.counters("deliveries_sent", "Pushes written to devices.", "kind")
         self.acked = metrics.counters("deliveries_acked", "Pushes acknowledged by devices.", "kind")
+        self.abandoned = metrics.counter(
+            "deliveries_abandoned",
+            "Pushes unacknowledged when their connection ended; sent again on the next.",
+        )
         self.evicted = metrics.counter(
             "deliveries_evicted", "Broadcasts the newest-N rule dropped at connect."
         )
@@ -28,6 +32,9 @@ class NodeMetrics:
             "delivery_seconds", "From a push's acceptance to a device's acknowledgement.", "kind"
         )
         self.inbound = metrics.counters("publishes_received", "Messages from devices and publishers.", "kind")
+        self.publishes_refused = metrics.counters(
+            "publishes_refused", "Messages from devices and publishers that changed nothing.", "reason"
+        )
         self.topic_messages = metrics.counter("topic_messages_sent", "Ordinary messages sent to subscribers.")
         self.topic_dropped = metrics.counter(
             "topic_messages_dropped", "Ordinary messages that found no room in a session."
@@ -41,3 +48,8 @@ class NodeMetrics:
         self.acked_broadcast = self.acked.labels("broadcast")
         self.latency_targeted = self.latency.labels("targeted")
         self.latency_broadcast = self.latency.labels("broadcast")
+
+    def count_in_flight(self) -> float:
+        """Pushes in all windows."""
+        sent = sum(child.value for child in self.sent.children.values())
+        return sent - self.acked_targeted.value - self.acked_broadcast.value - self.abandoned.value

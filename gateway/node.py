@@ -117,6 +117,8 @@ class Node:
         self._opening: set[Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.live = 0  # connections after CONNECT
+        self.live_by: dict[tuple[str, ...], float] = {}  # the same by listener and MQTT version
+        self.blocked = 0  # of them, those whose socket is over the write buffer limit
         self.draining = False
         self.settler = Settler(store, self.metrics, wall)
         self.fetcher = Fetcher(store, self.metrics)
@@ -197,7 +199,7 @@ class Node:
             hub.drop_finished(self.clock.wall)
             for mailbox in hub.drop_sessions(self.clock.now):
                 self.exchange.forget(hub, mailbox)
-            if hub.idle and self.clock.now > hub.touched + HUB_REST and not self.fanout.walking:
+            if hub.idle(self.clock.now) and self.clock.now > hub.touched + HUB_REST and not self.fanout.walking:
                 self._hubs.pop(hub.app.key, None)
                 self._by_id.pop(hub.app.app_id, None)
         del self._upkeep_todo[-UPKEEP_SLICE:]
@@ -311,6 +313,7 @@ class Node:
             app,
             max_retained=self.settings.max_retained,
             max_retained_bytes=self.settings.max_retained_bytes,
+            too_large=self.metrics.too_large,
         )
         for row in await self._store.live_broadcasts(app.app_id):
             hub.add_broadcast(row)
@@ -425,9 +428,7 @@ class Node:
         mailbox = hub.mailboxes.pop(key, None)
         resend = hub.resend.pop(session.devno, None)
         will = hub.wills.pop(key, None)
-        known = session.devno >= 0 and session.devno in hub.known_sessions
-        if known:
-            hub.known_sessions.discard(session.devno)
+        known = hub.session_ends.take(session.devno, self.clock.now)
         expired = (
             mailbox is not None and mailbox.expires_at is not None and mailbox.expires_at <= self.clock.now
         )
@@ -440,7 +441,7 @@ class Node:
         if resend is not None and resend.expires_at > self.clock.now:
             session.resend = resend.packet_ids
         if mailbox is None:
-            return [], known or resend is not None
+            return [], known
         mailbox.member = connection
         return session.resume(mailbox, self.clock.now), True
 
@@ -456,7 +457,7 @@ class Node:
         assigned: str | None = None,
     ) -> None:
         self._opening.discard(connection)
-        self.live += 1
+        self._count_live(connection, str(connect.version), 1)
         connection.hub = hub
         connection.session = session
         connection.will = connect.will
@@ -475,9 +476,8 @@ class Node:
                 told,
                 self.settings.receive_maximum,
                 self.settings.max_packet_size,
+                assigned,
             )
-            if assigned is None or connect.version == 4
-            else encode(Connack(present, Reason.SUCCESS, {"assigned_client_identifier": assigned}), 5)
         )
         self.metrics.connects.labels(connection.listener, str(connect.version), role).value += 1
         if log.isEnabledFor(logging.INFO):
@@ -532,10 +532,12 @@ class Node:
         if was is not Phase.LIVE:
             self._opening.discard(connection)
             return
-        self.live -= 1
         hub, session = connection.hub, connection.session
         assert hub is not None
         assert session is not None
+        self._count_live(connection, str(session.encoding.version), -1)
+        if connection.blocked:
+            self.blocked -= 1
         self._leave(connection, hub, session)
         self.metrics.disconnects.labels(label).value += 1
         if connection.will is not None:
@@ -552,6 +554,11 @@ class Node:
                 reason=label,
             )
 
+    def _count_live(self, connection: Connection, version: str, change: int) -> None:
+        self.live += change
+        key = (connection.listener, version)
+        self.live_by[key] = self.live_by.get(key, 0) + change
+
     def _leave(self, connection: Connection, hub: Hub, session: Session) -> None:
         devno = session.devno
         if devno < 0:
@@ -562,13 +569,14 @@ class Node:
             hub.online.discard(devno)
             self._store.release_route(hub.app.app_id, devno, connection.epoch, self._wall())
         in_flight = session.suspend()
+        self.metrics.abandoned.value += len(in_flight)
         mailbox = session.mailbox
         if not connection.session_expiry:
             if mailbox is not None:
                 self.exchange.forget(hub, mailbox)
             return
         if devno >= 0:
-            hub.known_sessions.add(devno)
+            hub.session_ends.note(devno, self.clock.now, connection.session_expiry)
             if in_flight and len(hub.resend) < self.settings.max_sessions:
                 hub.resend[devno] = Resend(in_flight, self.clock.now + connection.session_expiry)
         if mailbox is not None and not mailbox.empty:
@@ -599,9 +607,12 @@ def _connack(
     keep_alive: int | None,
     receive_maximum: int,
     maximum_packet: int,
+    assigned: str | None,
 ) -> bytes:
     properties: Properties = {}
     if version == 5:
+        if assigned is not None:
+            properties["assigned_client_identifier"] = assigned
         properties["receive_maximum"] = receive_maximum
         properties["maximum_packet_size"] = maximum_packet
         properties["topic_alias_maximum"] = TOPIC_ALIAS_MAXIMUM
@@ -621,7 +632,15 @@ def _as_message(row: Retained, clock: Clock) -> TopicMessage:
 
 
 def _declare_gauges(node: Node, metrics: Metrics) -> None:
-    metrics.gauge("connections_live", "Connections after CONNECT.", lambda: node.live)
+    metrics.gauge(
+        "connections_live", "Connections after CONNECT.", lambda: node.live_by, "transport", "version"
+    )
+    metrics.gauge(
+        "connections_blocked", "Connections whose socket does not drain; skipped.", lambda: node.blocked
+    )
+    metrics.gauge(
+        "deliveries_in_flight", "Pushes sent and not yet acknowledged.", node.metrics.count_in_flight
+    )
     metrics.gauge("connections_opening", "Connections before CONNACK.", lambda: len(node._opening))
     metrics.gauge("apps_loaded", "Apps with a device connected since the start.", lambda: len(node._by_id))
     metrics.gauge(
@@ -630,3 +649,6 @@ def _declare_gauges(node: Node, metrics: Metrics) -> None:
         lambda: sum(1 for hub in node._by_id.values() for _ in hub.broadcasts()),
     )
     metrics.gauge("broadcasts_walking", "Broadcasts still being offered.", lambda: node.fanout.walking)
+    metrics.gauge(
+        "broadcast_devices_left", "Online devices that broadcasts still walk to.", lambda: node.fanout.left
+    )

@@ -443,9 +443,8 @@ class Session:
                 f"more than {self.inbound_maximum} unanswered messages", Reason.RECEIVE_MAXIMUM_EXCEEDED
             )  # MQTT5-3.3.4-7
         inbound[packet.packet_id] = None
-        if packet.qos == 2:
-            if packet.packet_id in self.own_mailbox().received:  # MQTT5-4.3.3-10: seen before, PUBREC again
-                return [Send(self.answer(packet))]
+        if packet.qos == 2 and packet.packet_id in self.own_mailbox().received:
+            return [Send(self.answer(packet))]  # MQTT5-4.3.3-10: seen before, PUBREC again
         return [Published(packet)]
 
     def _resolve_alias(self, packet: Publish) -> Publish:

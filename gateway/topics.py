@@ -116,9 +116,8 @@ class SubscriptionIndex:
                     yield level.value
                 continue
             if children:
-                for word in (words[depth], "+") if wild else (words[depth],):
-                    if (following := children.get(word)) is not None:
-                        stack.append((following, depth + 1))
+                wanted = (words[depth], "+") if wild else (words[depth],)
+                stack.extend((children[word], depth + 1) for word in wanted if word in children)
 
 
 class RetainedMessages:
@@ -156,9 +155,9 @@ class RetainedMessages:
         while stack:
             level, depth = stack.pop()
             word = words[depth] if 0 <= depth < len(words) else ""
-            if (depth == len(words) or depth == BELOW or word == "#") and level.value is not None:
-                if not _expired(level.value, now):
-                    found.append(level.value)
+            meant = depth in (len(words), BELOW) or word == "#"
+            if meant and level.value is not None and not _expired(level.value, now):
+                found.append(level.value)
             if depth != len(words):
                 stack.extend(_following(level, word, depth))
         return found

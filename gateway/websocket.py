@@ -25,7 +25,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 
 from websockets.exceptions import InvalidUpgrade, NegotiationError, PayloadTooBig, ProtocolError
 from websockets.frames import Close, CloseCode, Frame, Opcode
@@ -129,8 +129,7 @@ class WebSocketTransport(asyncio.Transport, asyncio.Protocol):
     # From the event loop
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)
         self._inner.connection_made(self)
 
     def data_received(self, data: bytes) -> None:
@@ -324,7 +323,8 @@ def decide(request: bytes, path: str) -> tuple[Response, Refusal | None]:
     protocol = ServerProtocol(
         subprotocols=SUBPROTOCOLS, extensions=None
     )  # no deflate: it keeps 32 KiB windows
-    protocol.receive_data(request)
+    # Beyond ASCII nothing here has a meaning, and the library would log a stranger's byte as an error of its own.
+    protocol.receive_data(request.decode("ascii", "replace").encode("ascii", "replace"))
     events = protocol.events_received()
     if not events:
         text = f"{protocol.handshake_exc}: {protocol.handshake_exc.__cause__}\n"  # type: ignore[union-attr]
