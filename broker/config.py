@@ -112,7 +112,7 @@ class Push(msgspec.Struct, frozen=True, kw_only=True):
         Limit, _about("audiences up to this size get an inbox row each, larger ones one bitmap")
     ] = 1000
     default_ttl: Annotated[Count, _about("how long a push waits where the publisher does not say")] = DAY
-    max_ttl: Annotated[Count, _about("longest time a push may wait; a longer one is lowered")] = 10 * DAY
+    max_ttl: Annotated[Count, _about("longest time a push may wait; a longer one is refused")] = 10 * DAY
     offline_limit: Annotated[Limit, _about("newest pushes kept for an absent device, in new apps")] = 100
     token_lifetime: Annotated[Limit, _about("a device token is valid for this long")] = 180 * DAY
 

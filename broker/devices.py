@@ -224,7 +224,8 @@ class Devices:
         return tag in (await self.find(app, registration_id)).tags
 
     async def change_tag(self, app: App, tag: str, raw: bytes) -> None:
-        """`{"registration_ids": {"add": […], "remove": […]}}`, all or none. Store failures become ApiErrors."""
+        """`{"registration_ids": {"add": […], "remove": […]}}`, all or none. Store failures become
+        ApiErrors."""
         self._name(tag, "tag")
         change = decode(_read_id_changes, raw, DEVICE).registration_ids
         add = self._bounded("registration_ids.add", change.add or ())

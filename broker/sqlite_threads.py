@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 GROUP_ROWS: Final = 20_000  # of one transaction; bounds the time the next one waits (0.1 to 0.3 s)
 READS_PER_BATCH: Final = 1_024  # of one read transaction: calls, or devices asked about
-CHECKPOINT_PAGES: Final = 4_000  # new pages in the log (16 MB) after which they are moved into the database
+CHECKPOINT_PAGES: Final = 1_000  # new pages in the log (4 MB) after which they are moved into the database
 RESET_PAGES: Final = 16_000  # pages in the log (64 MB) at which the writer makes it start anew
 TRUNCATE_PAGES: Final = 4 * RESET_PAGES  # past it the log file gives its space back, too
 
@@ -352,7 +352,11 @@ class Writer:
             self._stats.on_commit(len(operations), seconds)
 
     def _bound_log(self) -> None:
-        pages, waiting = self._gauge.read()
+        try:
+            pages, waiting = self._gauge.read()
+        except OSError as error:
+            log.warning("the size of the log is not known: %s", error)
+            return
         self._stats.wal_pages = pages
         if pages >= RESET_PAGES:
             # It starts anew by itself only in a pause. The passes beside us moved most of it: this is short.

@@ -5,10 +5,14 @@ from __future__ import annotations
 import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from broker import tokens
 from broker.model import App
+from gateway.live import DEVICE_TOPIC, EVENT_PREFIX, PUSH_TOPIC, RECEIPT_TOPIC
 from gateway.mqtt import Connect, Reason
+
+DEVICE_TOPICS: Final = frozenset((PUSH_TOPIC, RECEIPT_TOPIC, DEVICE_TOPIC))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,9 @@ NO_CLIENT_ID = Refusal(
     "no client id",
 )
 REVOKED = Refusal(Reason.NOT_AUTHORIZED, "the device token was revoked", "token revoked")
+WILL_NOT_ALLOWED = Refusal(
+    Reason.NOT_AUTHORIZED, "this peer may not publish on the topic of its will", "will not allowed"
+)
 WRONG_PASSWORD = Refusal(
     Reason.BAD_USER_NAME_OR_PASSWORD,
     "the password does not fit the app key and the client id",
@@ -59,6 +66,19 @@ WRONG_PASSWORD = Refusal(
 
 def admit(app: App, connect: Connect, generations: Mapping[int, int], now: float) -> Admission:
     """`generations`: devno -> token generation of the app's devices with revoked tokens. `now` in Unix seconds."""
+    peer = _identify(app, connect, generations, now)
+    refused = connect.will is not None and not _may_publish(app, peer, connect.will.topic)
+    return WILL_NOT_ALLOWED if refused and not isinstance(peer, Refusal) else peer
+
+
+def _may_publish(app: App, peer: Admission, topic: str) -> bool:
+    """A will is an ordinary message, under the access rule of `gateway.exchange`."""
+    if isinstance(peer, Publisher):
+        return topic != PUSH_TOPIC
+    return app.open and topic not in DEVICE_TOPICS and not topic.startswith(EVENT_PREFIX)
+
+
+def _identify(app: App, connect: Connect, generations: Mapping[int, int], now: float) -> Admission:
     password = connect.password or b""
     if hmac.compare_digest(password, app.master_secret.encode()):
         return Publisher()

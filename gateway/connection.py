@@ -42,9 +42,12 @@ if TYPE_CHECKING:
     from gateway.mqtt import Will
     from gateway.node import Node
 
+LINGER: Final = 2.0  # seconds in which a peer may read our last bytes; one that never does would keep its socket
 OPENING_CHECK: Final = 1.0  # seconds between checks before CONNECT; the first check after it follows in time
 MAX_CONNECT_SIZE: Final = 65_536  # bytes of a CONNECT, will included: nobody has proved anything yet
-MAX_UNREAD: Final = 1_048_576  # bytes not yet sent, above which nothing is read: a peer that asks and never listens
+MAX_UNREAD: Final = (
+    1_048_576  # bytes not yet sent, above which nothing is read: a peer that asks and never listens
+)
 
 
 class Phase(enum.IntEnum):
@@ -250,12 +253,15 @@ class Connection(asyncio.Protocol):
                 self.transport.write(b"".join(frames))
             if hub.wants_fetch(session):
                 self.node.fetcher.request(self)
-        if session.mailbox is not None and session.mailbox.queue:
+        if session.mailbox is not None and session.mailbox.waiting:
             self.send(b"".join(session.drain_mailbox(clock.now)))
 
     def check(self, now: float) -> float | None:
         """On the timer wheel: when to look again, None if the connection is over."""
         if self.phase is Phase.CLOSED:
+            if now < self.last_seen + LINGER:
+                return self.last_seen + LINGER
+            self.transport.abort()  # of no effect on a socket that is closed
             return None
         session = self.session
         if session is None:
@@ -317,6 +323,7 @@ class Connection(asyncio.Protocol):
         was = self.phase
         self.phase = Phase.CLOSED
         self.partial = None
+        self.last_seen = self.node.clock.now
         self.node.closed(self, was, label)
         self.session = None
         self.hub = None

@@ -63,11 +63,7 @@ class Fanout:
                 member.catch_up()
 
     def broadcast(self, hub: Hub, bell: Broadcast) -> None:
-        row = bell.broadcast
-        if row.message.expires_at <= row.message.created_at:  # only for who is online now
-            self._begin(hub, hub.walk(LivePush(row.message, row), None))
-            return
-        added = hub.add_broadcast(row)
+        added = hub.add_broadcast(bell.broadcast)
         if added is not None:
             self._begin(hub, hub.walk(*added))
 
@@ -79,18 +75,20 @@ class Fanout:
 
     def _turn(self) -> None:
         hub, walk = self._walks.popleft()
-        if self._slice(hub, walk):
-            self._walks.append((hub, walk))
-        else:
-            walk.push.forget_frames()
-        self._scheduled = bool(self._walks)
-        if self._scheduled:
-            asyncio.get_running_loop().call_soon(self._turn)
+        try:
+            if self._slice(hub, walk):
+                self._walks.append((hub, walk))
+            else:
+                walk.push.forget_frames()
+        finally:  # one broadcast that cannot be sent must not stop the others
+            self._scheduled = bool(self._walks)
+            if self._scheduled:
+                asyncio.get_running_loop().call_soon(self._turn)
 
     def _slice(self, hub: Hub, walk: Walk) -> bool:
         """Offer the broadcast to the next devices; whether there may be more."""
         members, push, now = hub.members, walk.push, self._clock.now
-        fleeting = walk.position is None
+        position, msg_id = walk.position, push.msg_id
         sent = visited = 0
         for devno in islice(walk.todo, SLICE):
             visited += 1
@@ -101,17 +99,14 @@ class Fanout:
                 self._metrics.skipped.value += 1
                 continue
             session = member.session
-            position = hub.end if fleeting else walk.position
             if session.cursor != position or session.fetch is not Inbox.EMPTY or session.maximum_packet:
-                member.catch_up()  # the long way; it includes this broadcast, if that is in the log
-                if not fleeting:
-                    continue
-            if session.room and hub.fits(session, push):
-                if not fleeting:
-                    session.cursor += 1
+                member.catch_up()  # the long way, which includes this broadcast
+            elif session.room:
+                session.cursor += 1
+                session.seen = msg_id
                 member.send(session.send_push(push, now))
                 sent += 1
-            elif not fleeting:
+            else:
                 session.behind = True
         self._sent_broadcast.value += sent
         walk.left -= visited

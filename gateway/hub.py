@@ -5,19 +5,20 @@ No I/O here: methods take sessions and *now* and return byte strings; `fanout.py
 Theory. The broadcast log holds the app's live broadcasts in msg_id order; a *position* counts from the node's
 start and never comes back. `Session.cursor` is the position of the first broadcast not yet considered for it, so
 "what is this device owed?" is a walk from the cursor over `targets` and `settled` bitmaps. Inbox rows and
-broadcasts are merged by msg_id (G3): a broadcast is sent only when no older inbox row can still turn up.
+broadcasts are merged by msg_id (G3): a broadcast is sent only when no older inbox row can still turn up, and a
+page of inbox rows comes here only when every broadcast older than its last row is in the log (`fetcher.py`).
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pyroaring import BitMap
 
-from broker.metrics import Counter
 from broker.metrics import Counter
 from broker.model import App, StoredBroadcast
 from gateway.live import LivePush
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     import asyncio
 
 
+FLEETING: Final = (
+    5.0  # seconds in which a broadcast without time to live is sent to those who were online for it
+)
 MAX_UINT32: Final = 0xFFFF_FFFF
 
 
@@ -37,9 +41,9 @@ class Walk:
 
     __slots__ = ("left", "position", "push", "todo")
 
-    def __init__(self, push: LivePush, position: int | None, devnos: BitMap) -> None:
+    def __init__(self, push: LivePush, position: int, devnos: BitMap) -> None:
         self.push = push
-        self.position = position  # None: not in the log, only for devices that are online now
+        self.position = position
         self.todo = iter(devnos)
         self.left = len(devnos)
 
@@ -94,7 +98,6 @@ class Hub:
         "retained",
         "session_ends",
         "subscriptions",
-        "too_large",
         "touched",
         "wills",
     )
@@ -128,9 +131,17 @@ class Hub:
         if row.message.msg_id <= self.last_broadcast:
             return None
         self.last_broadcast = row.message.msg_id
+        if row.message.expires_at <= row.message.created_at:
+            row = self._for_those_online(row)
         push = LivePush(row.message, row)
         self._log.append(push)
         return push, self.end - 1
+
+    def _for_those_online(self, row: StoredBroadcast) -> StoredBroadcast:
+        """No time to live: it goes through the log for a moment all the same, so that it keeps its place among
+        the others (G3)."""
+        message = replace(row.message, expires_at=row.message.created_at + FLEETING)
+        return StoredBroadcast(message, row.targets & self.online, row.settled)
 
     def broadcasts(self) -> Iterator[LivePush]:
         return (push for push in self._log if push is not None)
@@ -148,7 +159,7 @@ class Hub:
         del self._log[:keep]
         self._base += keep
 
-    def walk(self, push: LivePush, position: int | None) -> Walk:
+    def walk(self, push: LivePush, position: int) -> Walk:
         assert push.targets is not None
         return Walk(push, position, push.targets & self.online)
 
@@ -195,6 +206,7 @@ class Hub:
             return None
         if broadcast is not None:
             session.cursor += 1
+            session.seen = max(session.seen, broadcast.msg_id)
         return broadcast
 
     def _next_broadcast(self, session: Session) -> LivePush | None:
@@ -232,11 +244,6 @@ class Hub:
         """Whether the device accepts a packet of this size; counts those it does not."""
         fits = session.fits(push.frames(session.encoding).size)
         self._too_large.value += not fits
-        return fits
-
-    def _fits(self, session: Session, push: LivePush) -> bool:
-        fits = session.fits(push.frames(session.encoding).size)
-        self.too_large.value += not fits
         return fits
 
     @staticmethod

@@ -15,7 +15,7 @@ from broker.pushes import Pushes
 from broker.reports import Reports
 from broker.store import Store, StoreError
 from gateway.exchange import Exchange
-from gateway.live import PUSH_TOPIC
+from gateway.live import DEVICE_TOPIC, EVENT_PREFIX, PUSH_TOPIC, RECEIPT_TOPIC
 from gateway.metrics import NodeMetrics
 from gateway.mqtt import Publish, Reason
 from gateway.session import Session
@@ -24,10 +24,6 @@ from gateway.wheel import Clock
 if TYPE_CHECKING:
     from gateway.connection import Connection
     from gateway.hub import Hub
-
-RECEIPT_TOPIC: Final = "receipt"
-DEVICE_TOPIC: Final = "device"
-EVENT_PREFIX: Final = "event/"
 
 Verdict = tuple[Reason, str, tuple[tuple[str, str], ...]]
 DONE: Final[Verdict] = (Reason.SUCCESS, "", ())

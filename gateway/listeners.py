@@ -46,8 +46,9 @@ async def listen_tcp(
     node: Node, host: str, port: int, certificate: Certificate | None = None
 ) -> asyncio.Server:
     listener = "tls" if certificate else "tcp"
+    context = certificate.context if certificate else None
     return await _listen(
-        lambda: Connection(node, listener), host, port, certificate.context if certificate else None
+        lambda: Connection(node, listener), host, port, context, node.settings.connect_timeout
     )
 
 
@@ -59,10 +60,18 @@ async def listen_websocket(node: Node, host: str, port: int) -> asyncio.Server:
 
 
 async def _listen(
-    factory: Callable[[], asyncio.Protocol], host: str, port: int, context: ssl.SSLContext | None
+    factory: Callable[[], asyncio.Protocol],
+    host: str,
+    port: int,
+    context: ssl.SSLContext | None,
+    handshake_timeout: float | None = None,
 ) -> asyncio.Server:
     loop = asyncio.get_running_loop()
-    return await loop.create_server(factory, host, port, ssl=context, backlog=BACKLOG)
+    # A peer that never finishes its handshake is not a connection yet, and no other deadline holds it.
+    timeout = handshake_timeout if context else None
+    return await loop.create_server(
+        factory, host, port, ssl=context, backlog=BACKLOG, ssl_handshake_timeout=timeout
+    )
 
 
 def address_of(server: asyncio.Server) -> str:

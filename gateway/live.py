@@ -19,6 +19,9 @@ from broker.model import StoredBroadcast, StoredMessage
 from gateway.mqtt import Properties, publish_frame
 
 PUSH_TOPIC: Final = "push"
+RECEIPT_TOPIC: Final = "receipt"
+DEVICE_TOPIC: Final = "device"
+EVENT_PREFIX: Final = "event/"
 FRAMES_KEPT: Final = (
     1024  # byte strings a message keeps for one encoding; more packet ids than this share nothing
 )

@@ -121,7 +121,7 @@ class Node:
         self.blocked = 0  # of them, those whose socket is over the write buffer limit
         self.draining = False
         self.settler = Settler(store, self.metrics, wall)
-        self.fetcher = Fetcher(store, self.metrics)
+        self.fetcher = Fetcher(store, self.metrics, self.clock)
         self.fanout = Fanout(self.clock, self.metrics)
         self.exchange = Exchange(store, self.clock, self.metrics)
         self.intake = Intake(
@@ -199,7 +199,11 @@ class Node:
             hub.drop_finished(self.clock.wall)
             for mailbox in hub.drop_sessions(self.clock.now):
                 self.exchange.forget(hub, mailbox)
-            if hub.idle(self.clock.now) and self.clock.now > hub.touched + HUB_REST and not self.fanout.walking:
+            if (
+                hub.idle(self.clock.now)
+                and self.clock.now > hub.touched + HUB_REST
+                and not self.fanout.walking
+            ):
                 self._hubs.pop(hub.app.key, None)
                 self._by_id.pop(hub.app.app_id, None)
         del self._upkeep_todo[-UPKEEP_SLICE:]
@@ -218,10 +222,12 @@ class Node:
                 hub = self._by_id.get(doorbell.message.app_id)
                 if hub is not None:
                     self.fanout.targeted(hub, doorbell)
+                self.fetcher.rang(doorbell.message.msg_id)
             case Broadcast():
                 hub = self._by_id.get(doorbell.broadcast.message.app_id)
                 if hub is not None:
                     self.fanout.broadcast(hub, doorbell)
+                self.fetcher.rang(doorbell.broadcast.message.msg_id)
             case CredentialsChanged():
                 self.spawn(self._credentials_changed(doorbell))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import sys
 from dataclasses import dataclass
 from typing import Final
 
@@ -29,7 +30,7 @@ from gateway.node import Node, NodeSettings
 from gateway.session import MailboxLimits
 
 DEMO_APP: Final = "demo"
-UPKEEP_PAUSE: Final = 10.0  # seconds between looks for expired data
+UPKEEP_PAUSE: Final = 5.0  # seconds between looks for expired data
 UPKEEP_BREATH: Final = 0.05  # seconds between slices while there is some
 
 log = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ class Service:
         )
         self._upkeep = asyncio.get_running_loop().create_task(self._keep_up())
         self.health.state = "ready"
-        tune_garbage_collection()
+        tune_interpreter()
         return listening
 
     async def _demo_app(self) -> App | None:
@@ -203,9 +204,15 @@ class Service:
             await self._admin.close()
 
 
-def tune_garbage_collection() -> None:
-    """Connections are long-lived and few of them are garbage: what start-up made is never looked at again, and
-    collections are rare (a full one over a million objects stops the loop for a quarter of a second)."""
+def tune_interpreter() -> None:
+    """For one busy event loop beside the store's threads.
+
+    A thread of the store that needs the interpreter waits at most half a millisecond for the loop to let go of
+    it: Python's own 5 ms, met several times in a commit, would be the latency of a push. Connections are
+    long-lived and few of them are garbage: what start-up made is never looked at again, and collections are rare
+    (a full one over a million objects stops the loop for a quarter of a second).
+    """
+    sys.setswitchinterval(0.0005)
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)

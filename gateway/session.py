@@ -162,11 +162,16 @@ class Mailbox:
         ] = {}  # filter -> options, subscription id (0: none)
         self.queue: deque[Outgoing] = deque()
         self.queued_bytes = 0
-        self.in_flight: dict[int, Outgoing] = {}  # of the last connection, while away
+        self.in_flight: dict[int, Outgoing] = {}  # of the last connection, until sent again
         self.received: set[int] = set()  # inbound QoS 2 ids between PUBLISH and PUBREL
         self.next_id = 1
         self.expires_at: float | None = None  # while away
         self.dropped = 0  # messages that found no room
+
+    @property
+    def waiting(self) -> bool:
+        """Something here is to be sent."""
+        return bool(self.queue or self.in_flight)
 
     @property
     def empty(self) -> bool:
@@ -273,7 +278,7 @@ class Session:
                 self._enter(known, push, now)
                 return push.frames(self.encoding).again(known)
         packet_id = self.next_id
-        if self.unacked is None and not self.resend:  # the hot case: an idle window, any id is free
+        if self.unacked is None and not self.resend and self.mailbox is None:  # the hot case: any id is free
             self.unacked = {packet_id: push}
             self.waiting_since = now
             self.next_id = packet_id + 1 if packet_id < MAX_PACKET_ID else 1
@@ -284,7 +289,7 @@ class Session:
 
     def _free_id(self) -> int:
         packet_id = self.next_id
-        reserved = self.resend.values() if self.resend else ()
+        reserved = {*(self.resend or {}).values(), *(self.mailbox.in_flight if self.mailbox else ())}
         while (self.unacked and packet_id in self.unacked) or packet_id in reserved:
             packet_id = packet_id % MAX_PACKET_ID + 1
         self.next_id = packet_id % MAX_PACKET_ID + 1
@@ -312,7 +317,7 @@ class Session:
         if qos == 0:
             return self._publish_frame(Outgoing(message, 0), 0, now, dup=False)
         mailbox = self.own_mailbox()
-        if mailbox.queue or not self.room:
+        if mailbox.waiting or not self.room:
             mailbox.put(Outgoing(message, qos))
             return None
         return self._send_outgoing(Outgoing(message, qos), now)
@@ -339,8 +344,8 @@ class Session:
         return frame if self.fits(len(frame)) else None
 
     def drain_mailbox(self, now: float) -> list[bytes]:
-        """Queued ordinary messages that fit the window now."""
-        frames: list[bytes] = []
+        """Ordinary messages that fit the window now: those to be sent again, then the queue."""
+        frames = self._send_again(now)
         mailbox = self.mailbox
         while mailbox is not None and self.room and (item := mailbox.take(now)) is not None:
             frame = self._send_outgoing(item, now)
@@ -355,29 +360,40 @@ class Session:
         mailbox.session = self
         self.mailbox = mailbox
         self.next_id = mailbox.next_id
-        frames = []
-        for packet_id, item in mailbox.in_flight.items():
-            self._enter(packet_id, item, now)
+        return self._send_again(now)
+
+    def _send_again(self, now: float) -> list[bytes]:
+        """As many as fit: the window may be smaller than that of the connection before (MQTT5-3.3.4-9)."""
+        frames: list[bytes] = []
+        in_flight = self.mailbox.in_flight if self.mailbox else {}
+        while in_flight and self.room:
+            packet_id = next(iter(in_flight))
+            item = in_flight.pop(packet_id)
             frame = (
                 encode(Pubrel(packet_id), self.encoding.version)
                 if item.received
                 else self._publish_frame(item, packet_id, now, dup=True)
             )
             if frame is not None:
+                self._enter(packet_id, item, now)
                 frames.append(frame)
-        mailbox.in_flight = {}
         return frames
 
     def suspend(self) -> dict[int, int]:
         """The connection is gone. Leaves the ordinary part in the mailbox and returns the pushes in flight,
         msg_id -> packet id, for `resend` of the next session."""
-        pushes: dict[int, int] = dict(self.resend or ())
+        pushes: dict[int, int] = {}
+        messages: dict[int, Outgoing] = {}
         for packet_id, item in (self.unacked or {}).items():
             if isinstance(item, LivePush):
                 pushes[item.msg_id] = packet_id
-            elif self.mailbox is not None:
-                self.mailbox.in_flight[packet_id] = item
+            else:
+                messages[packet_id] = item
+        if self.resend:  # passed over in favour of newer ones: not owed any more, their ids are free
+            newest = max(pushes, default=0)
+            pushes |= {msg_id: known for msg_id, known in self.resend.items() if msg_id > newest}
         if self.mailbox is not None:
+            self.mailbox.in_flight = messages | self.mailbox.in_flight
             self.mailbox.session = self.mailbox.member = None
             self.mailbox.next_id = self.next_id
         self.unacked = None

@@ -48,6 +48,9 @@ SUBPROTOCOLS: Final = (
 )  # MQTT5-6.0.0-3; the second: MQTT 3.1 clients
 MAX_HANDSHAKE_SIZE: Final = 8192  # bytes of HTTP request: a peer that never ends its headers
 MAX_FIRST_FRAME_SIZE: Final = 65_536  # until CONNACK: a stranger that makes us hold frames of the full size
+MAX_FIRST_FRAMES: Final = (
+    256  # in one read until CONNACK, about 2 ms: a stranger whose empty frames hold up all
+)
 MAX_PONG_BACKLOG: Final = 65_536  # bytes waiting to be sent: a peer that pings and does not read
 CLOSE_TIMEOUT: Final = 2.0  # for the closing handshake: a peer that never answers Close, or does not read it
 MASK_SIZE: Final = 4
@@ -78,6 +81,7 @@ class Refusal(enum.StrEnum):
     TEXT = "websocket text frame"  # 1003, MQTT5-6.0.0-1
     BAD_FRAME = "bad websocket frame"  # 1002
     LONG_FRAME = "websocket frame too large"  # 1009
+    MANY_FRAMES = "too many websocket frames"  # 1008
 
 
 class _Ended(Exception):
@@ -235,14 +239,15 @@ class WebSocketTransport(asyncio.Transport, asyncio.Protocol):
         payloads: list[bytes] = []
         ended: _Ended | None = None
         try:
-            for frame in self._read_frames(data):
+            for count, frame in enumerate(self._read_frames(data)):
+                if count == MAX_FIRST_FRAMES and self._phase is Phase.UPGRADED:
+                    raise _Ended(CloseCode.POLICY_VIOLATION, Refusal.MANY_FRAMES)
                 self._take_frame(frame, payloads)
         except _Ended as reason:
             ended = reason
         received = b"".join(payloads)
-        if (
-            received and self._phase < Phase.CLOSING
-        ):  # before the end: a DISCONNECT often shares its read with Close
+        # Before the end: a DISCONNECT often shares its read with Close, and a will must not be published then.
+        if received and self._phase < Phase.CLOSING:
             self._inner.data_received(received)
         if ended is not None:
             self._end(ended)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import io
 from base64 import b64encode
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +47,14 @@ class Answer:
 
 
 @dataclass
+class Clock:
+    now: float = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
 class Service:
     """Everything behind the public API, on a real store, listening on a real port."""
 
@@ -58,14 +66,23 @@ class Service:
     reports: Reports
     limits: Limits
     app: App
+    clock: Clock
     counters: ApiCounters = field(default_factory=ApiCounters)
-    now: float = 1_800_000_000.0
     rung: asyncio.Queue[Doorbell] = field(default_factory=asyncio.Queue)
     base: str = ""
     session: aiohttp.ClientSession | None = None
 
-    def clock(self) -> float:
-        return self.now
+    @property
+    def now(self) -> float:
+        return self.clock.now
+
+    @now.setter
+    def now(self, now: float) -> None:
+        self.clock.now = now
+
+    def hear(self, doorbells: Sequence[Doorbell]) -> None:
+        for doorbell in doorbells:
+            self.rung.put_nowait(doorbell)
 
     async def call(
         self,
@@ -111,13 +128,23 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
             stack.push_async_callback(store.close)
             apps = Apps(store, bus, limits)
             stack.callback(apps.close)
-            service = Service(store, bus, apps, *_parts(store, bus, limits, lambda: service.now), limits,
-                              await apps.create("test", **app))  # fmt: skip
-            stack.callback(bus.subscribe(lambda doorbells: [service.rung.put_nowait(d) for d in doorbells]))  # type: ignore[arg-type, func-returns-value]
+            clock = Clock()
+            service = Service(
+                store,
+                bus,
+                apps,
+                Devices(store, bus, limits, clock),
+                Pushes(store, bus, limits, clock),
+                Reports(store, limits, clock),
+                limits,
+                await apps.create("test", **app),
+                clock,
+            )
+            stack.callback(bus.subscribe(service.hear))
             runner = web.AppRunner(
                 build_api(
                     apps, service.devices, service.pushes, service.reports, limits,
-                    clock=service.clock, observe=service.counters.observe,
+                    clock=clock, observe=service.counters.observe,
                 ),
                 access_log=None,
             )  # fmt: skip
@@ -129,16 +156,6 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
             return service
 
         yield run
-
-
-def _parts(
-    store: SqliteStore, bus: LocalBus, limits: Limits, clock: Callable[[], float]
-) -> tuple[Devices, Pushes, Reports]:
-    return (
-        Devices(store, bus, limits, clock),
-        Pushes(store, bus, limits, clock),
-        Reports(store, limits, clock),
-    )
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from broker import tokens
 from broker.bus import CredentialsChanged
 from broker.errors import ApiError
 from broker.limits import Limits
+from broker.model import Claim
 
 
 async def _refused(call: Awaitable[object]) -> tuple[int, str]:
@@ -153,11 +154,9 @@ async def test_the_status_of_devices(service: Any) -> None:
     await service.register("c")
     app_id, epochs = service.app.app_id, []
     for device in (a, b):
-        claimed = asyncio.Event()
-        service.store.claim_route(
-            app_id, device.devno, "node", lambda claim, done=claimed: (epochs.append(claim.epoch), done.set())
-        )
-        await asyncio.wait_for(claimed.wait(), 5)
+        claimed: asyncio.Future[Claim] = asyncio.get_running_loop().create_future()
+        service.store.claim_route(app_id, device.devno, "node", claimed.set_result)
+        epochs.append((await asyncio.wait_for(claimed, 5)).epoch)
     service.store.release_route(app_id, b.devno, epochs[1], 1_700_000_000.0)
     body = orjson.dumps({"registration_ids": ["a", "b", "c", "nobody"]})
     assert await service.devices.status(service.app, body) == {

@@ -9,9 +9,9 @@ import asyncio
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jpush
+import jpush  # type: ignore[import-untyped]
 import pytest
-from jpush.common import ZONES, JPushFailure, Unauthorized
+from jpush.common import ZONES, JPushFailure, Unauthorized  # type: ignore[import-untyped]
 
 from broker.model import Settled
 
@@ -35,7 +35,7 @@ PLANS = {
 ZONE = "HOLDFAST"
 
 
-@pytest.fixture(params=PLANS.values(), ids=PLANS.keys())
+@pytest.fixture(params=list(PLANS.values()), ids=list(PLANS))
 def sdk(request: pytest.FixtureRequest, service: Any) -> Iterator[jpush.JPush]:
     ZONES[ZONE] = {key: service.base + path for key, path in request.param.items()}
     client = jpush.JPush(service.app.key, service.app.master_secret, zone=ZONE)
@@ -182,7 +182,8 @@ async def test_the_sdk_understands_our_errors(service: Any, sdk: jpush.JPush) ->
     assert caught.value.error_code == 1011
     with pytest.raises(JPushFailure) as caught:
         await _payload(sdk.create_device().get_deviceinfo, "nobody")
-    assert (caught.value.error_code, caught.value.details) == (7002, "no such device in this app: nobody")
+    assert caught.value.error_code == 7002
+    assert caught.value.details == "no such device in this app: nobody"
     stranger = jpush.JPush(service.app.key, "wrong", zone=ZONE)
     with pytest.raises(Unauthorized):
         await _payload(_hello(stranger).send)

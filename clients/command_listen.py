@@ -1,0 +1,128 @@
+"""`holdfast listen`: a device on the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import ssl
+import sys
+from pathlib import Path
+
+import click
+import orjson
+
+from clients.device import Device, DeviceError, DeviceStopped, Push
+from clients.journal import JournalError
+
+
+@click.command()
+@click.option("--app", "app_key", envvar="HOLDFAST_APP_KEY", required=True, help="App key.")
+@click.option("--device-key", envvar="HOLDFAST_DEVICE_KEY", help="The app's device key.")
+@click.option("--token", envvar="HOLDFAST_TOKEN", help="Token of this device, instead of the device key.")
+@click.option("--id", "registration_id", help="Registration id. Default: listen- and the host's name.")
+@click.option("--host", envvar="HOLDFAST_MQTT_HOST", default="127.0.0.1", show_default=True)
+@click.option("--port", type=click.IntRange(1, 65_535), help="Default: 1883, with --tls 8883.")
+@click.option("--tls", is_flag=True, help="Connect by TLS.")
+@click.option("--ca-file", type=click.Path(exists=True, dir_okay=False), help="Certificates to trust.")
+@click.option("--url", envvar="HOLDFAST_URL", help="HTTP API: register there and get a token.")
+@click.option("--journal", type=click.Path(path_type=Path), help="File that keeps what was received.")
+@click.option("--receipts", is_flag=True, help='Report each push as "shown".')
+@click.option("--count", type=click.IntRange(1), help="End after so many pushes.")
+def listen(
+    app_key: str,
+    device_key: str | None,
+    token: str | None,
+    registration_id: str | None,
+    host: str,
+    port: int | None,
+    tls: bool,
+    ca_file: str | None,
+    url: str | None,
+    journal: Path | None,
+    receipts: bool,
+    count: int | None,
+) -> None:
+    """Be a device: print each push as one line of JSON. Ctrl-C ends it."""
+    if (token is None) == (device_key is None) and not (token is None and journal):
+        raise click.UsageError("give --device-key or --token")
+    _log_to_stderr()
+    context = ssl.create_default_context(cafile=ca_file) if tls or ca_file else None
+    printer = _Printer(receipts, count)
+    printer.device = Device(
+        app_key,
+        registration_id or f"listen-{socket.gethostname()}",
+        on_push=printer.take,
+        token=token,
+        device_key=device_key,
+        host=host,
+        port=port or (8883 if context else 1883),
+        tls=context,
+        api=url,
+        journal=journal,
+    )
+    try:
+        asyncio.run(printer.run())
+    except (DeviceStopped, JournalError) as error:
+        raise click.ClickException(str(error)) from error
+    if printer.reader_gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
+        raise SystemExit(1)
+
+
+class _Printer:
+    device: Device
+
+    def __init__(self, receipts: bool, count: int | None) -> None:
+        self._receipts = receipts
+        self._left = count
+        self.reader_gone = False
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.device.finish)
+        async with self.device:
+            await self.device.wait()
+
+    async def take(self, push: Push) -> None:
+        """Prints a push; it is acknowledged after that."""
+        self._print(push)
+        if self._left is not None:
+            self._left -= 1
+            if not self._left:
+                self.device.finish()
+        if self._receipts:
+            try:
+                await self.device.receipt(push, "shown")
+            except DeviceError as error:
+                click.echo(f"receipt for {push.msg_id} refused: {error}", err=True)
+
+    def _print(self, push: Push) -> None:
+        content = {"msg_id": str(push.msg_id), "notification": push.notification, "message": push.message}
+        try:
+            click.echo(orjson.dumps({name: value for name, value in content.items() if value is not None}))
+        except BrokenPipeError:
+            self.reader_gone = True
+            self.device.finish()
+            raise
+
+
+class _OneLine(logging.Formatter):
+    """For people: no traceback."""
+
+    def formatException(self, ei: object) -> str:
+        return ""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record).rstrip()
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine("%(message)s"))
+    logger = logging.getLogger("clients")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)

@@ -1,0 +1,1 @@
+"""Fleets of simulated devices, and what they measure. `python -m loadtest.bench --help`."""

@@ -1,0 +1,195 @@
+"""Thousands of simulated MQTT devices in one thread: each costs a file descriptor and two table entries.
+
+A device here does what a device must (CONNECT, PUBACK for each PUBLISH, DISCONNECT), in the fewest steps: one
+read, a look at the fixed header and the serial, one write of a ready-made PUBACK. It knows no subscriptions of
+its own, so every PUBLISH is a push at QoS 1.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final
+
+from gateway.mqtt import Connect, Disconnect, Puback, encode
+from loadtest.ledger import SERIAL_DIGITS
+from loadtest.reactor import Reactor
+from loadtest.server import Address
+
+READ_SIZE: Final = 16_384
+AT_ONCE: Final = 256  # connections between SYN and CONNACK
+KEEP_ALIVE: Final = 1200
+CONNACK: Final = 0x20
+PUSH_HEAD: Final = 2 + len("push")  # topic length and topic
+ALERT_TAIL: Final = len('"}}')
+SOURCES: Final = 8  # addresses of one wave: with most of one's 28,000 ports taken, Linux searches 100 µs for one
+IP_BIND_ADDRESS_NO_PORT: Final = 24  # linux/in.h; connect chooses the port
+
+Take = Callable[[int, int], None]  # gets device index and serial
+
+_PUBACKS: Final = [b"", *(encode(Puback(packet_id), 4) for packet_id in range(1, 65_536))]
+_DISCONNECT: Final = encode(Disconnect(), 4)
+
+
+class FleetError(Exception):
+    """A device was refused or dropped, or got what it cannot read."""
+
+
+def connect_packet(app_key: str, registration_id: str, token: str, version: int = 4) -> bytes:
+    """CONNECT of a device that keeps its session."""
+    packet = Connect(
+        registration_id,
+        clean_start=False,
+        keep_alive=KEEP_ALIVE,
+        username=app_key,
+        password=token.encode(),
+        version=version,
+    )
+    return encode(packet, version)
+
+
+class Fleet:
+    """Devices by index; `packets[i]` is the CONNECT of device i. `urgent` devices are those that measure time."""
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        address: Address,
+        packets: Sequence[bytes],
+        take: Take,
+        *,
+        urgent: frozenset[int] = frozenset(),
+    ) -> None:
+        self._reactor = reactor
+        self._address = address
+        self._packets = packets
+        self._take = take
+        self._urgent = urgent
+        self._device: dict[int, int] = {}  # fd -> index
+        self._fd: dict[int, int] = {}  # and back
+        self._partial: dict[int, bytes] = {}  # fd -> the beginning of a packet
+        self._todo: Iterator[int] = iter(())
+        self._wave = 0
+        self._opening = 0
+        self.acked = 0
+
+    @property
+    def online(self) -> int:
+        return len(self._fd) - self._opening
+
+    def connect(self, devices: Iterable[int], *, at_once: int = AT_ONCE, wave: int = 0) -> float:
+        """Connect them all, `at_once` at a time; seconds from the first SYN to the last CONNACK. Each `wave`
+        (0 to 255) has addresses of its own, so that ports in TIME_WAIT are in nobody's way."""
+        self._todo = iter(devices)
+        self._wave = wave
+        started = time.perf_counter()
+        for _ in range(at_once):
+            self._begin_next()
+        self._reactor.run_until(lambda: not self._opening, "all devices online")
+        return time.perf_counter() - started
+
+    def disconnect(self, devices: Iterable[int]) -> None:
+        """Say DISCONNECT and close."""
+        for device in list(devices):
+            fd = self._fd[device]
+            os.write(fd, _DISCONNECT)
+            self._drop(fd)
+
+    def close(self) -> None:
+        """Close without a word."""
+        for fd in list(self._device):
+            self._drop(fd)
+
+    def _drop(self, fd: int) -> None:
+        self._reactor.forget(fd)
+        del self._fd[self._device.pop(fd)]
+        self._partial.pop(fd, None)
+        os.close(fd)
+
+    def _begin_next(self) -> None:
+        device = next(self._todo, None)
+        if device is None:
+            return
+        fd = self._open_socket(f"127.1.{self._wave}.{1 + device % SOURCES}")
+        self._device[fd], self._fd[device] = device, fd
+        self._opening += 1
+        try:
+            os.write(fd, self._packets[device])  # over loopback the handshake is mostly done by now
+        except BlockingIOError:
+            self._reactor.watch(fd, self._connected, writable=True, urgent=device in self._urgent)
+        else:
+            self._reactor.watch(fd, self._welcomed, urgent=device in self._urgent)
+
+    def _open_socket(self, source: str) -> int:
+        opened = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        # PUBACKs are small writes: Nagle's algorithm would hold them back for up to 40 ms.
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        opened.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+        opened.bind((source, 0))
+        opened.connect_ex(self._address)
+        return opened.detach()
+
+    def _connected(self, fd: int) -> None:
+        device = self._device[fd]
+        os.write(fd, self._packets[device])
+        self._reactor.rewatch(fd, self._welcomed, urgent=device in self._urgent)
+
+    def _welcomed(self, fd: int) -> None:
+        """CONNACK came, perhaps with what is owed behind it."""
+        data = self._partial.pop(fd, b"") + self._read(fd)
+        end = 2 + data[1] if len(data) > 1 else 2
+        if len(data) < end:
+            self._partial[fd] = data
+            return
+        device = self._device[fd]
+        if data[0] != CONNACK or data[3]:
+            raise FleetError(f"device {device} was refused: {data[:end].hex()}")
+        self._opening -= 1
+        self._reactor.rewatch(fd, self._readable, urgent=device in self._urgent)
+        if len(data) > end:
+            self._take_packets(fd, data[end:])
+        self._begin_next()
+
+    def _read(self, fd: int) -> bytes:
+        try:
+            data = os.read(fd, READ_SIZE)
+        except BlockingIOError:
+            return b""
+        except ConnectionError:
+            data = b""
+        if not data:
+            raise FleetError(f"device {self._device[fd]} was disconnected by the server")
+        return data
+
+    def _readable(self, fd: int) -> None:
+        data = self._read(fd)
+        if fd in self._partial:
+            data = self._partial.pop(fd) + data
+        self._take_packets(fd, data)
+
+    def _take_packets(self, fd: int, data: bytes) -> None:
+        """The hot path: whole PUBLISH packets, one PUBACK each, in one write."""
+        device, take, size = self._device[fd], self._take, len(data)
+        acks = []
+        start = 0
+        while size - start > 2:
+            length, body = data[start + 1], start + 2
+            if length >= 0x80:  # pushes are shorter than 16 KB: two bytes at most
+                length, body = length & 0x7F | data[start + 2] << 7, start + 3
+            end = body + length
+            if end > size:
+                break
+            if data[start] & 0xF0 != 0x30:
+                raise FleetError(f"device {device} got something else: {data[start:end].hex()}")
+            at = body + PUSH_HEAD
+            acks.append(_PUBACKS[data[at] << 8 | data[at + 1]])
+            tail = end - ALERT_TAIL
+            take(device, int(data[tail - SERIAL_DIGITS : tail]))
+            start = end
+        if start < size:
+            self._partial[fd] = data[start:]
+        if acks:
+            self.acked += len(acks)
+            os.write(fd, acks[0] if len(acks) == 1 else b"".join(acks))

@@ -1,0 +1,162 @@
+"""A lean HTTP/1.1 client: prebuilt requests over kept connections, one outstanding on each.
+
+A general client costs more than the server under test; this one makes no objects per request but the answer.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from base64 import b64encode
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+import orjson
+
+from loadtest.reactor import Reactor
+from loadtest.server import Address
+
+READ_SIZE: Final = 262_144
+CONTENT_LENGTH: Final = b"content-length:"
+
+Done = Callable[[int, bytes], None]  # gets status and body
+
+
+class HttpError(Exception):
+    """An answer that is not 200, or a connection that broke."""
+
+
+class HttpPool:
+    def __init__(
+        self, reactor: Reactor, address: Address, connections: int, *, user: str = "", password: str = ""
+    ) -> None:
+        self.reactor = reactor
+        self.address = address
+        self._authorization = b64encode(f"{user}:{password}".encode()).decode()
+        self._idle = [_HttpConnection(self) for _ in range(connections)]
+        self._all = list(self._idle)
+        self._queue: deque[tuple[bytes, Done]] = deque()
+
+    def close(self) -> None:
+        for connection in self._all:
+            connection.close()
+
+    def build(self, method: str, path: str, body: bytes = b"") -> bytes:
+        """The bytes of one request."""
+        head = (
+            f"{method} {path} HTTP/1.1\r\nHost: {self.address[0]}\r\nAuthorization: Basic {self._authorization}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        return head.encode() + body
+
+    def send(self, request: bytes, done: Done) -> None:
+        """`done` is called from the reactor; requests wait while all connections are taken."""
+        if self._idle:
+            self._idle.pop().begin(request, done)
+        else:
+            self._queue.append((request, done))
+
+    def free(self, connection: _HttpConnection) -> None:
+        if self._queue:
+            connection.begin(*self._queue.popleft())
+        else:
+            self._idle.append(connection)
+
+    def call(self, method: str, path: str, body: object = None) -> Any:
+        """One call, waited for; the answer's JSON. Raises HttpError unless it is 200."""
+        answers: list[tuple[int, bytes]] = []
+        raw = b"" if body is None else orjson.dumps(body)
+        self.send(
+            self.build(method, path, raw), lambda status, content: answers.append((status, content))
+        )
+        self.reactor.run_until(lambda: bool(answers), f"{method} {path}")
+        status, content = answers[0]
+        if status != 200:
+            raise HttpError(f"{method} {path}: {status} {content[:500].decode(errors='replace')}")
+        return orjson.loads(content) if content else None
+
+
+class _HttpConnection:
+    """Opened when it is first needed, and again if the server closed it in between."""
+
+    __slots__ = ("_done", "_fd", "_pool", "_received", "_unsent")
+
+    def __init__(self, pool: HttpPool) -> None:
+        self._pool = pool
+        self._fd = -1
+        self._unsent = memoryview(b"")
+        self._received = bytearray()
+        self._done: Done | None = None
+
+    def begin(self, request: bytes, done: Done) -> None:
+        if self._fd < 0:
+            self._open()
+        self._done = done
+        self._unsent = memoryview(request)
+        self._flush()
+        if self._unsent:
+            self._pool.reactor.rewatch(self._fd, self._ready, writable=True, urgent=True)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            self._pool.reactor.forget(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+
+    def _open(self) -> None:
+        opened = socket.create_connection(self._pool.address)
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        opened.setblocking(False)
+        self._fd = opened.detach()
+        self._pool.reactor.watch(self._fd, self._ready, urgent=True)
+
+    def _flush(self) -> None:
+        try:
+            while self._unsent:
+                self._unsent = self._unsent[os.write(self._fd, self._unsent) :]
+        except BlockingIOError:
+            return
+
+    def _ready(self, fd: int) -> None:
+        if self._unsent:
+            self._flush()
+            if not self._unsent:
+                self._pool.reactor.rewatch(fd, self._ready, urgent=True)
+        try:
+            data = os.read(fd, READ_SIZE)
+        except BlockingIOError:
+            return
+        if not data:
+            self._lost()
+            return
+        self._received += data
+        answer = read_answer(self._received)
+        if answer is not None:
+            self._answered(*answer)
+
+    def _lost(self) -> None:
+        self.close()
+        if self._done is not None:
+            raise HttpError("the server closed the connection instead of an answer")
+
+    def _answered(self, status: int, body: bytes) -> None:
+        self._received.clear()
+        done, self._done = self._done, None
+        self._pool.free(self)
+        if done is not None:
+            done(status, body)
+
+
+def read_answer(received: bytes | bytearray) -> tuple[int, bytes] | None:
+    """Status and body of an answer with a Content-Length; None while it is incomplete."""
+    end = received.find(b"\r\n\r\n")
+    if end < 0:
+        return None
+    head = received[:end].lower()
+    at = head.index(CONTENT_LENGTH) + len(CONTENT_LENGTH)
+    line_end = head.find(b"\r", at)
+    size = int(head[at : line_end if line_end > 0 else end])
+    if len(received) < end + 4 + size:
+        return None
+    return int(received[9:12]), bytes(received[end + 4 : end + 4 + size])

@@ -1,0 +1,87 @@
+"""Who was pushed what, and what came: the load generator's own account, to hold against the server's.
+
+Each push carries a serial, the last eight digits of its alert, so that the fleet needs no JSON to name it.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+SERIAL_DIGITS: Final = 8
+PAYLOAD_SIZE: Final = 100  # bytes on the wire, msg_id included
+_FRAME: Final = len('{"msg_id":"","notification":{"alert":""}}')
+
+
+class BroadcastMarks:
+    """One broadcast's arrivals, a byte for each device."""
+
+    __slots__ = ("left", "marks", "targets")
+
+    def __init__(self, devices: int, targets: int) -> None:
+        self.marks = bytearray(devices)
+        self.targets = targets
+        self.left = targets
+
+
+class Ledger:
+    """`repeats` and `strays` (to the wrong device, or never sent) stay 0 unless the server errs."""
+
+    def __init__(self, devices: int) -> None:
+        self._devices = devices
+        self._last = 0
+        self.broadcasts: dict[int, BroadcastMarks] = {}
+        self.waiting: dict[int, tuple[int, float]] = {}  # serial of a targeted push -> device, due time
+        self.arrived = 0
+        self.repeats = 0
+        self.strays = 0
+        self.latencies: list[float] = []  # of targeted pushes, from the due time
+
+    def add_broadcast(self, targets: int) -> int:
+        """The serial of a new broadcast to `targets` of the devices."""
+        self._last += 1
+        self.broadcasts[self._last] = BroadcastMarks(self._devices, targets)
+        return self._last
+
+    def add_targeted(self, device: int, due: float = 0.0) -> int:
+        self._last += 1
+        self.waiting[self._last] = (device, due)
+        return self._last
+
+    def take(self, device: int, serial: int) -> None:
+        """A push arrived: the fleet's hot path."""
+        broadcast = self.broadcasts.get(serial)
+        if broadcast is None:
+            self._take_targeted(device, serial)
+        elif broadcast.marks[device]:
+            self.repeats += 1
+        else:
+            broadcast.marks[device] = 1
+            broadcast.left -= 1
+            self.arrived += 1
+
+    def _take_targeted(self, device: int, serial: int) -> None:
+        target, due = self.waiting.pop(serial, (-1, 0.0))
+        if target == device:
+            self.arrived += 1
+            self.latencies.append(time.perf_counter() - due)
+        elif target < 0 < serial <= self._last:
+            self.repeats += 1
+        else:
+            self.strays += 1
+
+    @property
+    def missing(self) -> int:
+        """Deliveries that have not come."""
+        return len(self.waiting) + sum(broadcast.left for broadcast in self.broadcasts.values())
+
+    def errors(self) -> str:
+        """What went wrong so far, "" if nothing did."""
+        counts = {"repeated": self.repeats, "stray": self.strays}
+        return ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+
+
+def alert(serial: int, msg_id_digits: int, payload_size: int = PAYLOAD_SIZE) -> str:
+    """The text that makes a push's payload `payload_size` bytes long and ends in its serial."""
+    width = max(payload_size - _FRAME - msg_id_digits, SERIAL_DIGITS)
+    return f"{serial:0{SERIAL_DIGITS}d}".rjust(width, "x")

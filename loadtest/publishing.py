@@ -1,0 +1,122 @@
+"""Publishers: an open loop of single pushes at a rate, closed loops of single and batch requests."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+import orjson
+
+from loadtest.http_pool import HttpPool
+from loadtest.ledger import alert
+from loadtest.stage import Cast
+
+BATCH: Final = 1000
+SEED: Final = 20_26
+
+
+class PushRefused(Exception):
+    """The server did not accept a push."""
+
+
+class OpenLoop:
+    """Pushes to random devices on a schedule that does not wait for answers.
+
+    A push's latency counts from when it was due, so a generator or server that falls behind shows.
+    """
+
+    def __init__(self, cast_: Cast, devices: Sequence[int], rate: float) -> None:
+        self._cast = cast_
+        self._devices = devices
+        self._interval = 1 / rate
+        self._due = time.perf_counter()
+        self._random = random.Random(SEED)
+        self.sent = 0
+
+    def send_due(self) -> float:
+        """Send what is due; seconds until the next."""
+        now = time.perf_counter()
+        while self._due <= now:
+            self._send(self._random.choice(self._devices), self._due)
+            self._due += self._interval
+        return self._due - now
+
+    def _send(self, device: int, due: float) -> None:
+        cast_ = self._cast
+        serial = cast_.ledger.add_targeted(device, due)
+        body = push_body(cast_.population.names[device], alert(serial, cast_.msg_id_digits))
+        cast_.pool.send(cast_.pool.build("POST", "/v3/push", body), check_accepted)
+        self.sent += 1
+
+
+def check_accepted(status: int, body: bytes) -> None:
+    if status != 200:
+        raise PushRefused(f"{status} {body[:500].decode(errors='replace')}")
+
+
+def push_body(registration_id: str, text: str) -> bytes:
+    return (
+        f'{{"platform":"all","audience":{{"registration_id":["{registration_id}"]}},'
+        f'"notification":{{"alert":"{text}"}}}}'
+    ).encode()
+
+
+def batch_body(items: Sequence[tuple[str, str, str]]) -> bytes:
+    """`items`: cid, registration id and alert of each push."""
+    pushes = ",".join(
+        f'"{cid}":{{"platform":"all","target":"{name}","notification":{{"alert":"{text}"}}}}'
+        for cid, name, text in items
+    )
+    return f'{{"pushlist":{{{pushes}}}}}'.encode()
+
+
+def check_batch(status: int, body: bytes) -> None:
+    """Every push of a batch was accepted."""
+    check_accepted(status, body)
+    refused = [row["error"] for row in orjson.loads(body).values() if "error" in row]
+    if refused:
+        raise PushRefused(f"{len(refused)} of a batch: {refused[0]}")
+
+
+def keep_in_flight(
+    pool: HttpPool,
+    requests: Iterator[bytes],
+    check: Callable[[int, bytes], None],
+    at_once: int,
+    seconds: float | None = None,
+) -> tuple[int, float]:
+    """Closed loop: `at_once` requests outstanding until `requests` or the time is over. Answers counted, and
+    seconds until the last of them."""
+    answered = sent = 0
+    started = time.perf_counter()
+    deadline = None if seconds is None else started + seconds
+
+    def send_next() -> None:
+        nonlocal sent
+        if deadline is not None and time.perf_counter() >= deadline:
+            return
+        request = next(requests, None)
+        if request is not None:
+            sent += 1
+            pool.send(request, take_answer)
+
+    def take_answer(status: int, body: bytes) -> None:
+        nonlocal answered
+        answered += 1
+        check(status, body)
+        send_next()
+
+    for _ in range(at_once):
+        send_next()
+    pool.reactor.run_until(lambda: answered == sent, "all requests answered", limit=600.0)
+    return answered, time.perf_counter() - started
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The nearest rank; 0 for no values."""
+    if not values:
+        return 0.0
+    ranked = sorted(values)
+    return ranked[min(int(len(ranked) * share), len(ranked) - 1)]

@@ -1,0 +1,121 @@
+"""Numbers as rows of a table, and their place in docs/numbers.md."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Final
+
+BUSY: Final = 0.95  # of its core: from here on the generator is the limit
+HEAD: Final = (
+    "| what | wanted | median | least … most | runs | server CPU | generator CPU | |\n"
+    "|---|---|---|---|---|---|---|---|"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Shares of one core that both processes used during a run, 0 to 1."""
+
+    server: float
+    generator: float
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One number: a value from each run, and what it must reach."""
+
+    what: str
+    unit: str
+    values: Sequence[float]
+    at_least: float | None = None
+    at_most: float | None = None
+    loads: Sequence[Load] = ()
+    note: str = ""
+
+    @property
+    def median(self) -> float:
+        return median(self.values)
+
+    @property
+    def met(self) -> bool | None:
+        """None: nothing was wanted."""
+        if self.at_least is not None:
+            return self.median >= self.at_least
+        if self.at_most is not None:
+            return self.median <= self.at_most
+        return None
+
+    @property
+    def wanted(self) -> str:
+        if self.at_least is not None:
+            return f"≥ {show(self.at_least)} {self.unit}"
+        return "" if self.at_most is None else f"≤ {show(self.at_most)} {self.unit}"
+
+    def as_markdown(self) -> str:
+        server = _percent([load.server for load in self.loads])
+        generator = _percent([load.generator for load in self.loads])
+        spread = f"{show(min(self.values))} … {show(max(self.values))}" if len(self.values) > 1 else ""
+        cells = (
+            self.what,
+            self.wanted,
+            f"{show(self.median)} {self.unit}",
+            spread,
+            str(len(self.values)),
+            server,
+            generator,
+            self._remarks(),
+        )
+        return f"| {' | '.join(cells)} |"
+
+    def _remarks(self) -> str:
+        remarks = ["missed"] if self.met is False else []
+        if self.loads and median(load.generator for load in self.loads) > BUSY:
+            remarks.append("the generator is the limit")
+        if self.note:
+            remarks.append(self.note)
+        return "; ".join(remarks)
+
+
+def show(value: float) -> str:
+    """Three digits, and all before the point."""
+    if value and abs(value) < 10:
+        return f"{value:.2f}"
+    return f"{value:,.1f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def _percent(shares: Sequence[float]) -> str:
+    return f"{100 * median(shares):.0f} %" if shares else ""
+
+
+def table(rows: Sequence[Row]) -> str:
+    return "\n".join([HEAD, *(row.as_markdown() for row in rows)])
+
+
+def machine() -> str:
+    """What the numbers were measured on."""
+    kernel = platform.release().split("-")[0]
+    return f"{os.cpu_count()} cores ({_processor()}), Python {platform.python_version()}, Linux {kernel}"
+
+
+def _processor() -> str:
+    found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found[1].strip() if found else platform.machine()
+
+
+def write_block(file: Path, name: str, block: str) -> None:
+    """Replace what stands between `<!-- bench NAME -->` and `<!-- end NAME -->`, or append it with the two."""
+    begin, end = f"<!-- bench {name} -->", f"<!-- end {name} -->"
+    text = file.read_text() if file.exists() else "# Numbers\n"
+    whole = f"{begin}\n{block.strip()}\n{end}"
+    pattern = re.compile(rf"{re.escape(begin)}\n.*?{re.escape(end)}", re.DOTALL)
+    if pattern.search(text):
+        text = pattern.sub(lambda _: whole, text)
+    else:
+        text = f"{text.rstrip()}\n\n{whole}\n"
+    file.write_text(text)

@@ -1,0 +1,1 @@
+"""What is measured, one module each: a function from a stage to rows."""

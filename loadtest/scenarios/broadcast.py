@@ -1,0 +1,167 @@
+"""Broadcasts to everyone online, each delivery acknowledged and recorded.
+
+A run posts `broadcasts` of them, with one or four outstanding: the next is posted when the last device of an
+earlier one has acknowledged. The clock stops when the server's report says "delivered" for all of all of them.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+
+from loadtest.ledger import alert
+from loadtest.publishing import OpenLoop, quantile
+from loadtest.report import Load, Row
+from loadtest.stage import Cast, Meter, Plan, Stage, cast
+
+PROBES = 200  # devices, of those that get the broadcasts, on which arrival times are taken
+PROBE_RATE = 200.0
+REPORT_PAGE = 100
+MS = 1000.0
+
+
+def broadcast(stage: Stage) -> list[Row]:
+    population = stage.population(stage.plan.devices)
+    probes = frozenset(random.Random(1).sample(range(stage.plan.devices), PROBES))
+    with (
+        stage.server(population) as server,
+        cast(server, population, stage.plan.devices, urgent=probes) as cast_,
+    ):
+        cast_.fleet.connect(range(stage.plan.devices))
+        Volley(cast_, stage.plan.devices, 1).run(2)  # warm
+        rows = [*_throughput(stage, cast_, 1), *_throughput(stage, cast_, 4)]
+        for outstanding in (1, 4):
+            rows += _targeted_meanwhile(stage, cast_, sorted(probes), outstanding)
+    return rows
+
+
+class Volley:
+    """Posts broadcasts and follows them to the last acknowledgement."""
+
+    def __init__(self, cast_: Cast, devices: int, outstanding: int) -> None:
+        self._cast = cast_
+        self._devices = devices
+        self._outstanding = outstanding
+        self._open: list[int] = []  # serials
+        self._posted = 0
+        self.msg_ids: list[str] = []
+
+    def run(self, count: int) -> float:
+        """Seconds from the first post until all deliveries are recorded."""
+        started = time.perf_counter()
+        self.begin()
+        while self._posted < count or self._open:
+            self.step(more=self._posted < count)
+        wait_for_report(self._cast, self.msg_ids, self._devices)
+        return time.perf_counter() - started
+
+    def begin(self) -> None:
+        self._posted, self._open, self.msg_ids = 0, [], []
+
+    def step(self, *, more: bool, timeout: float = 0.01) -> None:
+        ledger = self._cast.ledger
+        self._open = [serial for serial in self._open if ledger.broadcasts[serial].left]
+        while more and len(self._open) < self._outstanding:
+            self._post()
+            more = len(self._open) < self._outstanding
+        self._cast.reactor.turn(timeout)
+
+    def _post(self) -> None:
+        cast_ = self._cast
+        serial = cast_.ledger.add_broadcast(self._devices)
+        self._open.append(serial)
+        self._posted += 1
+        body = {
+            "platform": "all",
+            "audience": "all",
+            "notification": {"alert": alert(serial, cast_.msg_id_digits)},
+        }
+        cast_.pool.send(cast_.pool.build("POST", "/v3/push", orjson.dumps(body)), self._answered)
+
+    def _answered(self, status: int, body: bytes) -> None:
+        assert status == 200, body
+        self.msg_ids.append(orjson.loads(body)["msg_id"])
+        self._cast.msg_id_digits = len(self.msg_ids[-1])
+
+
+def wait_for_report(cast_: Cast, msg_ids: Sequence[str], delivered: int) -> None:
+    """Until the server's own report has `delivered` for each."""
+    deadline = time.perf_counter() + 60
+    left = list(msg_ids)
+    while left:
+        page = ",".join(left[:REPORT_PAGE])
+        rows: list[dict[str, Any]] = cast_.pool.call("GET", f"/v3/received/detail?msg_ids={page}")
+        done = {row["msg_id"] for row in rows if row["delivered"] == delivered}
+        left = [msg_id for msg_id in left if msg_id not in done]
+        if time.perf_counter() > deadline:
+            raise TimeoutError(f"the report has not counted {delivered:,} deliveries: {rows[:3]}")
+        if left:
+            cast_.reactor.run_for(0.01)
+
+
+def _throughput(stage: Stage, cast_: Cast, outstanding: int) -> list[Row]:
+    plan = stage.plan
+    rates: list[float] = []
+    ceilings: list[float] = []
+    costs: list[float] = []
+    loads: list[Load] = []
+    volley = Volley(cast_, plan.devices, outstanding)
+    for run in range(plan.runs):
+        meter = Meter(cast_.server)
+        with stage.profiled(cast_.server, f"broadcast-{outstanding}-{run}"), meter.running():
+            seconds = volley.run(plan.broadcasts)
+        deliveries = plan.broadcasts * plan.devices
+        rates.append(deliveries / seconds)
+        costs.append(meter.server_cpu / deliveries * 1e6)
+        ceilings.append(deliveries / meter.generator_cpu)
+        loads.append(meter.load)
+        stage.say(f"broadcast, {outstanding} outstanding: {rates[-1]:,.0f} deliveries/s")
+    name = f"broadcast: {plan.devices:,} devices, {outstanding} outstanding"
+    errors = cast_.ledger.errors()
+    return [
+        Row(
+            name,
+            "/s",
+            rates,
+            at_least=90_000 if outstanding == 1 else None,
+            loads=loads,
+            note=errors or "none lost",
+        ),
+        Row(f"{name}: server CPU for each delivery", "µs", costs),
+        Row(f"{name}: deliveries per generator CPU second", "/s", ceilings, note="the generator's ceiling"),
+    ]
+
+
+def _targeted_meanwhile(stage: Stage, cast_: Cast, probes: Sequence[int], outstanding: int) -> list[Row]:
+    medians, worst, loads = [], [], []
+    for _ in range(stage.plan.runs):
+        meter = Meter(cast_.server)
+        with meter.running():
+            latencies = _run_with_probes(stage.plan, cast_, probes, outstanding)
+        medians.append(quantile(latencies, 0.5) * MS)
+        worst.append(quantile(latencies, 0.99) * MS)
+        loads.append(meter.load)
+        stage.say(f"targeted amid {outstanding} broadcasts: p50 {medians[-1]:.1f}, p99 {worst[-1]:.1f} ms")
+    name = f"targeted amid broadcasts, {outstanding} outstanding"
+    return [
+        Row(f"{name}: p50", "ms", medians, loads=loads),
+        Row(f"{name}: p99", "ms", worst, at_most=20.0, loads=loads),
+    ]
+
+
+def _run_with_probes(plan: Plan, cast_: Cast, probes: Sequence[int], outstanding: int) -> list[float]:
+    volley = Volley(cast_, plan.devices, outstanding)
+    volley.begin()
+    cast_.ledger.latencies.clear()
+    publisher = OpenLoop(cast_, probes, PROBE_RATE)
+    deadline = time.perf_counter() + plan.seconds
+    while time.perf_counter() < deadline:
+        volley.step(more=True, timeout=publisher.send_due())
+    while cast_.ledger.missing:
+        volley.step(more=False)
+    wait_for_report(cast_, volley.msg_ids, plan.devices)
+    return list(cast_.ledger.latencies)

@@ -1,0 +1,149 @@
+"""A real `holdfast serve` as a child process on a core of its own, and what /proc tells about it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+
+HOLDFAST: Final = Path(sys.executable).with_name("holdfast")
+START_LIMIT: Final = 20.0
+STOP_LIMIT: Final = 60.0
+STEADY_PAUSE: Final = 0.25
+STEADY_SIZE: Final = 65_536  # RSS that moves less than this between two looks has settled
+
+Address = tuple[str, int]
+
+
+class ServerError(Exception):
+    """The server did not start, or ended by itself; the message has what it wrote last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """CPU seconds of one process, and when they were read."""
+
+    cpu: float
+    at: float
+
+    def busy_since(self, before: Usage) -> float:
+        """Share of one core, 0 to 1."""
+        return (self.cpu - before.cpu) / max(self.at - before.at, 1e-9)
+
+
+def run_holdfast(*arguments: str) -> Any:
+    """Run one command to its end and return the JSON it prints."""
+    done = subprocess.run([HOLDFAST, *arguments], capture_output=True, check=False)
+    if done.returncode:
+        raise ServerError(f"holdfast {arguments[0]}: {done.stderr.decode().strip()}")
+    return orjson.loads(done.stdout)
+
+
+class Server:
+    """`start`, then `stop`. Logs go to `log` in the parent of the data directory."""
+
+    def __init__(
+        self, data_dir: Path, *, core: int | None = None, settings: Mapping[str, str] | None = None
+    ) -> None:
+        self._data_dir = data_dir
+        self._core = core
+        self._settings = {"HOLDFAST_SERVER_DEMO_APP": "false", **(settings or {})}
+        self.log = data_dir.parent / "server.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.addresses: dict[str, Any] = {}
+
+    def start(self) -> None:
+        flags = [f"--{name}-port=0" for name in ("mqtt", "ws", "http", "admin")]
+        command = [HOLDFAST, "serve", "--data-dir", self._data_dir, *flags]
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, env=os.environ | self._settings
+            )
+        if self._core is not None:
+            os.sched_setaffinity(self.pid, {self._core})
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()  # ends with the process, if that gives up
+        if not line:
+            self._process.wait(START_LIMIT)
+            raise ServerError(f"the server did not start:\n{self._last_words()}")
+        self.addresses = orjson.loads(line)
+
+    def stop(self) -> None:
+        """Drain; raises ServerError if the server was gone already or does not end well."""
+        process = self._process
+        if process is None:
+            return
+        self._process = None
+        process.terminate()
+        try:
+            status = process.wait(STOP_LIMIT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            status = -9
+        assert process.stdout is not None
+        process.stdout.close()
+        if status:
+            raise ServerError(f"the server ended with status {status}:\n{self._last_words()}")
+
+    def _last_words(self) -> str:
+        return self.log.read_text(errors="replace")[-2000:]
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def address(self, listener: str) -> Address:
+        """Of mqtt, mqtts, ws, http or admin."""
+        host, port = str(self.addresses[listener]).rsplit(":", 1)
+        return host.strip("[]"), int(port)
+
+    # From /proc
+
+    def rss(self) -> int:
+        """Resident bytes now."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) * 1024
+
+    def steady_rss(self) -> int:
+        """Resident bytes once they hardly change."""
+        before = self.rss()
+        while True:
+            time.sleep(STEADY_PAUSE)
+            now = self.rss()
+            if abs(now - before) < STEADY_SIZE:
+                return now
+            before = now
+
+    def usage(self) -> Usage:
+        return read_usage(self.pid)
+
+    def metric(self, name: str) -> float:
+        """The sum over all labels of holdfast_`name`, as /metrics shows it."""
+        host, port = self.address("admin")
+        with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=10) as answer:
+            return sum_metric(answer.read().decode(), f"holdfast_{name}")
+
+
+def read_usage(pid: int) -> Usage:
+    """All threads, from the scheduler's own nanoseconds: /proc/PID/stat counts in steps of 10 ms."""
+    total = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        total += int((task / "schedstat").read_text().split()[0])
+    return Usage(total / 1e9, time.perf_counter())
+
+
+def sum_metric(text: str, name: str) -> float:
+    """`text` in the Prometheus text format; 0 if it has no such metric."""
+    found = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)
+    return sum(map(float, found))

@@ -1,0 +1,188 @@
+"""What every scenario stands on: sizes, prepared devices, a server on core 0, the generator on core 1."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from loadtest.fleet import Fleet
+from loadtest.http_pool import HttpPool
+from loadtest.ledger import Ledger
+from loadtest.population import Population, register
+from loadtest.reactor import Reactor
+from loadtest.report import Load
+from loadtest.server import Server, read_usage
+
+SERVER_CORE: Final = 0
+GENERATOR_CORE: Final = 1
+HTTP_CONNECTIONS: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How large and how often."""
+
+    runs: int = 5
+    devices: int = 15_000  # online at once; a process may have 20,000 files open here
+    tls_devices: int = 3_000
+    warm_devices: int = 1_000
+    registered: int = 100_000  # for accepts and offline
+    online_for_targeted: int = 2_000
+    broadcasts: int = 20  # in one run
+    seconds: float = 5.0  # of one open-loop or closed-loop run
+    targeted_waiting: int = 10  # pushes that wait for each offline device
+
+
+QUICK: Final = Plan(
+    runs=2,
+    devices=1_000,
+    tls_devices=200,
+    warm_devices=200,
+    registered=3_000,
+    online_for_targeted=500,
+    broadcasts=10,
+    seconds=2.0,
+    targeted_waiting=3,
+)
+
+
+@dataclass(slots=True)
+class Meter:
+    """CPU use of both processes over a `with` block."""
+
+    server: Server
+    load: Load = Load(0.0, 0.0)
+    server_cpu: float = 0.0  # seconds
+    generator_cpu: float = 0.0
+    seconds: float = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        server, generator = self.server.usage(), read_usage(os.getpid())
+        yield
+        server_now, generator_now = self.server.usage(), read_usage(os.getpid())
+        self.load = Load(server_now.busy_since(server), generator_now.busy_since(generator))
+        self.server_cpu = server_now.cpu - server.cpu
+        self.generator_cpu = generator_now.cpu - generator.cpu
+        self.seconds = server_now.at - server.at
+
+
+class Stage:
+    """Made once for a command; `directory` is emptied at the end."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        directory: Path,
+        *,
+        settings: Mapping[str, str] | None = None,
+        profile: Path | None = None,
+    ) -> None:
+        self.plan = plan
+        self._directory = directory
+        self._settings = settings or {}
+        self._profile = profile
+        self._populations: dict[int, Population] = {}
+        self._servers = 0
+        self.two_cores = len(os.sched_getaffinity(0)) > 1 or (os.cpu_count() or 1) > 1
+        if self.two_cores:
+            os.sched_setaffinity(0, {GENERATOR_CORE})
+
+    @property
+    def server_core(self) -> int | None:
+        return SERVER_CORE if self.two_cores else None
+
+    def say(self, text: str) -> None:
+        """Progress, for whoever waits."""
+        sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+        sys.stderr.flush()
+
+    def population(self, count: int) -> Population:
+        """`count` registered devices, made on first use."""
+        found = self._populations.get(count)
+        if found is None:
+            started = time.perf_counter()
+            directory = self._directory / f"population-{count}" / "data"
+            directory.parent.mkdir(parents=True)
+            found = self._populations[count] = register(directory, count, core=self.server_core)
+            self.say(f"registered {count:,} devices in {time.perf_counter() - started:.1f} s")
+        return found
+
+    @contextmanager
+    def server(self, population: Population, settings: Mapping[str, str] | None = None) -> Iterator[Server]:
+        """A fresh server on a copy of the population's data."""
+        self._servers += 1
+        home = self._directory / f"server-{self._servers}"
+        home.mkdir(parents=True)
+        population.copy_to(home / "data")
+        server = Server(home / "data", core=self.server_core, settings={**self._settings, **(settings or {})})
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+            shutil.rmtree(home)
+
+    @contextmanager
+    def profiled(self, server: Server, name: str) -> Iterator[None]:
+        """Sample the server's stacks meanwhile with py-spy, if that was asked for: NAME.txt, one line a stack."""
+        if self._profile is None:
+            yield
+            return
+        self._profile.mkdir(parents=True, exist_ok=True)
+        # Samples stop the server for a moment: a higher rate, or native frames, would slow it several times.
+        command = ["py-spy", "record", "--format", "raw", "--rate", "200", "--duration", "600"]
+        where = ["--pid", str(server.pid), "--output", str(self._profile / f"{name}.txt")]
+        spy = subprocess.Popen([*command, *where], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            yield
+        finally:
+            spy.send_signal(2)
+            spy.wait(60)
+
+
+@dataclass(slots=True)
+class Cast:
+    """A fleet, its account and a publisher, in front of one server."""
+
+    server: Server
+    population: Population
+    reactor: Reactor
+    ledger: Ledger
+    fleet: Fleet
+    pool: HttpPool
+    msg_id_digits: int = 10
+    problems: list[str] = field(default_factory=list)
+
+    def wait_for_offline(self) -> None:
+        """Until the server has noticed that nobody is connected any more."""
+        deadline = time.perf_counter() + 60
+        while self.server.metric("connections_live"):
+            if time.perf_counter() > deadline:
+                raise TimeoutError("the server still counts connections after 60 s")
+            self.reactor.run_for(0.05)
+
+
+@contextmanager
+def cast(
+    server: Server, population: Population, devices: int, *, urgent: frozenset[int] = frozenset()
+) -> Iterator[Cast]:
+    """Devices 0 to `devices`-1 of the population, none connected yet."""
+    reactor, ledger = Reactor(), Ledger(devices)
+    packets = population.connect_packets(devices)
+    fleet = Fleet(reactor, server.address("mqtt"), packets, ledger.take, urgent=urgent)
+    pool = population.pool(reactor, server, HTTP_CONNECTIONS)
+    try:
+        yield Cast(server, population, reactor, ledger, fleet, pool)
+    finally:
+        fleet.close()
+        pool.close()
+        reactor.close()

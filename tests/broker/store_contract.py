@@ -1,0 +1,548 @@
+"""What every store must do. A back end subclasses `StoreContract` and gives it `make_store`; S1 (kill -9) and the
+engine's own errors are tested beside each back end, because only it knows how to break itself."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+
+import pytest
+from pyroaring import BitMap
+
+from broker.model import (
+    App,
+    BehaviourEvent,
+    Claim,
+    DeliveryState,
+    DeviceChange,
+    NewDevice,
+    NewMessage,
+    OwedRequest,
+    Receipt,
+    Retained,
+    Settled,
+    Term,
+)
+from broker.store import Store, StoreError, StoreUnavailable, UnknownDevice
+
+START = 1_800_000_000.0
+HOUR = 3600.0
+DAY = 24 * HOUR
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = START
+
+    def __call__(self) -> float:
+        return self.now
+
+
+MakeStore = Callable[[], Awaitable[Store]]
+
+
+def push(
+    app: App, targets: Iterable[int], *, broadcast: bool = False, ttl: float = HOUR, **more: str
+) -> NewMessage:
+    return NewMessage(app.app_id, b'{"message":{}}', BitMap(targets), broadcast, START, START + ttl, **more)
+
+
+async def owed(store: Store, app: App, devno: int, after: int = 0, limit: int = 100) -> list[int]:
+    (messages,) = await store.fetch_owed([OwedRequest(app.app_id, devno, after, limit)])
+    return [message.msg_id for message in messages]
+
+
+async def claimed(store: Store, app: App, devno: int, node: str = "node-1") -> Claim:
+    future: asyncio.Future[Claim] = asyncio.get_running_loop().create_future()
+    store.claim_route(app.app_id, devno, node, future.set_result)
+    return await future
+
+
+async def expire_all(store: Store, now: float) -> int:
+    total = 0
+    while gone := await store.expire(now):
+        total += gone
+    return total
+
+
+class StoreContract:
+    @pytest.fixture
+    def clock(self) -> Clock:
+        return Clock()
+
+    @pytest.fixture
+    def make_store(self, clock: Clock) -> MakeStore:
+        """Opens a store on this test's data, with report, cid and event lifetimes of 30 days, 1 day, 7 days."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    async def store(self, make_store: MakeStore) -> AsyncIterator[Store]:
+        store = await make_store()
+        yield store
+        await store.close()
+
+    @pytest.fixture
+    async def app(self, store: Store) -> App:
+        return await store.create_app("shop", offline_limit=5)
+
+    @pytest.fixture
+    async def other(self, store: Store) -> App:
+        return await store.create_app("shop")
+
+    # Apps
+
+    async def test_an_app_is_found_by_its_key_until_it_is_deleted(self, store: Store, app: App) -> None:
+        assert await store.find_app(app.key) == app
+        assert await store.delete_app(app.key)
+        assert await store.find_app(app.key) is None
+        assert not await store.delete_app(app.key)
+
+    async def test_apps_are_listed_in_pages(self, store: Store) -> None:
+        apps = [await store.create_app(f"app {n}") for n in range(5)]
+        assert await store.list_apps(limit=2) == apps[:2]
+        assert await store.list_apps(after=apps[1].app_id) == apps[2:]
+
+    async def test_rotating_changes_only_the_master_secret(self, store: Store, app: App) -> None:
+        rotated = await store.rotate_secret(app.key)
+        assert rotated is not None
+        assert rotated.master_secret != app.master_secret
+        assert rotated.signing_key == app.signing_key
+        assert await store.find_app(app.key) == rotated
+        assert await store.rotate_secret("no such key") is None
+
+    # Devices
+
+    async def test_devnos_are_dense_and_an_existing_registration_is_left_alone(
+        self, store: Store, app: App
+    ) -> None:
+        first = await store.register(app.app_id, [NewDevice("a", alias="me"), NewDevice("b"), NewDevice("a")])
+        again = await store.register(app.app_id, [NewDevice("c"), NewDevice("a", alias="you")])
+        assert [device.devno for device in first] == [0, 1, 0]
+        assert [device.devno for device in again] == [2, 0]
+        assert again[1].alias == "me"
+
+    async def test_concurrent_registrations_get_distinct_devnos(self, store: Store, app: App) -> None:
+        lists = await asyncio.gather(
+            *[store.register(app.app_id, [NewDevice(f"d{n}"), NewDevice("same")]) for n in range(50)]
+        )
+        assert len({devices[0].devno for devices in lists} | {devices[1].devno for devices in lists}) == 51
+        (everyone,) = await store.postings(app.app_id, [(Term.ALL, "")])
+        assert everyone == BitMap(range(51))
+
+    async def test_names_and_numbers_resolve_both_ways(self, store: Store, app: App, other: App) -> None:
+        await store.register(app.app_id, [NewDevice("a"), NewDevice("b")])
+        for _ in range(2):  # the second time from memory, where there is one
+            assert await store.resolve(app.app_id, ["b", "x", "a"]) == {"b": 1, "a": 0}
+        assert await store.names(app.app_id, [1, 7]) == {1: "b"}
+        assert await store.resolve(other.app_id, ["a"]) == {}
+        assert await store.find_devices(other.app_id, ["a"]) == {}
+        assert await store.names(other.app_id, [0]) == {}
+
+    async def test_changes_apply_to_row_and_index_together(self, store: Store, app: App) -> None:
+        await store.register(app.app_id, [NewDevice("a", tags=frozenset({"x", "y"}), alias="me", mobile="1")])
+        change = DeviceChange(
+            alias="", mobile="2", add_tags=frozenset({"z"}), remove_tags=frozenset({"x"}), platform="ios"
+        )
+        device = (await store.change_devices(app.app_id, {"a": change}))["a"]
+        assert (device.tags, device.alias, device.mobile) == ({"y", "z"}, None, "2")
+        assert await store.find_devices(app.app_id, ["a"]) == {"a": device}
+        terms = [(Term.TAG, "x"), (Term.TAG, "z"), (Term.ALIAS, "me"), (Term.PLATFORM, "ios")]
+        found = await store.postings(app.app_id, [*terms, (Term.PLATFORM, "other")])
+        assert [list(bits) for bits in found] == [[], [0], [], [0], []]
+
+    async def test_cached_postings_follow_later_changes_and_old_results_stay(
+        self, store: Store, app: App
+    ) -> None:
+        await store.register(app.app_id, [NewDevice("a", tags=frozenset({"x"})), NewDevice("b")])
+        (before,) = await store.postings(app.app_id, [(Term.TAG, "x")])
+        await store.change_devices(
+            app.app_id,
+            {"a": DeviceChange(set_tags=frozenset()), "b": DeviceChange(add_tags=frozenset({"x"}))},
+        )
+        assert [list(bits) for bits in await store.postings(app.app_id, [(Term.TAG, "x")])] == [[1]]
+        assert list(before) == [0]
+
+    async def test_all_changes_or_none(self, store: Store, app: App) -> None:
+        await store.register(app.app_id, [NewDevice("a")])
+        with pytest.raises(UnknownDevice, match="ghost"):
+            await store.change_devices(
+                app.app_id, {"a": DeviceChange(alias="x"), "ghost": DeviceChange(alias="x")}
+            )
+        assert (await store.find_devices(app.app_id, ["a"]))["a"].alias is None
+        assert await store.list_terms(app.app_id, Term.ALIAS) == []
+
+    async def test_a_revocation_raises_the_generation_and_survives(
+        self, make_store: MakeStore, store: Store, app: App
+    ) -> None:
+        await store.register(app.app_id, [NewDevice("a"), NewDevice("b")])
+        await store.change_devices(app.app_id, {"b": DeviceChange(revoke_tokens=True)})
+        assert dict(store.token_generations(app.app_id)) == {1: 1}
+        await store.close()
+        again = await make_store()
+        await again.find_app(app.key)
+        assert dict(again.token_generations(app.app_id)) == {1: 1}
+        await again.close()
+
+    async def test_dropping_a_term_takes_it_from_the_devices(self, store: Store, app: App) -> None:
+        await store.register(
+            app.app_id, [NewDevice(f"d{n}", tags=frozenset({"x", "y"}), alias="us") for n in range(4)]
+        )
+        assert list(await store.drop_term(app.app_id, (Term.TAG, "x"), BitMap([1, 2, 9]))) == [1, 2]
+        assert await store.list_terms(app.app_id, Term.TAG) == ["x", "y"]
+        assert list(await store.drop_term(app.app_id, (Term.TAG, "x"))) == [0, 3]
+        assert list(await store.drop_term(app.app_id, (Term.ALIAS, "us"))) == [0, 1, 2, 3]
+        assert await store.list_terms(app.app_id, Term.TAG) == ["y"]
+        device = (await store.find_devices(app.app_id, ["d3"]))["d3"]
+        assert (device.tags, device.alias) == ({"y"}, None)
+
+    # Messages
+
+    async def test_s3_ids_grow_even_when_the_clock_steps_back_over_a_restart(
+        self, make_store: MakeStore, store: Store, app: App, clock: Clock
+    ) -> None:
+        first = await store.append([push(app, [0]), push(app, [1])])
+        clock.now -= DAY
+        second = await store.append([push(app, [0])])
+        await store.close()
+        again = await make_store()
+        third = await again.append([push(app, [0])])
+        await again.close()
+        ids = [appended.msg_id for appended in [*first, *second, *third]]
+        assert ids == sorted(set(ids))
+        assert 0 < ids[-1] < 2**63
+
+    async def test_owed_rows_come_oldest_first_in_pages(self, store: Store, app: App, other: App) -> None:
+        ids = [a.msg_id for a in await store.append([push(app, [0, 1]), push(app, [0]), push(app, [0])])]
+        assert await owed(store, app, 0, limit=2) == ids[:2]
+        assert await owed(store, app, 0, after=ids[1]) == ids[2:]
+        assert await owed(store, app, 1) == ids[:1]
+        assert await owed(store, other, 0) == []
+        one, two = await store.fetch_owed([OwedRequest(app.app_id, devno, 0, 9) for devno in (0, 1)])
+        assert one[0] is two[0]
+        assert one[0].body == b'{"message":{}}'
+
+    async def test_expired_rows_do_not_use_up_the_limit(self, store: Store, app: App, clock: Clock) -> None:
+        short, long = await store.append([push(app, [0], ttl=10), push(app, [0])])
+        clock.now += 10
+        assert await owed(store, app, 0, limit=1) == [long.msg_id]
+        record = (await store.find_messages(app.app_id, [short.msg_id]))[short.msg_id]
+        assert record.state(0, clock.now) is DeliveryState.EXPIRED
+
+    async def test_a_push_for_now_only_can_be_reported_but_not_fetched(self, store: Store, app: App) -> None:
+        one, all_ = await store.append([push(app, [0], ttl=0), push(app, [0], ttl=0, broadcast=True)])
+        assert await owed(store, app, 0) == []
+        assert await store.live_broadcasts(app.app_id) == []
+        await store.settle(
+            [
+                Settled(app.app_id, one.msg_id, False, [0]),
+                Settled(app.app_id, all_.msg_id, True, [0]),
+            ]
+        )
+        records = await store.find_messages(app.app_id, [one.msg_id, all_.msg_id])
+        assert all(list(record.delivered) == [0] for record in records.values())
+
+    async def test_s4_s5_settling_is_idempotent_and_only_for_targets(
+        self, store: Store, app: App, other: App
+    ) -> None:
+        single, shared, wide = [
+            a.msg_id
+            for a in await store.append(
+                [push(app, [0]), push(app, [0, 1, 2]), push(app, range(1000), broadcast=True)]
+            )
+        ]
+        for settling_app in (other, app, app):
+            await store.settle(
+                [
+                    Settled(settling_app.app_id, single, False, [0, 7]),
+                    Settled(settling_app.app_id, shared, False, [1, 1, 7], evicted=[2]),
+                    Settled(settling_app.app_id, wide, True, [5, 2000], evicted=[6]),
+                    Settled(settling_app.app_id, 12345, True, [0]),
+                ]
+            )
+            if settling_app is other:
+                assert await owed(store, app, 0) == [single, shared]
+        records = await store.find_messages(app.app_id, [single, shared, wide])
+        assert [list(records[i].delivered) for i in (single, shared, wide)] == [[0], [1], [5]]
+        assert [list(records[i].evicted) for i in (single, shared, wide)] == [[], [2], [6]]
+        assert await owed(store, app, 0) == [shared]
+        assert await owed(store, app, 1) == await owed(store, app, 2) == []
+        assert await store.find_messages(other.app_id, [single]) == {}
+
+    async def test_a_broadcast_is_live_until_nobody_is_owed_it(
+        self, store: Store, app: App, other: App, clock: Clock
+    ) -> None:
+        done, live, _ = await store.append(
+            [push(app, range(300), broadcast=True, ttl=ttl) for ttl in (HOUR, HOUR, 10)]
+        )
+        clock.now += 10
+        for devno in range(300):  # one by one: many more settlements than are kept unfolded
+            await store.settle([Settled(app.app_id, done.msg_id, True, [devno])])
+        (found,) = await store.live_broadcasts(app.app_id)
+        assert (found.message.msg_id, len(found.targets), len(found.settled)) == (live.msg_id, 300, 0)
+        found.settled.add(1)  # ours to change
+        (found,) = await store.live_broadcasts(app.app_id)
+        assert not found.settled
+        assert await store.live_broadcasts(other.app_id) == []
+        record = (await store.find_messages(app.app_id, [done.msg_id]))[done.msg_id]
+        assert record.counts(clock.now)[DeliveryState.DELIVERED] == 300
+
+    async def test_s6_a_cid_is_used_once_in_its_lifetime(
+        self, store: Store, app: App, other: App, clock: Clock
+    ) -> None:
+        first, twin = await store.append(
+            [push(app, [0], cid="c", sendno="1"), push(app, [1], cid="c", sendno="2")]
+        )
+        (later,) = await store.append([push(app, [1], cid="c", sendno="3")])
+        (elsewhere,) = await store.append([push(other, [0], cid="c")])
+        assert not first.repeated
+        assert twin == later
+        assert (later.msg_id, later.repeated, later.sendno) == (first.msg_id, True, "1")
+        assert not elsewhere.repeated
+        assert await owed(store, app, 1) == []
+        clock.now += DAY
+        (fresh,) = await store.append([push(app, [1], cid="c")])
+        assert not fresh.repeated
+
+    async def test_s6_of_concurrent_appends_with_one_cid_one_wins(self, store: Store, app: App) -> None:
+        answers = await asyncio.gather(*[store.append([push(app, [0], cid="c")]) for _ in range(50)])
+        assert sum(not answer.repeated for (answer,) in answers) == 1
+        assert len({answer.msg_id for (answer,) in answers}) == 1
+
+    async def test_s8_the_newest_n_stay_for_a_device_that_is_away(self, store: Store, app: App) -> None:
+        ids = [(await store.append([push(app, [0])]))[0].msg_id for _ in range(4)]
+        ids += [a.msg_id for a in await store.append([push(app, [0, 1]) for _ in range(4)])]
+        assert await owed(store, app, 0) == ids[-5:]
+        records = await store.find_messages(app.app_id, ids)
+        assert [list(records[i].evicted) for i in ids] == [[0]] * 3 + [[]] * 5
+        assert await owed(store, app, 1) == ids[4:]
+
+    async def test_s8_applies_within_one_append_and_to_shared_messages(self, store: Store, app: App) -> None:
+        ids = [a.msg_id for a in await store.append([push(app, [0, 1]) for _ in range(7)])]
+        assert await owed(store, app, 1) == ids[-5:]
+        record = (await store.find_messages(app.app_id, ids[:1]))[ids[0]]
+        assert list(record.evicted) == [0, 1]
+
+    async def test_s8_a_routed_device_loses_nothing(self, store: Store, app: App) -> None:
+        route = await claimed(store, app, 0)
+        ids = [a.msg_id for a in await store.append([push(app, [0]) for _ in range(9)])]
+        assert await owed(store, app, 0) == ids
+        store.release_route(app.app_id, 0, route.epoch, START)
+        ids += [a.msg_id for a in await store.append([push(app, [0])])]
+        assert await owed(store, app, 0) == ids[-5:]
+
+    async def test_receipts_of_strangers_are_dropped(self, store: Store, app: App, other: App) -> None:
+        (appended,) = await store.append([push(app, [0, 70_000])])
+        for app_, devno, event in (
+            (app, 0, "shown"),
+            (app, 70_000, "shown"),
+            (app, 3, "shown"),
+            (other, 0, "clicked"),
+        ):
+            await store.record_receipts([Receipt(app_.app_id, appended.msg_id, devno, event)])
+        await store.record_receipts([Receipt(app.app_id, 1, 0, "shown")])
+        record = (await store.find_messages(app.app_id, [appended.msg_id]))[appended.msg_id]
+        assert {event: list(bits) for event, bits in record.receipts.items()} == {"shown": [0, 70_000]}
+
+    async def test_events_are_listed_in_order_and_pages(self, store: Store, app: App, other: App) -> None:
+        events = [BehaviourEvent(app.app_id, n, "buy", START, b"%d" % n) for n in range(5)]
+        await store.record_events(events)
+        page = await store.list_events(app.app_id, 0, 2)
+        rest = await store.list_events(app.app_id, page[-1][0], 100)
+        assert [event for _, event in [*page, *rest]] == events
+        assert await store.list_events(other.app_id, 0, 10) == []
+
+    async def test_retained_messages_are_replaced_removed_and_expire(
+        self, store: Store, app: App, other: App, clock: Clock
+    ) -> None:
+        def kept(topic: str, payload: bytes, expires_at: float | None = None) -> Retained:
+            return Retained(app.app_id, topic, payload, 1, b"", expires_at)
+
+        await store.retain([kept("a", b"1"), kept("b", b"1"), kept("c", b"1", START + 5), kept("a", b"2")])
+        await store.retain([kept("b", b"")])
+        assert await store.list_retained(app.app_id) == [kept("a", b"2"), kept("c", b"1", START + 5)]
+        assert await store.list_retained(other.app_id) == []
+        clock.now += 5
+        assert await store.list_retained(app.app_id) == [kept("a", b"2")]
+
+    # Routes
+
+    async def test_s9_the_newer_claim_wins_and_the_older_epoch_can_do_nothing(
+        self, store: Store, app: App
+    ) -> None:
+        await store.register(app.app_id, [NewDevice("a")])
+        old = await claimed(store, app, 0)
+        new = await claimed(store, app, 0, "node-2")
+        assert new.epoch > old.epoch
+        store.release_route(app.app_id, 0, old.epoch, START)
+        assert list(await store.online(app.app_id)) == [0]
+        store.release_route(app.app_id, 0, new.epoch, START + 1)
+        store.release_route(app.app_id, 0, new.epoch, START + 2)
+        assert not await store.online(app.app_id, BitMap([0, 1]))
+        assert (await store.find_devices(app.app_id, ["a"]))["a"].last_online_at == START + 1
+
+    async def test_routes_do_not_outlive_the_node_and_epochs_grow_over_a_restart(
+        self, make_store: MakeStore, store: Store, app: App
+    ) -> None:
+        await store.register(app.app_id, [NewDevice("a"), NewDevice("b")])
+        gone, route = await claimed(store, app, 0), await claimed(store, app, 1)
+        store.release_route(app.app_id, 0, gone.epoch, START + 3)
+        await store.close()
+        again = await make_store()
+        assert not await again.online(app.app_id)
+        assert (await again.find_devices(app.app_id, ["a"]))["a"].last_online_at == START + 3
+        assert (await claimed(again, app, 1)).epoch > route.epoch
+        await again.close()
+
+    async def test_a_claim_tells_whether_the_inbox_may_hold_something(
+        self, make_store: MakeStore, store: Store, app: App
+    ) -> None:
+        assert not (await claimed(store, app, 0)).may_owe
+        (appended,) = await store.append([push(app, [0, 1])])
+        assert (await claimed(store, app, 0)).may_owe
+        await owed(store, app, 0)
+        assert (await claimed(store, app, 0)).may_owe
+        await store.settle([Settled(app.app_id, appended.msg_id, False, [0])])
+        await owed(store, app, 0, after=appended.msg_id)  # says nothing about what is before
+        await owed(store, app, 0)
+        assert not (await claimed(store, app, 0)).may_owe
+        await store.close()
+        again = await make_store()
+        assert not (await claimed(again, app, 0)).may_owe
+        assert (await claimed(again, app, 1)).may_owe
+        await again.close()
+
+    async def test_no_append_slips_past_a_fetch_that_found_nothing(self, store: Store, app: App) -> None:
+        """Appends and fetches at the same time: afterwards whoever has a row may owe."""
+        for turn in range(30):
+            devnos = range(turn * 10, turn * 10 + 10)
+            await asyncio.gather(
+                *[store.append([push(app, [devno])]) for devno in devnos],
+                *[owed(store, app, devno) for devno in devnos],
+                *[owed(store, app, devno) for devno in devnos],
+            )
+            for devno in devnos:
+                assert (await claimed(store, app, devno)).may_owe
+
+    # Upkeep
+
+    async def test_what_is_over_goes_and_the_report_stays_for_its_lifetime(
+        self, store: Store, app: App, clock: Clock
+    ) -> None:
+        appended = await store.append(
+            [push(app, [0], cid="c"), push(app, [0, 1, 2]), push(app, range(50), broadcast=True)]
+        )
+        ids = [a.msg_id for a in appended]
+        await store.settle([Settled(app.app_id, ids[1], False, [2]), Settled(app.app_id, ids[2], True, [3])])
+        await store.record_receipts([Receipt(app.app_id, ids[1], 2, "shown")])
+        await store.record_events([BehaviourEvent(app.app_id, 0, "x", START, b"")])
+        assert await store.expire(START) == 0
+        clock.now = START + HOUR
+        assert await expire_all(store, clock.now) > 0
+        records = await store.find_messages(app.app_id, ids)
+        assert [record.counts(clock.now)[DeliveryState.EXPIRED] for record in records.values()] == [1, 2, 49]
+        clock.now = START + 8 * DAY
+        await expire_all(store, clock.now)
+        assert await store.list_events(app.app_id, 0, 10) == []
+        assert len(await store.find_messages(app.app_id, ids)) == 3
+        clock.now = START + 31 * DAY
+        await expire_all(store, clock.now)
+        assert await store.find_messages(app.app_id, ids) == {}
+        clock.now = START  # and still no id comes again
+        (fresh,) = await store.append([push(app, [0])])
+        assert fresh.msg_id > max(ids)
+
+    async def test_a_deleted_app_leaves_nothing_behind_and_others_whole(
+        self, store: Store, app: App, other: App
+    ) -> None:
+        for one in (app, other):
+            await store.register(one.app_id, [NewDevice("a", tags=frozenset({"x"}))])
+            await store.append([push(one, [0], cid="c"), push(one, [0], broadcast=True)])
+            await store.retain([Retained(one.app_id, "t", b"1", 0, b"", None)])
+        assert await store.delete_app(app.key)
+        with pytest.raises(StoreError):
+            await store.append([push(app, [0])])
+        await expire_all(store, START)
+        assert await store.find_devices(app.app_id, ["a"]) == {}
+        assert await store.live_broadcasts(app.app_id) == []
+        assert await owed(store, app, 0) == []
+        assert len(await owed(store, other, 0)) == 1
+        assert len(await store.live_broadcasts(other.app_id)) == 1
+        assert len(await store.list_retained(other.app_id)) == 1
+
+    # Everything at once
+
+    @pytest.mark.parametrize("seed", range(3))
+    async def test_g4_every_delivery_has_one_state_after_many_concurrent_calls(
+        self, store: Store, app: App, clock: Clock, seed: int
+    ) -> None:
+        dice = random.Random(seed)
+        ids: dict[int, NewMessage] = {}
+
+        async def append() -> None:
+            messages = [
+                push(
+                    app,
+                    dice.sample(range(20), dice.choice((1, 1, 1, 4))),
+                    broadcast=dice.random() < 0.2,
+                    ttl=dice.choice((10, HOUR)),
+                    cid=str(dice.randrange(200)),
+                )
+                for _ in range(dice.randrange(1, 5))
+            ]
+            for answer, message in zip(await store.append(messages), messages, strict=True):
+                if not answer.repeated:
+                    ids[answer.msg_id] = message
+
+        async def settle() -> None:
+            chosen = dice.sample(sorted(ids), min(len(ids), 3))
+            await store.settle(
+                [
+                    Settled(
+                        app.app_id, i, ids[i].broadcast, dice.sample(range(20), 3), dice.sample(range(20), 1)
+                    )
+                    for i in chosen
+                ]
+            )
+
+        async def route() -> None:
+            devno = dice.randrange(20)
+            answer = await claimed(store, app, devno)
+            await owed(store, app, devno)
+            store.release_route(app.app_id, devno, answer.epoch, clock.now)
+
+        for turn in range(30):
+            calls = [dice.choice((append, append, settle, route))() for _ in range(10)]
+            await asyncio.gather(*calls, *([store.expire(clock.now)] if turn % 5 == 0 else []))
+            clock.now += dice.choice((0, 0, 4))
+        records = await store.find_messages(app.app_id, sorted(ids))
+        assert records.keys() == ids.keys()
+        waiting: dict[int, list[int]] = {devno: [] for devno in range(20)}
+        for msg_id, record in records.items():
+            assert record.targets == ids[msg_id].targets
+            assert sum(record.counts(clock.now).values()) == len(record.targets)
+            for devno in record.targets:
+                if record.state(devno, clock.now) is DeliveryState.PENDING and not record.broadcast:
+                    waiting[devno].append(msg_id)
+        for devno, expected in waiting.items():
+            assert await owed(store, app, devno) == expected
+
+    async def test_a_closed_store_says_so(self, store: Store, app: App) -> None:
+        await store.close()
+        with pytest.raises(StoreUnavailable, match="closed"):
+            await store.append([push(app, [0])])
+        with pytest.raises(StoreUnavailable, match="closed"):
+            await store.find_app(app.key)
+        with pytest.raises(StoreUnavailable, match="closed"):
+            await claimed(store, app, 0)
+
+    async def test_close_finishes_what_was_accepted(
+        self, make_store: MakeStore, store: Store, app: App
+    ) -> None:
+        tasks = [asyncio.create_task(store.append([push(app, [n])])) for n in range(100)]
+        await asyncio.sleep(0)  # each has made its call
+        await store.close()
+        ids = [(await task)[0].msg_id for task in tasks]
+        again = await make_store()
+        assert len(await again.find_messages(app.app_id, ids)) == 100
+        await again.close()

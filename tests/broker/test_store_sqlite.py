@@ -1,0 +1,303 @@
+"""The embedded store: the contract, and what only SQLite can do wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from broker.model import App, NewDevice, NewMessage, Settled, Term
+from broker.store import Store, StoreFull, StoreUnavailable
+from broker.store_sqlite import SqliteStore
+from tests.broker.store_contract import (
+    START,
+    Clock,
+    MakeStore,
+    StoreContract,
+    claimed,
+    expire_all,
+    owed,
+    push,
+)
+
+
+class TestSqliteStore(StoreContract):
+    @pytest.fixture
+    def make_store(self, clock: Clock, tmp_path: Path) -> MakeStore:
+        async def make() -> Store:
+            store = SqliteStore(tmp_path / "data" / "holdfast.db", clock=clock)
+            await store.open()
+            return store
+
+        return make
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "holdfast.db"
+
+
+CHILD = """
+import asyncio, sys
+from pathlib import Path
+from pyroaring import BitMap
+from broker.model import NewMessage
+from broker.store_sqlite import SqliteStore
+
+async def main():
+    store = SqliteStore(Path(sys.argv[1]))
+    await store.open()
+    app = await store.create_app("crash")
+    async def append(devno):
+        message = NewMessage(app.app_id, b"{}", BitMap([devno]), False, 0.0, 1e12)
+        (appended,) = await store.append([message])
+        sys.stdout.write(f"{app.key} {devno} {appended.msg_id}\\n")
+        sys.stdout.flush()
+    for first in range(0, 10**9, 20):
+        await asyncio.gather(*[append(devno) for devno in range(first, first + 20)])
+
+asyncio.run(main())
+"""
+
+
+def _answers_before_kill_9(path: Path, reported: int) -> list[str]:
+    """What a child that appends without end had answered when it was killed, at least `reported` lines."""
+    command = [sys.executable, "-c", CHILD, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        lines = list(itertools.islice(child.stdout, reported))
+        child.send_signal(signal.SIGKILL)
+        lines += child.stdout.readlines()  # answered before the signal arrived
+    assert len(lines) >= reported
+    return [line for line in lines if line.endswith("\n")]
+
+
+@pytest.mark.parametrize("reported", [1, 45, 200])
+async def test_s1_what_was_answered_survives_kill_9(path: Path, reported: int) -> None:
+    lines = await asyncio.to_thread(_answers_before_kill_9, path, reported)
+    store = SqliteStore(path)
+    await store.open()
+    for key, devno, msg_id in map(str.split, lines):
+        app = await store.find_app(key)
+        assert app is not None
+        assert await owed(store, app, int(devno)) == [int(msg_id)]
+        assert (await claimed(store, app, int(devno))).may_owe
+    await store.close()
+
+
+async def test_a_second_server_on_the_same_directory_is_refused(path: Path) -> None:
+    first = SqliteStore(path)
+    await first.open()
+    with pytest.raises(StoreUnavailable, match=rf"in use by another server \(process {os.getpid()}\)"):
+        await SqliteStore(path).open()
+    await first.close()
+    await first.open()
+    await first.close()
+
+
+def _spoil(path: Path, statement: str | None) -> None:
+    if statement is None:
+        path.write_bytes(b"damaged " * 1000)
+        return
+    connection = sqlite3.connect(path)
+    connection.execute(statement)
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        ("PRAGMA user_version = 99", "schema version 99"),
+        ("PRAGMA application_id = 7", "not one of Holdfast"),
+        (None, "not a database"),
+    ],
+)
+async def test_a_file_we_cannot_use_is_refused_with_the_reason(
+    path: Path, prepare: str | None, message: str
+) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    await store.close()
+    _spoil(path, prepare)
+    with pytest.raises(StoreUnavailable, match=message):
+        await SqliteStore(path).open()
+
+
+async def test_a_directory_that_cannot_be_made_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreUnavailable, match="--data-dir"):
+        await SqliteStore(tmp_path / "file" / "holdfast.db").open()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    directory = tmp_path / "small"
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(directory)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs root, to mount a small tmpfs")
+    yield directory
+    subprocess.run(["umount", str(directory)], check=True)
+
+
+async def test_s2_on_a_full_disk_a_write_says_so_and_has_changed_nothing(small_disk: Path) -> None:
+    store = SqliteStore(small_disk / "holdfast.db", clock=Clock())
+    await store.open()
+    app = await store.create_app("full")
+    kept: list[int] = []
+    with pytest.raises(StoreFull):
+        await _fill(store, app, kept)
+    assert await owed(store, app, 0, limit=10_000) == kept[-100:]
+    assert len(await store.find_messages(app.app_id, kept)) == len(kept)
+    await store.close()
+
+
+async def test_a_full_disk_recovers_once_there_is_room(small_disk: Path) -> None:
+    store = SqliteStore(small_disk / "holdfast.db", clock=Clock())
+    await store.open()
+    app = await store.create_app("full")
+    ballast = _ballast(small_disk)
+    with pytest.raises(StoreFull):
+        await _fill(store, app, [])
+    await asyncio.to_thread(ballast.unlink)
+    (appended,) = await store.append([_large(app)])
+    assert (await owed(store, app, 0))[-1] == appended.msg_id
+    await store.close()
+
+
+def _ballast(directory: Path) -> Path:
+    ballast = directory / "ballast"
+    with pytest.raises(OSError, match="No space"):
+        ballast.write_bytes(bytes(8 << 20))
+    return ballast
+
+
+def _large(app: App) -> NewMessage:
+    return replace(push(app, [0]), body=b"x" * 20_000)
+
+
+async def _fill(store: Store, app: App, kept: list[int]) -> None:
+    for _ in range(1_000):
+        kept.extend(appended.msg_id for appended in await store.append([_large(app), _large(app)]))
+
+
+@pytest.fixture
+def read_only_disk(small_disk: Path) -> Path:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    return small_disk
+
+
+async def test_a_read_only_directory_is_refused_with_what_to_do(read_only_disk: Path) -> None:
+    with pytest.raises(StoreUnavailable, match="Read-only file system; fix its permissions"):
+        await SqliteStore(read_only_disk / "holdfast.db").open()
+
+
+async def test_only_the_culprit_of_a_group_fails(path: Path) -> None:
+    store = SqliteStore(path, clock=Clock())
+    await store.open()
+    app = await store.create_app("mixed")
+    bad = push(app, [1], sendno=None)  # type: ignore[arg-type]
+    results = await asyncio.gather(
+        *[store.append([push(app, [0])]) for _ in range(20)],
+        store.append([push(app, [1]), bad]),
+        *[store.append([push(app, [0])]) for _ in range(20)],
+        return_exceptions=True,
+    )
+    assert [index for index, result in enumerate(results) if isinstance(result, Exception)] == [20]
+    assert await owed(store, app, 1) == []
+    await store.close()
+
+
+async def test_concurrent_appends_share_commits(path: Path) -> None:
+    store = SqliteStore(path, clock=Clock())
+    await store.open()
+    app = await store.create_app("group")
+    seen: list[int] = []
+    store.stats.on_commit = lambda operations, _seconds: seen.append(operations)
+    await asyncio.gather(*[store.append([push(app, [n])]) for n in range(3000)])
+    assert sum(seen) == 3000
+    assert len(seen) < 30
+    await store.close()
+
+
+async def test_the_file_gives_space_back_and_the_log_stays_bounded(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("broker.sqlite_threads.CHECKPOINT_PAGES", 50)
+    monkeypatch.setattr("broker.sqlite_threads.RESET_PAGES", 200)
+    monkeypatch.setattr("broker.sqlite_threads.TRUNCATE_PAGES", 200)
+    monkeypatch.setattr("broker.sqlite_upkeep.FREE_PAGES", 10)
+    clock = Clock()
+    store = SqliteStore(path, clock=clock)
+    await store.open()
+    app = await store.create_app("space")
+    for first in range(0, 20_000, 500):
+        await store.append([push(app, [n], cid=str(n)) for n in range(first, first + 500)])
+    assert _size(f"{path}-wal") < 2 << 20
+    clock.now += 40 * 86400
+    await expire_all(store, clock.now)
+    await store.close()
+    assert _size(path) < 1 << 20
+
+
+def _size(path: Path | str) -> int:
+    return os.stat(path).st_size
+
+
+async def test_last_online_is_written_in_bulk_and_read_at_once(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("broker.store_sqlite.LAST_ONLINE_DEVICES", 10)
+    store = SqliteStore(path, clock=Clock())
+    await store.open()
+    app = await store.create_app("times")
+    names = [f"d{n}" for n in range(25)]
+    await store.register(app.app_id, [NewDevice(name) for name in names])
+    commits = store.stats.commits
+    for devno in range(25):
+        store.release_route(app.app_id, devno, (await claimed(store, app, devno)).epoch, START + devno)
+    for _ in range(2):  # before and after they are written
+        found = await store.find_devices(app.app_id, names)
+        assert [found[name].last_online_at for name in names] == [START + devno for devno in range(25)]
+        await store.settle([])
+    assert store.stats.commits - commits <= 4
+    await store.close()
+
+
+async def test_cached_postings_cost_no_thread_and_are_bounded(path: Path) -> None:
+    store = SqliteStore(path, clock=Clock(), posting_bytes=2_000)
+    await store.open()
+    app = await store.create_app("cache")
+    await store.register(app.app_id, [NewDevice(f"d{n}", tags=frozenset({f"t{n}"})) for n in range(20)])
+    terms = [(Term.TAG, f"t{n}") for n in range(20)]
+    for _ in range(2):
+        assert [list(bits) for bits in await store.postings(app.app_id, terms)] == [[n] for n in range(20)]
+    await store.postings(app.app_id, terms[-1:])
+    commits = store.stats.commits
+    with pytest.raises(StopIteration):  # nothing to wait for
+        store.postings(app.app_id, terms[-1:]).send(None)
+    assert store.stats.commits == commits
+    await store.close()
+
+
+async def test_a_million_acknowledgements_rewrite_a_broadcast_rarely(path: Path) -> None:
+    store = SqliteStore(path, clock=Clock())
+    await store.open()
+    app = await store.create_app("wide")
+    (appended,) = await store.append([push(app, range(1_000_000), broadcast=True)])
+    for first in range(0, 1_000_000, 10_000):
+        part = range(first, first + 10_000)
+        await store.settle([Settled(app.app_id, appended.msg_id, True, part)])
+    assert await store.live_broadcasts(app.app_id) == []
+    record = (await store.find_messages(app.app_id, [appended.msg_id]))[appended.msg_id]
+    assert record.delivered == record.targets
+    await store.close()

@@ -1,0 +1,184 @@
+"""`holdfast push`, `status` and `listen` against a real server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from clients.command_push import push, status
+from clients.local_server import LocalServer
+
+
+@pytest.fixture
+def environment(server: LocalServer) -> dict[str, str]:
+    app, (host, _) = server.app, server.addresses.mqtt
+    return {
+        "HOLDFAST_APP_KEY": app.app_key,
+        "HOLDFAST_MASTER_SECRET": app.master_secret,
+        "HOLDFAST_DEVICE_KEY": app.device_key,
+        "HOLDFAST_URL": server.addresses.http,
+        "HOLDFAST_MQTT_HOST": host,
+    }
+
+
+@contextmanager
+def listening(server: LocalServer, *flags: str) -> Iterator[subprocess.Popen[str]]:
+    """A `holdfast listen` that is online."""
+    app, (host, port) = server.app, server.addresses.mqtt
+    command = [sys.executable, "-m", "clients.command", "listen", "--app", app.app_key]
+    command += ["--device-key", app.device_key, "--host", host, "--port", str(port), *flags]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            assert process.stderr is not None
+            line = next(process.stderr)
+            assert line.startswith("online as"), line
+            yield process
+        finally:
+            process.kill()
+
+
+def run_push(environment: dict[str, str], *arguments: str, stdin: str = "") -> Result:
+    return CliRunner().invoke(push, arguments, env=environment, input=stdin)
+
+
+def pushed(result: Result) -> str:
+    assert result.exit_code == 0, result.output
+    msg_id: str = json.loads(result.stdout)["msg_id"]
+    return msg_id
+
+
+def once_delivered(environment: dict[str, str], msg_id: str, *devices: str) -> dict[str, Any]:
+    """What `holdfast status` says when the acknowledgement is recorded."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        result = CliRunner().invoke(status, [msg_id, *devices, "--json"], env=environment)
+        report: dict[str, Any] = json.loads(result.stdout)
+        if report["delivered"]:
+            return report
+    pytest.fail(f"not delivered: {report}")
+
+
+def read(process: subprocess.Popen[str]) -> dict[str, object]:
+    assert process.stdout is not None
+    line: dict[str, object] = json.loads(next(process.stdout))
+    return line
+
+
+def test_listen_prints_what_push_sends(server: LocalServer, environment: dict[str, str]) -> None:
+    with listening(server, "--id", "cli-1", "--count", "2", "--receipts") as process:
+        first = pushed(run_push(environment, "--registration-id", "cli-1", "--ttl", "60", "Hello"))
+        second = pushed(run_push(environment, "--all", "--message", "m", "--title", "t"))
+        assert read(process) == {"msg_id": first, "notification": {"alert": "Hello"}}
+        assert read(process) == {"msg_id": second, "message": {"msg_content": "m", "title": "t"}}
+        assert process.wait(10) == 0
+    report = once_delivered(environment, first, "cli-1", "other")
+    assert (report["msg_id"], report["pending"], report["shown"]) == (first, 0, 1)
+    assert report["devices"] == {"cli-1": "delivered", "other": "not a device"}
+    shown = CliRunner().invoke(status, [first, "cli-1"], env=environment)
+    assert shown.stdout == (
+        f"message {first}, for 1 device: 1 delivered, 0 pending, 0 expired, 0 evicted;"
+        " 1 shown, 0 clicked, 0 dismissed\ncli-1  delivered\n"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_listen_ends_clean_on_a_signal(server: LocalServer, number: signal.Signals) -> None:
+    with listening(server, "--id", "cli-2") as process:
+        process.send_signal(number)
+        assert process.wait(10) == 0
+
+
+def test_listen_killed_and_started_again_prints_each_push_once(
+    server: LocalServer, environment: dict[str, str], tmp_path: Path
+) -> None:
+    flags = ("--id", "cli-3", "--journal", str(tmp_path / "journal"))
+    seen, sent = [], []
+    for _ in range(3):
+        with listening(server, *flags) as process:
+            for _ in range(3):
+                sent.append(pushed(run_push(environment, "--registration-id", "cli-3", "x")))
+                seen.append(str(read(process)["msg_id"]))
+                once_delivered(environment, sent[-1])
+            os.kill(process.pid, signal.SIGKILL)
+        assert seen == sent
+
+
+def test_listen_with_wrong_credentials_says_so(server: LocalServer) -> None:
+    host, port = server.addresses.mqtt
+    command = [sys.executable, "-m", "clients.command", "listen", "--app", server.app.app_key]
+    command += ["--device-key", "wrong", "--host", host, "--port", str(port)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert ended.returncode == 1
+    assert "the password does not fit" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_listen_into_a_pipe_that_closes(server: LocalServer, environment: dict[str, str]) -> None:
+    with listening(server, "--id", "cli-4") as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        run_push(environment, "--registration-id", "cli-4", "x")
+        assert process.wait(10) == 1
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_push_reads_json(server: LocalServer, environment: dict[str, str], tmp_path: Path) -> None:
+    with listening(server, "--id", "cli-5") as process:
+        body = {"platform": "all", "audience": "all", "notification": {"alert": "from a file"}}
+        (tmp_path / "push.json").write_text(json.dumps(body))
+        file = str(tmp_path / "push.json")
+        msg_id = pushed(run_push(environment, "--json", file, "--registration-id", "cli-5"))
+        assert read(process) == {"msg_id": msg_id, "notification": {"alert": "from a file"}}
+        pushed(run_push(environment, "--json", "-", "Other words", stdin=json.dumps(body)))
+        assert read(process)["notification"] == {"alert": "Other words"}
+
+
+def test_a_cid_is_sent(environment: dict[str, str], server: LocalServer) -> None:
+    with listening(server, "--id", "cli-6"):
+        arguments = ("--registration-id", "cli-6", "--cid", "cli-cid", "x")
+        assert pushed(run_push(environment, *arguments)) == pushed(run_push(environment, *arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("x",), "say whom it is for"),
+        (("--all",), "say what to push"),
+        (("--all", "--tag", "a", "x"), "--all stands alone"),
+        (("--all", "--title", "x"), "--title needs"),
+        (("--all", "--json", "-"), "not valid JSON"),
+        (("--all", "--platform", "palm", "x"), "palm"),
+    ],
+)
+def test_wrong_usage_of_push(environment: dict[str, str], arguments: tuple[str, ...], told: str) -> None:
+    result = run_push(environment, *arguments)
+    assert result.exit_code == 2
+    assert told in result.stderr
+
+
+def test_keys_are_needed() -> None:
+    result = run_push({}, "--all", "x")
+    assert (result.exit_code, "--app" in result.stderr) == (2, True)
+
+
+def test_refusals_and_absence_end_with_1(environment: dict[str, str]) -> None:
+    refused = run_push(environment, "--alias", "nobody", "x")
+    assert refused.exit_code == 1
+    assert refused.stderr == "Error: no target matches the audience (code 1011, HTTP 400)\n"
+    unknown = CliRunner().invoke(status, ["1"], env=environment)
+    assert (unknown.exit_code, "not a message" in unknown.stderr) == (1, True)
+    nowhere = run_push(environment | {"HOLDFAST_URL": "no address"}, "--all", "x")
+    assert (nowhere.exit_code, nowhere.exception.__class__) == (1, SystemExit)

@@ -1,0 +1,37 @@
+"""A real server for every test that wants one.
+
+`server` is one for the whole test module: use registration ids of your own, or `server.create_app(name)`.
+`start_server(*flags)` starts another one, for tests that kill or configure it. All are killed at the end of the
+module, which fails if a server logged a traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from clients.local_server import LocalServer
+
+StartServer = Callable[..., LocalServer]
+
+
+@pytest.fixture(scope="module")
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartServer]:
+    servers: list[LocalServer] = []
+
+    def start(*flags: str) -> LocalServer:
+        servers.append(LocalServer(tmp_path_factory.mktemp("server"), *flags))
+        servers[-1].start()
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.kill()
+    for server in servers:
+        assert "Traceback" not in server.log_text(), server.log_text()
+
+
+@pytest.fixture(scope="module")
+def server(start_server: StartServer) -> LocalServer:
+    return start_server()

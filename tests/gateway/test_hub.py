@@ -1,0 +1,293 @@
+"""What a session is sent next: order, window, what it is owed. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyroaring import BitMap
+
+from broker.metrics import Counter
+from broker.model import App, StoredBroadcast, StoredMessage
+from gateway.hub import FLEETING, Hub
+from gateway.live import LivePush, encoding
+from gateway.mqtt import Publish, decode
+from gateway.session import Inbox, Session
+from gateway.wheel import Clock
+
+NOW = Clock(now=5.0, wall=1000.0)
+LATER = 2000.0
+
+
+def make_hub(offline_limit: int = 100) -> Hub:
+    app = App(1, "key", "app", "secret", "device", b"s" * 32, False, 0.0, offline_limit)
+    return Hub(app, max_retained=10, max_retained_bytes=1000, too_large=Counter())
+
+
+def message(msg_id: int, *, expires_at: float = LATER, size: int = 2) -> StoredMessage:
+    body = orjson.dumps({"notification": {"alert": "x" * size}})
+    return StoredMessage(msg_id, 1, body, 1000.0, expires_at)
+
+
+def targeted(msg_id: int, **values: Any) -> LivePush:
+    return LivePush(message(msg_id, **values))
+
+
+def broadcast(
+    msg_id: int, devnos: Iterable[int] = (7,), settled: Iterable[int] = (), **values: Any
+) -> StoredBroadcast:
+    return StoredBroadcast(message(msg_id, **values), BitMap(devnos), BitMap(settled))
+
+
+def connected(hub: Hub, *, may_owe: bool = False, devno: int = 7, **values: Any) -> Session:
+    """A session that has begun; nothing was sent yet."""
+    session = Session(encoding(5, "other"), devno=devno, **values)
+    hub.online.add(devno)
+    hub.start(session, may_owe=may_owe)
+    return session
+
+
+def sent(frames: list[bytes]) -> list[int]:
+    """The msg_ids in these packets."""
+    ids = []
+    for frame in frames:
+        found = decode(frame, 0, 5, 1 << 20)
+        assert found is not None
+        packet, _ = found
+        assert isinstance(packet, Publish)
+        ids.append(int(orjson.loads(packet.payload)["msg_id"]))
+    return ids
+
+
+def acked(session: Session, *packet_ids: int) -> None:
+    for packet_id in packet_ids:
+        assert session.acked(packet_id, 6.0) is not None
+
+
+def test_broadcasts_owed_are_sent_at_connect_in_order() -> None:
+    hub = make_hub()
+    for msg_id in (1, 2, 3):
+        hub.add_broadcast(broadcast(msg_id, settled=(7,) if msg_id == 2 else ()))
+    assert sent(hub.collect(connected(hub), NOW)) == [1, 3]
+
+
+def test_another_devices_broadcast_is_not_sent() -> None:
+    hub = make_hub()
+    hub.add_broadcast(broadcast(1, (8,)))
+    assert hub.collect(connected(hub), NOW) == []
+
+
+def test_inbox_and_broadcasts_are_merged_by_msg_id() -> None:
+    hub = make_hub()
+    for msg_id in (2, 4, 9):
+        hub.add_broadcast(broadcast(msg_id))
+    session = connected(hub, may_owe=True)
+    assert hub.collect(session, NOW) == []  # an older row may still turn up
+    assert hub.wants_fetch(session)
+    hub.fetched(session, [targeted(1), targeted(3), targeted(5)], more=False)
+    assert sent(hub.collect(session, NOW)) == [1, 2, 3, 4, 5, 9]
+
+
+def test_a_full_page_holds_newer_broadcasts_back_until_the_next_one() -> None:
+    hub = make_hub()
+    hub.add_broadcast(broadcast(4))
+    session = connected(hub, may_owe=True)
+    hub.fetched(session, [targeted(1), targeted(2)], more=True)
+    assert sent(hub.collect(session, NOW)) == [1, 2]
+    assert hub.wants_fetch(session)
+    hub.fetched(session, [targeted(3)], more=False)
+    assert sent(hub.collect(session, NOW)) == [3, 4]
+
+
+def test_what_the_window_has_no_room_for_waits_for_acknowledgements() -> None:
+    hub = make_hub()
+    for msg_id in range(1, 6):
+        hub.add_broadcast(broadcast(msg_id))
+    session = connected(hub, window=2)
+    assert sent(hub.collect(session, NOW)) == [1, 2]
+    assert session.behind
+    assert hub.collect(session, NOW) == []
+    acked(session, 1)
+    assert sent(hub.collect(session, NOW)) == [3]
+    acked(session, 2, 3)
+    assert sent(hub.collect(session, NOW)) == [4, 5]
+
+
+def test_a_targeted_push_with_a_full_window_is_left_in_the_store() -> None:
+    hub = make_hub()
+    session = connected(hub, window=1)
+    assert sent(hub.offer(session, targeted(1), NOW)) == [1]
+    assert hub.offer(session, targeted(2), NOW) == []
+    assert session.behind
+    assert session.fetch is Inbox.WANTED
+    assert not hub.wants_fetch(session)  # no room yet
+    acked(session, 1)
+    assert hub.wants_fetch(session)
+
+
+def test_older_broadcasts_go_before_a_targeted_push() -> None:
+    hub = make_hub()
+    session = connected(hub)
+    hub.collect(session, NOW)
+    hub.add_broadcast(broadcast(1))  # its walk has not come here yet
+    assert sent(hub.offer(session, targeted(2), NOW)) == [1, 2]
+
+
+def test_a_doorbell_that_rings_twice_sends_once() -> None:
+    hub = make_hub()
+    session = connected(hub)
+    assert sent(hub.offer(session, targeted(5), NOW)) == [5]
+    assert hub.offer(session, targeted(5), NOW) == []
+    assert hub.add_broadcast(broadcast(6)) is not None
+    assert hub.add_broadcast(broadcast(6)) is None
+
+
+def test_a_doorbell_that_rings_again_after_newer_broadcasts_sends_nothing() -> None:
+    hub = make_hub()
+    session = connected(hub)  # it had push 5 on the connection before
+    hub.add_broadcast(broadcast(6))
+    assert sent(hub.collect(session, NOW)) == [6]
+    assert hub.offer(session, targeted(5), NOW) == []
+
+
+def test_a_doorbell_during_a_fetch_makes_another_fetch() -> None:
+    hub = make_hub()
+    session = connected(hub, may_owe=True)
+    session.fetch = Inbox.FETCHING
+    assert hub.offer(session, targeted(5), NOW) == []
+    hub.fetched(session, [], more=False)
+    assert hub.wants_fetch(session)
+
+
+def test_expired_pushes_are_passed_over() -> None:
+    hub = make_hub()
+    hub.add_broadcast(broadcast(1, expires_at=1000.0 + 1))
+    hub.add_broadcast(broadcast(2))
+    session = connected(hub, may_owe=True)
+    hub.fetched(session, [targeted(3, expires_at=1000.5)], more=False)
+    assert sent(hub.collect(session, Clock(5.0, 1001.0))) == [2]
+
+
+def test_a_push_over_the_maximum_packet_size_is_passed_over_and_counted() -> None:
+    hub = make_hub()
+    hub.add_broadcast(broadcast(1, size=500))
+    hub.add_broadcast(broadcast(2))
+    session = connected(hub, maximum_packet=100)
+    assert sent(hub.collect(session, NOW)) == [2]
+    assert hub.offer(session, targeted(3, size=500), NOW) == []
+    assert sent(hub.offer(session, targeted(4), NOW)) == [4]
+    assert hub._too_large.value == 2
+
+
+def test_the_newest_n_broadcasts_are_kept_for_a_device_that_was_away() -> None:
+    hub = make_hub(offline_limit=2)
+    pushes = [added[0] for i in range(1, 5) if (added := hub.add_broadcast(broadcast(i, (7, 8))))]
+    session = Session(encoding(5, "other"), devno=7)
+    assert hub.start(session, may_owe=False) == pushes[:2]
+    assert [push.evicted for push in pushes] == [[7], [7], [], []]
+    assert sent(hub.collect(session, NOW)) == [3, 4]
+    assert pushes[0].owed_to(8)
+
+
+def test_no_time_to_live_is_for_those_who_are_online() -> None:
+    hub = make_hub()
+    here = connected(hub)
+    hub.add_broadcast(broadcast(1, (7, 8), expires_at=1000.0))
+    assert sent(hub.collect(here, NOW)) == [1]
+    assert hub.collect(connected(hub, devno=8), NOW) == []
+
+
+def test_no_time_to_live_keeps_its_place_in_the_order() -> None:
+    hub = make_hub()
+    session = connected(hub)
+    hub.add_broadcast(broadcast(1, expires_at=1000.0))
+    assert sent(hub.offer(session, targeted(2), NOW)) == [1, 2]
+
+
+def test_no_time_to_live_is_over_soon() -> None:
+    hub = make_hub()
+    session = connected(hub, window=1)
+    hub.offer(session, targeted(1), NOW)
+    hub.add_broadcast(broadcast(2, expires_at=1000.0))
+    acked(session, 1)
+    assert hub.collect(session, Clock(5.0, 1000.0 + FLEETING)) == []
+    hub.drop_finished(1000.0 + FLEETING)
+    assert list(hub.broadcasts()) == []
+
+
+# Trimming
+
+
+def test_positions_survive_the_log_being_trimmed() -> None:
+    hub = make_hub()
+    session = connected(hub, window=1)
+    for msg_id in (1, 2, 3):
+        hub.add_broadcast(broadcast(msg_id, expires_at=1500.0 if msg_id < 3 else LATER))
+    assert sent(hub.collect(session, NOW)) == [1]
+    hub.drop_finished(1500.0)
+    assert hub.end == 3
+    added = hub.add_broadcast(broadcast(4))
+    assert added is not None
+    assert added[1] == 3
+    for packet_id, msg_id in ((1, 3), (2, 4)):
+        acked(session, packet_id)
+        assert sent(hub.collect(session, NOW)) == [msg_id]
+
+
+def test_a_broadcast_that_everybody_has_is_dropped() -> None:
+    hub = make_hub()
+    for msg_id in (1, 2):
+        hub.add_broadcast(broadcast(msg_id, (7, 8), settled=(7, 8) if msg_id == 1 else ()))
+    hub.drop_finished(1000.0)
+    assert [push.msg_id for push in hub.broadcasts()] == [2]
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("add"), st.booleans()),
+            st.tuples(st.just("trim"), st.integers(0, 10)),
+            st.tuples(st.just("collect"), st.integers(1, 3)),
+        ),
+        max_size=60,
+    )
+)
+def test_trimming_never_hides_or_repeats_a_broadcast(steps: list[tuple[str, int]]) -> None:
+    hub, got, owed = make_hub(), [], set()
+    session = connected(hub, window=100_000)
+    wall = 1000.0
+    for msg_id, (step, value) in enumerate(steps, start=1):
+        if step == "add":
+            hub.add_broadcast(broadcast(msg_id, (7,) if value else (8,), expires_at=wall + 10))
+            owed |= {(msg_id, wall + 10)} if value else set()
+        elif step == "trim":
+            wall += value
+            hub.drop_finished(wall)
+        else:
+            got += sent(hub.collect(session, Clock(0.0, wall)))
+            assert {msg_id for msg_id, expires_at in owed if expires_at > wall} <= set(got)
+    assert got == sorted(set(got))
+
+
+# Sessions of absent devices
+
+
+@pytest.mark.parametrize(("back", "there"), [(0.0, True), (59.0, True), (61.5, False)])
+def test_a_session_lives_until_its_expiry(back: float, there: bool) -> None:
+    hub = make_hub()
+    hub.session_ends.note(7, 100.25, 60)
+    assert hub.session_ends.take(7, 100.25 + back) is there
+    assert hub.session_ends.take(7, 100.25) is False  # taken
+    assert hub.session_ends.take(8, 100.25) is False
+
+
+def test_a_hub_is_idle_once_its_sessions_are_over() -> None:
+    hub = make_hub()
+    assert hub.idle(100.0)
+    hub.session_ends.note(7, 100.0, 60)
+    assert not hub.idle(130.0)
+    assert hub.idle(162.0)
