@@ -36,7 +36,7 @@ test: $(VENV)/.setup-all ## All tests; ARGS="-k name" chooses
 	done
 	$(BIN)/pytest -n auto --dist loadgroup $(ARGS)
 
-bench: $(VENV)/.setup-all ## Measure; numbers go to docs/numbers.md by hand
+bench: $(VENV)/.setup-all ## Measure; ARGS=--write puts the tables into docs/numbers.md, ARGS=--quick is a trial
 	$(BIN)/python -m loadtest.bench $(ARGS)
 
 fuzz: $(VENV)/.setup-all ## The property tests again, with many more EXAMPLES

@@ -19,16 +19,21 @@ from clients.journal import JournalError
 
 
 @click.command()
-@click.option("--app", "app_key", envvar="HOLDFAST_APP_KEY", required=True, help="App key.")
-@click.option("--device-key", envvar="HOLDFAST_DEVICE_KEY", help="The app's device key.")
-@click.option("--token", envvar="HOLDFAST_TOKEN", help="Token of this device, instead of the device key.")
+@click.option("--app", "app_key", envvar="HOLDFAST_APP_KEY", show_envvar=True, required=True, help="App key.")
+@click.option("--device-key", envvar="HOLDFAST_DEVICE_KEY", show_envvar=True, help="The app's device key.")
+@click.option(
+    "--token",
+    envvar="HOLDFAST_TOKEN",
+    show_envvar=True,
+    help="Token of this device, instead of the device key.",
+)
 @click.option("--id", "registration_id", help="Registration id. Default: listen- and the host's name.")
-@click.option("--host", envvar="HOLDFAST_MQTT_HOST", default="127.0.0.1", show_default=True)
+@click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(1, 65_535), help="Default: 1883, with --tls 8883.")
 @click.option("--tls", is_flag=True, help="Connect by TLS.")
 @click.option("--ca-file", type=click.Path(exists=True, dir_okay=False), help="Certificates to trust.")
-@click.option("--url", envvar="HOLDFAST_URL", help="HTTP API: register there and get a token.")
-@click.option("--journal", type=click.Path(path_type=Path), help="File that keeps what was received.")
+@click.option("--url", help="HTTP API: register there with the device key; needs --journal.")
+@click.option("--journal", type=click.Path(path_type=Path), help="File that keeps the token and what came.")
 @click.option("--receipts", is_flag=True, help='Report each push as "shown".')
 @click.option("--count", type=click.IntRange(1), help="End after so many pushes.")
 def listen(
@@ -46,14 +51,20 @@ def listen(
     count: int | None,
 ) -> None:
     """Be a device: print each push as one line of JSON. Ctrl-C ends it."""
-    if (token is None) == (device_key is None) and not (token is None and journal):
+    if token is None and device_key is None and journal is None:
         raise click.UsageError("give --device-key or --token")
+    if token is not None and registration_id is None:
+        raise click.UsageError("--token belongs to a device: give its --id")
+    if url is not None and journal is None:
+        raise click.UsageError("--url needs --journal, which keeps the token")
+    if registration_id is None and device_key is not None:
+        registration_id = f"listen-{socket.gethostname()}"
     _log_to_stderr()
     context = ssl.create_default_context(cafile=ca_file) if tls or ca_file else None
     printer = _Printer(receipts, count)
     printer.device = Device(
         app_key,
-        registration_id or f"listen-{socket.gethostname()}",
+        registration_id,
         on_push=printer.take,
         token=token,
         device_key=device_key,

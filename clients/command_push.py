@@ -30,9 +30,23 @@ _T = TypeVar("_T")
 
 def publisher_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
-        click.option("--url", envvar="HOLDFAST_URL", default="http://127.0.0.1:8080", show_default=True),
-        click.option("--secret", envvar="HOLDFAST_MASTER_SECRET", required=True, help="Master secret."),
-        click.option("--app", "app_key", envvar="HOLDFAST_APP_KEY", required=True, help="App key."),
+        click.option(
+            "--url",
+            envvar="HOLDFAST_URL",
+            show_envvar=True,
+            default="http://127.0.0.1:8080",
+            show_default=True,
+        ),
+        click.option(
+            "--secret",
+            envvar="HOLDFAST_MASTER_SECRET",
+            show_envvar=True,
+            required=True,
+            help="Master secret.",
+        ),
+        click.option(
+            "--app", "app_key", envvar="HOLDFAST_APP_KEY", show_envvar=True, required=True, help="App key."
+        ),
     ):
         command = option(command)
     return command

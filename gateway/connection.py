@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 LINGER: Final = 2.0  # seconds in which a peer may read our last bytes; one that never does would keep its socket
 OPENING_CHECK: Final = 1.0  # seconds between checks before CONNECT; the first check after it follows in time
 MAX_CONNECT_SIZE: Final = 65_536  # bytes of a CONNECT, will included: nobody has proved anything yet
+TURN: Final = 512  # packets of one peer taken in a row, about 2 ms: a flood of small ones holds up nobody else
 MAX_UNREAD: Final = (
     1_048_576  # bytes not yet sent, above which nothing is read: a peer that asks and never listens
 )
@@ -107,8 +108,6 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self.session is not None:  # before CONNECT the deadline does not move, whatever trickles in
             self.last_seen = self.node.clock.now
-        if self.blocked and self.transport.get_write_buffer_size() > MAX_UNREAD:
-            self.transport.pause_reading()  # until resume_writing
         if self.partial is not None:
             self.partial += data
             self._take(self.partial)
@@ -141,20 +140,31 @@ class Connection(asyncio.Protocol):
             self._take(data[end:])
 
     def _take(self, data: bytes | bytearray) -> None:
-        start = 0
+        start = taken = 0
         try:
             while start < len(data) and self.phase is not Phase.CLOSED:
-                if self.phase is Phase.JOINING or self.busy >= self.node.settings.receive_maximum:
+                if self._must_wait():
                     self.transport.pause_reading()
+                    break
+                if taken == TURN:
+                    self.transport.pause_reading()
+                    asyncio.get_running_loop().call_soon(self.resume_reading)
                     break
                 found = self._decode(data, start)
                 if found is None:
                     break
                 packet, start = found
                 self._take_packet(packet)
+                taken += 1
         except MQTTError as error:
             self.fail(error)
         self._keep(data, start)
+
+    def _must_wait(self) -> bool:
+        """Nothing more is taken from the peer until `resume_reading`."""
+        if self.phase is Phase.JOINING or self.busy >= self.node.settings.receive_maximum:
+            return True
+        return self.blocked and self.transport.get_write_buffer_size() > MAX_UNREAD
 
     def _keep(self, data: bytes | bytearray, start: int) -> None:
         """What is left waits in `partial`, which grows in place: a packet that trickles in costs no copies."""
@@ -228,7 +238,7 @@ class Connection(asyncio.Protocol):
 
     def resume_reading(self) -> None:
         """CONNECT is decided, or the backlog of unanswered messages went down: take what has waited."""
-        if self.phase is Phase.CLOSED:
+        if self.phase is Phase.CLOSED or self._must_wait():
             return
         self.transport.resume_reading()
         if self.partial is not None:

@@ -43,7 +43,6 @@ class Fetcher:
         self._rung = 0  # the newest msg_id a doorbell brought
         self._waiting: list[Connection] = []
         self._held: list[_Page] = []
-        self._holding: asyncio.TimerHandle | None = None
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -52,7 +51,6 @@ class Fetcher:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def close(self) -> None:
-        self._stop_holding()
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
@@ -113,19 +111,15 @@ class Fetcher:
 
     def _hold(self, page: _Page) -> None:
         self._held.append(page)
-        if self._holding is None:
-            self._holding = asyncio.get_running_loop().call_later(HOLD, self._stop_holding)
+        asyncio.get_running_loop().call_later(HOLD, self._release, page)
 
-    def _stop_holding(self) -> None:
-        if self._holding is not None:
-            self._holding.cancel()
-            self._holding = None
-        held, self._held = self._held, []
-        for page in held:
+    def _release(self, page: _Page) -> None:
+        if page in self._held:
+            self._held.remove(page)
             page.hand_over()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Page:
     """What was read for one device."""
 

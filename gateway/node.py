@@ -79,10 +79,10 @@ class NodeSettings:
 
 @dataclass(slots=True)
 class _Load:
-    """An app's hub on its way from the store, and the doorbells that rang meanwhile."""
+    """An app's hub on its way from the store, and what came meanwhile."""
 
-    task: asyncio.Task[Hub | None] | None = None
     heard: list[Doorbell] = field(default_factory=list)
+    waiting: list[tuple[Connection, Connect]] = field(default_factory=list)  # in the order they came (G5)
 
 
 class Node:
@@ -280,36 +280,34 @@ class Node:
             return
         hub = self._hubs.get(connect.username)
         if hub is None:
-            self.spawn(self._join_later(connection, connect, connect.username))
+            self._join_later(connection, connect, connect.username)
         else:
             self._admit(connection, connect, hub)
 
-    async def _join_later(self, connection: Connection, connect: Connect, key: str) -> None:
-        try:
-            hub = await self._hub(key)
-        except StoreError as error:
-            log.warning("app not read: %s", error)
-            self._refuse(connection, connect, STORE_AWAY)
-            return
-        if connection.phase is Phase.CLOSED:
-            return
-        if hub is None:
-            self._refuse(connection, connect, UNKNOWN_APP)
-        else:
-            self._admit(connection, connect, hub)
-
-    async def _hub(self, key: str) -> Hub | None:
-        """The app's hub, loaded once however many of its devices wait for it."""
-        hub = self._hubs.get(key)
-        if hub is not None:
-            return hub
+    def _join_later(self, connection: Connection, connect: Connect, key: str) -> None:
+        """The app's hub is loaded once, however many of its devices wait for it."""
         load = self._loading.get(key)
         if load is None:
             load = self._loading[key] = _Load()
-            load.task = self._loop.create_task(self._load_hub(key, load))
-            load.task.add_done_callback(lambda _: self._loading.pop(key))
-        assert load.task is not None
-        return await asyncio.shield(load.task)
+            self.spawn(self._load(key, load))
+        load.waiting.append((connection, connect))
+
+    async def _load(self, key: str, load: _Load) -> None:
+        hub, refusal = None, UNKNOWN_APP
+        try:
+            hub = await self._load_hub(key, load)
+        except StoreError as error:
+            log.warning("app not read: %s", error)
+            refusal = STORE_AWAY
+        finally:
+            del self._loading[key]
+        for connection, connect in load.waiting:  # at once: whoever comes from now on is newer
+            if connection.phase is Phase.CLOSED:
+                continue
+            if hub is None:
+                self._refuse(connection, connect, refusal)
+            else:
+                self._admit(connection, connect, hub)
 
     async def _load_hub(self, key: str, load: _Load) -> Hub | None:
         app = await self._apps.find(key)

@@ -2,7 +2,7 @@
 
 It checks and keeps nothing. Against it the fleet shows what this machine's loopback and the generator allow, so
 that a number of the real server can be read as a share of that. `python -m loadtest.bare`: prints its port, then
-takes lines "OUTSTANDING ROUNDS" on stdin and answers each with the seconds it took.
+takes lines "AT_ONCE ROUNDS" on stdin and answers each with the seconds it took.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PUBACK_SIZE: Final = 4
 ACCEPT: Final = encode(Connack(), 4)
 HEAD, TAIL = publish_frame(
     "push",
-    f'{{"msg_id":"{10**9}","notification":{{"alert":"{alert(0, 10)}"}}}}'.encode(),
+    f'{{"msg_id":"{10**17}","notification":{{"alert":"{alert(0, 18)}"}}}}'.encode(),
     qos=1,
     version=4,
 )
@@ -50,8 +50,8 @@ class BareServer:
                     line = sys.stdin.readline()
                     if not line:
                         return
-                    outstanding, rounds = map(int, line.split())
-                    sys.stdout.write(f"{self._blast(outstanding, rounds)}\n")
+                    at_once, rounds = map(int, line.split())
+                    sys.stdout.write(f"{self._blast(at_once, rounds)}\n")
                     sys.stdout.flush()
 
     def _accept(self) -> None:
@@ -70,10 +70,10 @@ class BareServer:
         os.write(fd, ACCEPT)
         self._devices[fd] = self._joining.pop(fd)
 
-    def _blast(self, outstanding: int, rounds: int) -> float:
+    def _blast(self, at_once: int, rounds: int) -> float:
         started = time.perf_counter()
-        for first in range(1, rounds + 1, outstanding):
-            packet_ids = range(first, min(first + outstanding, rounds + 1))
+        for first in range(1, rounds + 1, at_once):
+            packet_ids = range(first, min(first + at_once, rounds + 1))
             frames = b"".join(HEAD + packet_id.to_bytes(2) + TAIL for packet_id in packet_ids)
             self._owed = dict.fromkeys(self._devices, PUBACK_SIZE * len(packet_ids))
             for i, fd in enumerate(self._devices):

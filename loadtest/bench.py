@@ -24,7 +24,8 @@ from loadtest.scenarios.targeted import targeted
 from loadtest.stage import QUICK, Plan, Stage
 
 SCENARIOS: Final[Mapping[str, Callable[[Stage], list[Row]]]] = {
-    scenario.__name__: scenario for scenario in (ceiling, idle, connects, broadcast, targeted, accepts, offline)
+    scenario.__name__: scenario
+    for scenario in (ceiling, idle, connects, broadcast, targeted, accepts, offline)
 }
 NUMBERS: Final = Path("docs/numbers.md")
 WORK: Final = Path(".bench")
@@ -34,8 +35,8 @@ WORK: Final = Path(".bench")
 @click.argument("names", nargs=-1, type=click.Choice(sorted(SCENARIOS)))
 @click.option("--quick", is_flag=True, help="Small and short: shows that it works, not how fast.")
 @click.option("--runs", type=click.IntRange(min=1), help="Runs of each measurement.")
-@click.option("--devices", type=click.IntRange(min=400), help="Devices online at once.")
-@click.option("--registered", type=click.IntRange(min=1000), help="Devices of accepts and offline.")
+@click.option("--devices", type=click.IntRange(min=1200), help="Devices online at once.")
+@click.option("--registered", type=click.IntRange(min=1200), help="Devices of accepts and offline.")
 @click.option("--log-level", default="info", show_default=True, help="Of the server; its log goes to a file.")
 @click.option("--profile", type=click.Path(path_type=Path), help="Write py-spy stacks of the server there.")
 @click.option("--write", is_flag=True, help=f"Put the tables into {NUMBERS}.")

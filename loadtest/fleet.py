@@ -18,13 +18,15 @@ from loadtest.ledger import SERIAL_DIGITS
 from loadtest.reactor import Reactor
 from loadtest.server import Address
 
-READ_SIZE: Final = 16_384
+READ_SIZE: Final = 4096
 AT_ONCE: Final = 256  # connections between SYN and CONNACK
 KEEP_ALIVE: Final = 1200
 CONNACK: Final = 0x20
 PUSH_HEAD: Final = 2 + len("push")  # topic length and topic
 ALERT_TAIL: Final = len('"}}')
-SOURCES: Final = 8  # addresses of one wave: with most of one's 28,000 ports taken, Linux searches 100 µs for one
+SOURCES: Final = (
+    8  # addresses of one wave: with most of one's 28,000 ports taken, Linux searches 100 µs for one
+)
 IP_BIND_ADDRESS_NO_PORT: Final = 24  # linux/in.h; connect chooses the port
 
 Take = Callable[[int, int], None]  # gets device index and serial

@@ -67,9 +67,7 @@ class HttpPool:
         """One call, waited for; the answer's JSON. Raises HttpError unless it is 200."""
         answers: list[tuple[int, bytes]] = []
         raw = b"" if body is None else orjson.dumps(body)
-        self.send(
-            self.build(method, path, raw), lambda status, content: answers.append((status, content))
-        )
+        self.send(self.build(method, path, raw), lambda status, content: answers.append((status, content)))
         self.reactor.run_until(lambda: bool(answers), f"{method} {path}")
         status, content = answers[0]
         if status != 200:

@@ -63,6 +63,10 @@ def push_body(registration_id: str, text: str) -> bytes:
     ).encode()
 
 
+def broadcast_body(text: str) -> bytes:
+    return f'{{"platform":"all","audience":"all","notification":{{"alert":"{text}"}}}}'.encode()
+
+
 def batch_body(items: Sequence[tuple[str, str, str]]) -> bytes:
     """`items`: cid, registration id and alert of each push."""
     pushes = ",".join(

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Final
 
 BUSY: Final = 0.95  # of its core: from here on the generator is the limit
+DISTURBED: Final = 0.05  # of one core used by others: from here on the numbers are not only ours
 HEAD: Final = (
     "| what | wanted | median | least … most | runs | server CPU | generator CPU | |\n"
     "|---|---|---|---|---|---|---|---|"
@@ -20,10 +21,11 @@ HEAD: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Shares of one core that both processes used during a run, 0 to 1."""
+    """Shares of one core used during a run, 0 to 1; `others` is everything that is neither of the two."""
 
     server: float
     generator: float
+    others: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,8 @@ class Row:
         remarks = ["missed"] if self.met is False else []
         if self.loads and median(load.generator for load in self.loads) > BUSY:
             remarks.append("the generator is the limit")
+        if self.loads and (others := median(load.others for load in self.loads)) > DISTURBED:
+            remarks.append(f"not quiet: others took {_percent([others])} of a core")
         if self.note:
             remarks.append(self.note)
         return "; ".join(remarks)
@@ -114,8 +118,5 @@ def write_block(file: Path, name: str, block: str) -> None:
     text = file.read_text() if file.exists() else "# Numbers\n"
     whole = f"{begin}\n{block.strip()}\n{end}"
     pattern = re.compile(rf"{re.escape(begin)}\n.*?{re.escape(end)}", re.DOTALL)
-    if pattern.search(text):
-        text = pattern.sub(lambda _: whole, text)
-    else:
-        text = f"{text.rstrip()}\n\n{whole}\n"
-    file.write_text(text)
+    text, found = pattern.subn(lambda _: whole, text)
+    file.write_text(text if found else f"{text.rstrip()}\n\n{whole}\n")

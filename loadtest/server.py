@@ -63,7 +63,7 @@ class Server:
 
     def start(self) -> None:
         flags = [f"--{name}-port=0" for name in ("mqtt", "ws", "http", "admin")]
-        command = [HOLDFAST, "serve", "--data-dir", self._data_dir, *flags]
+        command: list[str | Path] = [HOLDFAST, "serve", "--data-dir", self._data_dir, *flags]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=log, env=os.environ | self._settings
@@ -133,6 +133,14 @@ class Server:
         host, port = self.address("admin")
         with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=10) as answer:
             return sum_metric(answer.read().decode(), f"holdfast_{name}")
+
+
+def read_machine_usage() -> Usage:
+    """CPU seconds of all processes, with what the hypervisor kept for itself."""
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    user, nice, system, _idle, _wait, irq, softirq, steal = map(int, fields[:8])
+    ticks = user + nice + system + irq + softirq + steal
+    return Usage(ticks / os.sysconf("SC_CLK_TCK"), time.perf_counter())
 
 
 def read_usage(pid: int) -> Usage:

@@ -368,7 +368,7 @@ class Device:
         """Take everything, until the ledger is complete and the server has our acknowledgements."""
         wire = await Wire.open(self._load.server.addresses.mqtt, self._connect(steady=True))
         complete = asyncio.create_task(self._load.ledger.complete.wait())
-        last, asked = 0, False
+        last = 0
         try:
             complete.add_done_callback(lambda _: wire.send(Pingreq()))
             while True:

@@ -9,53 +9,77 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-from loadtest.http_pool import HttpPool
+from loadtest.http_pool import Done, HttpPool
 from loadtest.ledger import alert
 from loadtest.population import Population
 from loadtest.publishing import BATCH, batch_body, check_accepted, check_batch, keep_in_flight, push_body
 from loadtest.reactor import Reactor
 from loadtest.report import Load, Row
+from loadtest.server import Server
 from loadtest.stage import HTTP_CONNECTIONS, Meter, Stage
 
 BATCHES_IN_FLIGHT = 4
 BATCH_RATE = 60_000  # pushes a second for which batches are built ahead
 SINGLE_REQUESTS = 20_000  # built ahead, then used again: a single push needs no cid
-MSG_ID_DIGITS = 10
+MSG_ID_DIGITS = 18
+
+Maker = Callable[[HttpPool], Iterator[bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """One way to push."""
+
+    name: str
+    pushes: int  # in one request
+    at_once: int
+    check: Done
+    at_least: float
+
+
+SINGLE = Path(
+    f"accepts: single requests, {HTTP_CONNECTIONS} connections", 1, HTTP_CONNECTIONS, check_accepted, 8_000
+)
+BATCHES = Path(
+    f"accepts: batches of {BATCH:,}, {BATCHES_IN_FLIGHT} in flight",
+    BATCH,
+    BATCHES_IN_FLIGHT,
+    check_batch,
+    30_000,
+)
 
 
 def accepts(stage: Stage) -> list[Row]:
     population = stage.population(stage.plan.registered)
+    reactor = Reactor()
     with stage.server(population) as server:
-        reactor = Reactor()
         pool = population.pool(reactor, server, HTTP_CONNECTIONS)
-        batch_maker, single_maker = _batches(population, stage.plan.seconds), _singles(population)
-
-        def measure(name: str, make: Callable[[HttpPool], Iterator[bytes]], size: int) -> list[Row]:
-            rates: list[float] = []
-            loads: list[Load] = []
-            check, at_once = (
-                (check_batch, BATCHES_IN_FLIGHT) if size > 1 else (check_accepted, HTTP_CONNECTIONS)
-            )
-            for run in range(stage.plan.runs):
-                requests = make(pool)
-                meter = Meter(server)
-                with stage.profiled(server, f"accepts-{size}-{run}"), meter.running():
-                    count, seconds = keep_in_flight(pool, requests, check, at_once, stage.plan.seconds)
-                rates.append(count * size / seconds)
-                loads.append(meter.load)
-                stage.say(f"{name}: {rates[-1]:,.0f} pushes/s")
-            goal = 30_000 if size > 1 else 8_000
-            return [Row(name, "/s", rates, at_least=goal, loads=loads)]
-
-        rows = measure(f"accepts: single requests, {HTTP_CONNECTIONS} connections", single_maker, 1)
-        rows += measure(f"accepts: batches of {BATCH:,}, {BATCHES_IN_FLIGHT} in flight", batch_maker, BATCH)
+        rows = [
+            _measure(stage, server, pool, SINGLE, _singles(population)),
+            _measure(stage, server, pool, BATCHES, _batches(population, stage.plan.seconds)),
+        ]
         pool.close()
-        reactor.close()
+    reactor.close()
     return rows
 
 
-def _batches(population: Population, seconds: float) -> Callable[[HttpPool], Iterator[bytes]]:
+def _measure(stage: Stage, server: Server, pool: HttpPool, path: Path, make: Maker) -> Row:
+    rates: list[float] = []
+    loads: list[Load] = []
+    for run in range(stage.plan.runs):
+        requests = make(pool)
+        meter = Meter(server.pid)
+        with stage.profiled(server, f"accepts-{path.pushes}-{run}"), meter.running():
+            count, seconds = keep_in_flight(pool, requests, path.check, path.at_once, stage.plan.seconds)
+        rates.append(count * path.pushes / seconds)
+        loads.append(meter.load)
+        stage.say(f"{path.name}: {rates[-1]:,.0f} pushes/s")
+    return Row(path.name, "/s", rates, at_least=path.at_least, loads=loads)
+
+
+def _batches(population: Population, seconds: float) -> Maker:
     cids = itertools.count()
     chooser = random.Random(1)
 
@@ -67,7 +91,7 @@ def _batches(population: Population, seconds: float) -> Callable[[HttpPool], Ite
     return lambda pool: iter([build(pool) for _ in range(int(BATCH_RATE * seconds / BATCH))])
 
 
-def _singles(population: Population) -> Callable[[HttpPool], Iterator[bytes]]:
+def _singles(population: Population) -> Maker:
     chooser = random.Random(2)
 
     def build(pool: HttpPool) -> bytes:

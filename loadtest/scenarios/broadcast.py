@@ -1,7 +1,7 @@
 """Broadcasts to everyone online, each delivery acknowledged and recorded.
 
-A run posts `broadcasts` of them, with one or four outstanding: the next is posted when the last device of an
-earlier one has acknowledged. The clock stops when the server's report says "delivered" for all of all of them.
+A run posts `broadcasts` of them, one or four at once: the next are posted when the last device has acknowledged
+the last of those before. The clock stops when the server's report says "delivered" for all of all of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from loadtest.ledger import alert
-from loadtest.publishing import OpenLoop, quantile
+from loadtest.publishing import OpenLoop, broadcast_body, check_accepted, quantile
 from loadtest.report import Load, Row
 from loadtest.stage import Cast, Meter, Plan, Stage, cast
 
@@ -34,56 +34,60 @@ def broadcast(stage: Stage) -> list[Row]:
         cast_.fleet.connect(range(stage.plan.devices))
         Volley(cast_, stage.plan.devices, 1).run(2)  # warm
         rows = [*_throughput(stage, cast_, 1), *_throughput(stage, cast_, 4)]
-        for outstanding in (1, 4):
-            rows += _targeted_meanwhile(stage, cast_, sorted(probes), outstanding)
+        for at_once in (1, 4):
+            rows += _targeted_meanwhile(stage, cast_, sorted(probes), at_once)
     return rows
 
 
 class Volley:
-    """Posts broadcasts and follows them to the last acknowledgement."""
+    """Posts broadcasts, `at_once` together, and follows them to the last acknowledgement."""
 
-    def __init__(self, cast_: Cast, devices: int, outstanding: int) -> None:
+    def __init__(self, cast_: Cast, devices: int, at_once: int) -> None:
         self._cast = cast_
         self._devices = devices
-        self._outstanding = outstanding
+        self._at_once = at_once
         self._open: list[int] = []  # serials
-        self._posted = 0
+        self.posted = 0
         self.msg_ids: list[str] = []
 
     def run(self, count: int) -> float:
-        """Seconds from the first post until all deliveries are recorded."""
+        """Post at least `count`; seconds from the first post until all deliveries are recorded."""
         started = time.perf_counter()
         self.begin()
-        while self._posted < count or self._open:
-            self.step(more=self._posted < count)
-        wait_for_report(self._cast, self.msg_ids, self._devices)
+        while self.posted < count:
+            self.step()
+        self.finish()
         return time.perf_counter() - started
 
     def begin(self) -> None:
-        self._posted, self._open, self.msg_ids = 0, [], []
+        self.posted, self._open, self.msg_ids = 0, [], []
 
-    def step(self, *, more: bool, timeout: float = 0.01) -> None:
-        ledger = self._cast.ledger
-        self._open = [serial for serial in self._open if ledger.broadcasts[serial].left]
-        while more and len(self._open) < self._outstanding:
-            self._post()
-            more = len(self._open) < self._outstanding
+    def step(self, timeout: float = 0.01) -> None:
+        """Post the next if none is open, then let things happen for `timeout` seconds."""
+        broadcasts = self._cast.ledger.broadcasts
+        self._open = [serial for serial in self._open if broadcasts[serial].left]
+        if not self._open:
+            for _ in range(self._at_once):
+                self._post()
         self._cast.reactor.turn(timeout)
+
+    def finish(self) -> None:
+        """Until all that was posted, these and targeted pushes, has arrived and these are in the report."""
+        cast_ = self._cast
+        cast_.reactor.run_until(lambda: not cast_.ledger.missing, "all pushes arrived")
+        cast_.reactor.run_until(lambda: len(self.msg_ids) == self.posted, "all broadcasts answered")
+        wait_for_report(cast_, self.msg_ids, self._devices)
 
     def _post(self) -> None:
         cast_ = self._cast
         serial = cast_.ledger.add_broadcast(self._devices)
         self._open.append(serial)
-        self._posted += 1
-        body = {
-            "platform": "all",
-            "audience": "all",
-            "notification": {"alert": alert(serial, cast_.msg_id_digits)},
-        }
-        cast_.pool.send(cast_.pool.build("POST", "/v3/push", orjson.dumps(body)), self._answered)
+        self.posted += 1
+        text = alert(serial, cast_.msg_id_digits)
+        cast_.pool.send(cast_.pool.build("POST", "/v3/push", broadcast_body(text)), self._answered)
 
     def _answered(self, status: int, body: bytes) -> None:
-        assert status == 200, body
+        check_accepted(status, body)
         self.msg_ids.append(orjson.loads(body)["msg_id"])
         self._cast.msg_id_digits = len(self.msg_ids[-1])
 
@@ -103,31 +107,31 @@ def wait_for_report(cast_: Cast, msg_ids: Sequence[str], delivered: int) -> None
             cast_.reactor.run_for(0.01)
 
 
-def _throughput(stage: Stage, cast_: Cast, outstanding: int) -> list[Row]:
+def _throughput(stage: Stage, cast_: Cast, at_once: int) -> list[Row]:
     plan = stage.plan
     rates: list[float] = []
     ceilings: list[float] = []
     costs: list[float] = []
     loads: list[Load] = []
-    volley = Volley(cast_, plan.devices, outstanding)
+    volley = Volley(cast_, plan.devices, at_once)
     for run in range(plan.runs):
-        meter = Meter(cast_.server)
-        with stage.profiled(cast_.server, f"broadcast-{outstanding}-{run}"), meter.running():
+        meter = Meter(cast_.server.pid)
+        with stage.profiled(cast_.server, f"broadcast-{at_once}-{run}"), meter.running():
             seconds = volley.run(plan.broadcasts)
-        deliveries = plan.broadcasts * plan.devices
+        deliveries = volley.posted * plan.devices
         rates.append(deliveries / seconds)
         costs.append(meter.server_cpu / deliveries * 1e6)
         ceilings.append(deliveries / meter.generator_cpu)
         loads.append(meter.load)
-        stage.say(f"broadcast, {outstanding} outstanding: {rates[-1]:,.0f} deliveries/s")
-    name = f"broadcast: {plan.devices:,} devices, {outstanding} outstanding"
+        stage.say(f"broadcast, {at_once} at once: {rates[-1]:,.0f} deliveries/s")
+    name = f"broadcast: {plan.devices:,} devices, {at_once} at once"
     errors = cast_.ledger.errors()
     return [
         Row(
             name,
             "/s",
             rates,
-            at_least=90_000 if outstanding == 1 else None,
+            at_least=90_000 if at_once == 1 else None,
             loads=loads,
             note=errors or "none lost",
         ),
@@ -136,32 +140,30 @@ def _throughput(stage: Stage, cast_: Cast, outstanding: int) -> list[Row]:
     ]
 
 
-def _targeted_meanwhile(stage: Stage, cast_: Cast, probes: Sequence[int], outstanding: int) -> list[Row]:
+def _targeted_meanwhile(stage: Stage, cast_: Cast, probes: Sequence[int], at_once: int) -> list[Row]:
     medians, worst, loads = [], [], []
     for _ in range(stage.plan.runs):
-        meter = Meter(cast_.server)
+        meter = Meter(cast_.server.pid)
         with meter.running():
-            latencies = _run_with_probes(stage.plan, cast_, probes, outstanding)
+            latencies = _run_with_probes(stage.plan, cast_, probes, at_once)
         medians.append(quantile(latencies, 0.5) * MS)
         worst.append(quantile(latencies, 0.99) * MS)
         loads.append(meter.load)
-        stage.say(f"targeted amid {outstanding} broadcasts: p50 {medians[-1]:.1f}, p99 {worst[-1]:.1f} ms")
-    name = f"targeted amid broadcasts, {outstanding} outstanding"
+        stage.say(f"targeted amid {at_once} broadcasts: p50 {medians[-1]:.1f}, p99 {worst[-1]:.1f} ms")
+    name = f"targeted amid broadcasts, {at_once} at once"
     return [
         Row(f"{name}: p50", "ms", medians, loads=loads),
         Row(f"{name}: p99", "ms", worst, at_most=20.0, loads=loads),
     ]
 
 
-def _run_with_probes(plan: Plan, cast_: Cast, probes: Sequence[int], outstanding: int) -> list[float]:
-    volley = Volley(cast_, plan.devices, outstanding)
+def _run_with_probes(plan: Plan, cast_: Cast, probes: Sequence[int], at_once: int) -> list[float]:
+    volley = Volley(cast_, plan.devices, at_once)
     volley.begin()
     cast_.ledger.latencies.clear()
     publisher = OpenLoop(cast_, probes, PROBE_RATE)
     deadline = time.perf_counter() + plan.seconds
     while time.perf_counter() < deadline:
-        volley.step(more=True, timeout=publisher.send_due())
-    while cast_.ledger.missing:
-        volley.step(more=False)
-    wait_for_report(cast_, volley.msg_ids, plan.devices)
+        volley.step(publisher.send_due())
+    volley.finish()
     return list(cast_.ledger.latencies)

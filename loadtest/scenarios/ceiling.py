@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from loadtest.fleet import Fleet, connect_packet
 from loadtest.reactor import Reactor
 from loadtest.report import Load, Row
-from loadtest.server import read_usage
-from loadtest.stage import Stage
+from loadtest.stage import Meter, Stage
 
 
 def ceiling(stage: Stage) -> list[Row]:
@@ -23,7 +22,7 @@ def ceiling(stage: Stage) -> list[Row]:
         reactor = Reactor()
         fleet = Fleet(reactor, ("127.0.0.1", int(bare.stdout.readline())), packets, lambda *_: None)
         fleet.connect(range(devices))
-        rows = [_measure(stage, bare, reactor, fleet, outstanding) for outstanding in (1, 4)]
+        rows = [_measure(stage, bare, reactor, fleet, at_once) for at_once in (1, 4)]
         fleet.close()
         reactor.close()
     return rows
@@ -39,32 +38,29 @@ def _bare_server(stage: Stage) -> Iterator[subprocess.Popen[str]]:
         yield bare
 
 
-def _measure(
-    stage: Stage, bare: subprocess.Popen[str], reactor: Reactor, fleet: Fleet, outstanding: int
-) -> Row:
+def _measure(stage: Stage, bare: subprocess.Popen[str], reactor: Reactor, fleet: Fleet, at_once: int) -> Row:
     rates: list[float] = []
     loads: list[Load] = []
     for _ in range(stage.plan.runs):
-        server, generator = read_usage(bare.pid), read_usage(os.getpid())
-        seconds = _blast(bare, reactor, outstanding, stage.plan.broadcasts)
-        loads.append(
-            Load(read_usage(bare.pid).busy_since(server), read_usage(os.getpid()).busy_since(generator))
-        )
+        meter = Meter(bare.pid)
+        with meter.running():
+            seconds = _blast(bare, reactor, at_once, stage.plan.broadcasts)
+        loads.append(meter.load)
         rates.append(stage.plan.broadcasts * fleet.online / seconds)
-        stage.say(f"ceiling, {outstanding} outstanding: {rates[-1]:,.0f} deliveries/s")
+        stage.say(f"ceiling, {at_once} at once: {rates[-1]:,.0f} deliveries/s")
     return Row(
-        f"ceiling: bare epoll server, {fleet.online:,} devices, {outstanding} outstanding",
+        f"ceiling: bare epoll server, {fleet.online:,} devices, {at_once} at once",
         "/s",
         rates,
         loads=loads,
     )
 
 
-def _blast(bare: subprocess.Popen[str], reactor: Reactor, outstanding: int, rounds: int) -> float:
+def _blast(bare: subprocess.Popen[str], reactor: Reactor, at_once: int, rounds: int) -> float:
     """Have the bare server do it, and acknowledge meanwhile."""
     assert bare.stdin is not None
     assert bare.stdout is not None
-    bare.stdin.write(f"{outstanding} {rounds}\n")
+    bare.stdin.write(f"{at_once} {rounds}\n")
     bare.stdin.flush()
     answers: list[bytes] = []
     fd = bare.stdout.fileno()

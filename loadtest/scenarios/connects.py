@@ -24,7 +24,7 @@ def connects(stage: Stage) -> list[Row]:
         cast_.fleet.disconnect(range(min(plan.warm_devices, plan.devices)))
         cast_.wait_for_offline()
         for run in range(plan.runs):
-            meter = Meter(server)
+            meter = Meter(server.pid)
             with stage.profiled(server, f"connects-{run}"), meter.running():
                 seconds = cast_.fleet.connect(range(plan.devices), wave=run + 1)
             rates.append(plan.devices / seconds)

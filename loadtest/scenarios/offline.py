@@ -10,8 +10,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+import orjson
+
 from loadtest.ledger import alert
-from loadtest.publishing import BATCH, batch_body, check_batch, keep_in_flight
+from loadtest.publishing import BATCH, batch_body, broadcast_body, check_batch, keep_in_flight
 from loadtest.report import Load, Row
 from loadtest.scenarios.broadcast import wait_for_report
 from loadtest.stage import Cast, Meter, Stage, cast
@@ -64,13 +66,11 @@ def _batches(cast_: Cast, each: int) -> Iterator[bytes]:
 
 def _broadcast(cast_: Cast) -> str:
     serial = cast_.ledger.add_broadcast(len(cast_.population.names))
-    body = {
-        "platform": "all",
-        "audience": "all",
-        "notification": {"alert": alert(serial, cast_.msg_id_digits)},
-    }
-    answer: dict[str, str] = cast_.pool.call("POST", "/v3/push", body)
-    return answer["msg_id"]
+    request = cast_.pool.build("POST", "/v3/push", broadcast_body(alert(serial, cast_.msg_id_digits)))
+    answers: list[bytes] = []
+    keep_in_flight(cast_.pool, iter([request]), lambda _, body: answers.append(body), 1)
+    msg_id: str = orjson.loads(answers[0])["msg_id"]
+    return msg_id
 
 
 def _storm(stage: Stage, cast_: Cast) -> tuple[list[float], list[Load]]:
@@ -92,10 +92,9 @@ def _storm(stage: Stage, cast_: Cast) -> tuple[list[float], list[Load]]:
 def _wave(stage: Stage, cast_: Cast, devices: range, wave: int) -> tuple[float, Load]:
     owed = len(devices) * (stage.plan.targeted_waiting + 1)
     before = cast_.ledger.arrived
-    meter = Meter(cast_.server)
+    meter = Meter(cast_.server.pid)
     with stage.profiled(cast_.server, f"offline-{wave}"), meter.running():
         cast_.fleet.connect(devices, wave=wave)
         arrived = lambda: cast_.ledger.arrived - before >= owed  # noqa: E731
         cast_.reactor.run_until(arrived, f"{owed:,} deliveries")
     return owed / meter.seconds, meter.load
-

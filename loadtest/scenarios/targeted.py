@@ -23,7 +23,7 @@ def targeted(stage: Stage) -> list[Row]:
         cast_.fleet.connect(devices)
         push_for(cast_, 1.0)  # warm
         for run in range(plan.runs):
-            meter = Meter(server)
+            meter = Meter(server.pid)
             with stage.profiled(server, f"targeted-{run}"), meter.running():
                 latencies = push_for(cast_, plan.seconds)
             medians.append(quantile(latencies, 0.5) * MS)

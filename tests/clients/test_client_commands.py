@@ -16,19 +16,19 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from clients.command_listen import listen
 from clients.command_push import push, status
 from clients.local_server import LocalServer
 
 
 @pytest.fixture
 def environment(server: LocalServer) -> dict[str, str]:
-    app, (host, _) = server.app, server.addresses.mqtt
+    app = server.app
     return {
         "HOLDFAST_APP_KEY": app.app_key,
         "HOLDFAST_MASTER_SECRET": app.master_secret,
         "HOLDFAST_DEVICE_KEY": app.device_key,
         "HOLDFAST_URL": server.addresses.http,
-        "HOLDFAST_MQTT_HOST": host,
     }
 
 
@@ -123,6 +123,31 @@ def test_listen_with_wrong_credentials_says_so(server: LocalServer) -> None:
     assert ended.returncode == 1
     assert "the password does not fit" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((), "give --device-key or --token"),
+        (("--token", "t"), "give its --id"),
+        (("--device-key", "k", "--url", "http://x"), "--url needs --journal"),
+    ],
+)
+def test_wrong_usage_of_listen(arguments: tuple[str, ...], told: str) -> None:
+    result = CliRunner().invoke(listen, ["--app", "a", *arguments])
+    assert (result.exit_code, told in result.stderr) == (2, True)
+
+
+def test_listen_registers_once_and_keeps_its_token(server: LocalServer, tmp_path: Path) -> None:
+    app, (host, port) = server.create_app("listeners"), server.addresses.mqtt
+    common = ("--app", app.app_key, "--host", host, "--port", str(port), "--journal", str(tmp_path / "j"))
+    for flags in (("--device-key", app.device_key, "--url", server.addresses.http, "--id", "kept"), ()):
+        command = [sys.executable, "-m", "clients.command", "listen", *common, *flags]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            assert next(process.stderr).startswith("online as kept")
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 0
 
 
 def test_listen_into_a_pipe_that_closes(server: LocalServer, environment: dict[str, str]) -> None:

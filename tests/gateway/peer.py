@@ -175,6 +175,39 @@ class Peer:
                 packets.append(self.receive(patience))
         return packets
 
+    def rest_of_bytes(self, patience: float = PATIENCE) -> bytes:
+        """Whatever comes until the server closes, which it must."""
+        self._socket.settimeout(patience)
+        received, self._received = self._received, b""
+        with contextlib.suppress(ConnectionError):
+            while more := self._socket.recv(1 << 16):
+                received += more
+        return received
+
+    def is_closed(self) -> bool:
+        """Whether the server has closed; for a peer that is sent nothing."""
+        self._socket.settimeout(0)
+        try:
+            return not self._socket.recv(1)
+        except BlockingIOError:
+            return False
+        except ConnectionError:
+            return True
+
+    def sends(self, raw: bytes) -> bool:
+        """Send, and be content."""
+        self.send(raw)
+        return True
+
+    def send_until_stuck(self, raw: bytes, most: int) -> int:
+        """Send this again and again until nobody takes it for a second; how many bytes went."""
+        self._socket.settimeout(1.0)
+        sent = 0
+        with contextlib.suppress(TimeoutError):
+            while sent < most:
+                sent += self._socket.send(raw[sent % len(raw) :])
+        return sent
+
     def connect(self, packet: Connect) -> Connack:
         self.version = packet.version
         self.send(packet)

@@ -144,6 +144,7 @@ def test_limits_that_are_no_setting_have_the_values_of_the_code() -> None:
         settings.receive_maximum: "Limits",
         profile.write_buffer: "Limits",
         connection.MAX_UNREAD: "Limits",
+        connection.TURN: "Limits",
         settings.mailbox.queued_bytes: "Limits",
         settings.max_retained: "Limits",
         settings.max_retained_bytes: "Limits",

@@ -95,7 +95,8 @@ class Phone:
         self._news.set()
 
     def send(self, *packets: Packet) -> None:
-        self.connection.data_received(b"".join(encode(packet, self._version) for packet in packets))
+        if packets:
+            self.connection.data_received(b"".join(encode(packet, self._version) for packet in packets))
 
     @property
     def session(self) -> Session:

@@ -1,0 +1,136 @@
+"""Rows, tables and their place in docs/numbers.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from loadtest.bench import SCENARIOS, main, make_plan
+from loadtest.http_pool import read_answer
+from loadtest.ledger import Ledger, alert
+from loadtest.publishing import quantile
+from loadtest.report import Load, Row, show, write_block
+from loadtest.server import ServerError, run_holdfast, sum_metric
+from loadtest.stage import Plan
+from loadtest.transports import masked_frame
+
+
+def test_a_row_tells_median_spread_and_goal() -> None:
+    row = Row("connects", "/s", [9000.0, 12000.0, 11000.0], at_least=10_000, loads=[Load(1.0, 0.5)])
+    assert row.as_markdown() == (
+        "| connects | ≥ 10,000 /s | 11,000 /s | 9,000 … 12,000 | 3 | 100 % | 50 % |  |"
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "remark"),
+    [
+        (Row("a", "ms", [5.0], at_most=3.0), "missed"),
+        (Row("a", "ms", [3.0], at_most=3.0), ""),
+        (Row("a", "/s", [3.0], at_least=4.0, note="none lost"), "missed; none lost"),
+        (Row("a", "/s", [3.0], loads=[Load(0.9, 0.96)]), "the generator is the limit"),
+        (Row("a", "/s", [3.0], loads=[Load(0.9, 0.9, 0.25)]), "not quiet: others took 25 % of a core"),
+    ],
+)
+def test_a_row_remarks_on_what_spoils_it(row: Row, remark: str) -> None:
+    assert row.as_markdown().endswith(f"| {remark} |")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.0, "0.0"), (1.789, "1.79"), (99.94, "99.9"), (1234.5, "1,234"), (140_000.0, "140,000")],
+)
+def test_numbers_have_three_digits(value: float, shown: str) -> None:
+    assert show(value) == shown
+
+
+def test_a_block_is_replaced_where_it_stands(tmp_path: Path) -> None:
+    file = tmp_path / "numbers.md"
+    file.write_text("# Numbers\n\n<!-- bench idle -->\nold\n<!-- end idle -->\n\nafter\n")
+    write_block(file, "idle", r"new \1")
+    write_block(file, "connects", "more")
+    write_block(file, "idle", r"newer \1")
+    assert file.read_text() == (
+        "# Numbers\n\n<!-- bench idle -->\nnewer \\1\n<!-- end idle -->\n\nafter\n"
+        "\n<!-- bench connects -->\nmore\n<!-- end connects -->\n"
+    )
+
+
+def test_an_empty_block_is_filled(tmp_path: Path) -> None:
+    file = tmp_path / "numbers.md"
+    file.write_text("<!-- bench idle -->\n<!-- end idle -->\n")
+    write_block(file, "idle", "new")
+    assert file.read_text() == "<!-- bench idle -->\nnew\n<!-- end idle -->\n"
+
+
+ANSWER = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 7\r\nServer: x\r\n\r\n{"a":1}'
+
+
+def test_an_answer_is_read_once_it_is_whole() -> None:
+    assert [read_answer(ANSWER[:size]) for size in range(len(ANSWER))] == [None] * len(ANSWER)
+    assert read_answer(ANSWER) == (200, b'{"a":1}')
+    assert read_answer(b"HTTP/1.1 503 No\r\nContent-Length: 0\r\n\r\n") == (503, b"")
+
+
+def test_a_metric_is_summed_over_its_labels() -> None:
+    text = 'x_total{kind="a"} 2.0\nx_total{kind="b"} 3.5\nx_total_more 9.0\nx 1.0\n# x_total 4\n'
+    assert sum_metric(text, "x_total") == 5.5
+    assert sum_metric(text, "y") == 0
+
+
+def test_the_ledger_tells_repeats_and_strays() -> None:
+    ledger = Ledger(devices=2)
+    broadcast, push = ledger.add_broadcast(2), ledger.add_targeted(1, due=0.0)
+    ledger.take(0, broadcast)
+    assert (ledger.arrived, ledger.missing) == (1, 2)
+    ledger.take(1, broadcast)
+    ledger.take(1, push)
+    assert (ledger.arrived, ledger.missing, ledger.errors()) == (3, 0, "")
+    ledger.take(1, push)
+    ledger.take(1, broadcast)
+    ledger.take(0, 99)
+    assert (ledger.repeats, ledger.strays) == (2, 1)
+    assert ledger.errors() == "2 repeated, 1 stray"
+
+
+def test_a_push_to_the_wrong_device_is_a_stray() -> None:
+    ledger = Ledger(devices=2)
+    ledger.take(0, ledger.add_targeted(1))
+    assert ledger.errors() == "1 stray"
+
+
+@pytest.mark.parametrize("digits", [1, 7, 19])
+def test_an_alert_fills_the_payload_and_ends_in_its_serial(digits: int) -> None:
+    text = alert(42, digits)
+    assert text.endswith("00000042")
+    assert len(f'{{"msg_id":"{"1" * digits}","notification":{{"alert":"{text}"}}}}') == 100
+
+
+def test_quantiles_are_values_that_occurred() -> None:
+    values = [float(n) for n in range(100, 0, -1)]
+    assert [quantile(values, share) for share in (0.5, 0.99, 1.0)] == [51.0, 100.0, 100.0]
+    assert quantile([], 0.5) == 0
+
+
+@pytest.mark.parametrize(("size", "head"), [(5, b"\x82\x85"), (125, b"\x82\xfd"), (126, b"\x82\xfe\x00\x7e")])
+def test_a_websocket_frame_says_its_length(size: int, head: bytes) -> None:
+    assert masked_frame(b"x" * size) == head + bytes(4) + b"x" * size
+
+
+def test_what_is_given_goes_before_the_plan() -> None:
+    assert make_plan(quick=False, runs=None, devices=None, registered=None) == Plan()
+    plan = make_plan(quick=True, runs=3, devices=1300, registered=None)
+    assert (plan.runs, plan.devices, plan.registered) == (3, 1300, 3000)
+
+
+def test_an_unknown_scenario_names_those_there_are() -> None:
+    answer = CliRunner().invoke(main, ["speed"])
+    assert answer.exit_code == 2
+    assert all(name in answer.output for name in SCENARIOS)
+
+
+def test_a_command_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(ServerError, match="no data directory"):
+        run_holdfast("app", "list", "--data-dir", str(tmp_path / "none"))
