@@ -167,11 +167,15 @@ def open_database(path: Path, *, cache_size: int) -> sqlite3.Connection:
             connection.close()
             raise
     except sqlite3.Error as error:
-        raise StoreUnavailable(
-            f"cannot open {path}: {error}; check that the disk is writable and has room. "
-            "A damaged file can be saved with the sqlite3 tool's .recover"
-        ) from error
+        raise cannot_open(path, error) from error
     return connection
+
+
+def cannot_open(path: Path, error: sqlite3.Error) -> StoreUnavailable:
+    return StoreUnavailable(
+        f"cannot open {path}: {error}; check that the disk is writable and has room. "
+        "A damaged file can be saved with the sqlite3 tool's .recover"
+    )
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:

@@ -27,6 +27,8 @@ from broker.store import StoreFull, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
+GROUP_PACE: Final = 0.001  # seconds from one commit to the next at the least: a busy server commits 1,000 times
+# a second, not 3,000, and each of these costs an fsync, WAL pages and turns of the interpreter lock
 GROUP_ROWS: Final = 20_000  # of one transaction; bounds the time the next one waits (0.1 to 0.3 s)
 READS_PER_BATCH: Final = 1_024  # of one read transaction: calls, or devices asked about
 CHECKPOINT_PAGES: Final = 1_000  # new pages in the log (4 MB) after which they are moved into the database
@@ -71,9 +73,14 @@ class StoreStats:
 
 
 class Worker:
-    """A thread with a queue of operations. `run` gets all that wait, up to a limit of rows."""
+    """A thread with a queue of operations. `run` gets all that wait, up to a limit of rows; it is called at most
+    once in `pace` seconds, so that what comes in a moment later shares the call."""
 
-    def __init__(self, name: str, run: Callable[[list[Operation]], None], limit: int) -> None:
+    def __init__(
+        self, name: str, run: Callable[[list[Operation]], None], limit: int, pace: float = 0.0
+    ) -> None:
+        self._pace = pace
+        self._next = 0.0  # when the next call may be
         self._queue: queue.SimpleQueue[Operation | None] = queue.SimpleQueue()
         self._run = run
         self._limit = limit
@@ -99,6 +106,9 @@ class Worker:
 
     def _take(self) -> tuple[list[Operation], bool]:
         operation = self._queue.get()
+        if self._pace:
+            time.sleep(max(0.0, self._next - time.monotonic()))
+            self._next = time.monotonic() + self._pace
         group: list[Operation] = []
         rows = 0
         while operation is not None:
@@ -286,7 +296,7 @@ class Writer:
         self._stats = stats
         self._loop = loop
         self._committed = committed  # on the event loop, before the futures
-        self.worker = Worker("store-writer", self._run, GROUP_ROWS)
+        self.worker = Worker("store-writer", self._run, GROUP_ROWS, GROUP_PACE)
 
     def _run(self, group: list[Operation]) -> None:
         together = [operation for operation in group if operation.kind != ALONE]
@@ -310,9 +320,10 @@ class Writer:
                     self._write([operation])
                 return
             self._fail(operations, reason)
+            seconds = None
         else:
-            self._count(operations, time.perf_counter() - started)
-        seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            self._count(operations, seconds)
         with suppress(RuntimeError):  # the loop was closed without us: nobody waits any more
             self._loop.call_soon_threadsafe(self._finish, operations, effects, seconds)
 
@@ -345,10 +356,11 @@ class Writer:
         stats.last_operations = len(operations)
         stats.last_rows = rows
 
-    def _finish(self, operations: list[Operation], effects: Effects, seconds: float) -> None:
+    def _finish(self, operations: list[Operation], effects: Effects, seconds: float | None) -> None:
+        """`seconds` of the commit; None if there was none."""
         self._committed(operations, effects)
         resolve(operations)
-        if self._stats.on_commit is not None:
+        if seconds is not None and self._stats.on_commit is not None:
             self._stats.on_commit(len(operations), seconds)
 
     def _bound_log(self) -> None:

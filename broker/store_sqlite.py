@@ -42,7 +42,7 @@ from broker.model import (
     StoredMessage,
     TermKey,
 )
-from broker.sqlite_engine import as_store_error, connect, lock_data_dir, open_database
+from broker.sqlite_engine import cannot_open, connect, lock_data_dir, open_database
 from broker.sqlite_index import IndexWrites
 from broker.sqlite_messages import Ids, MessageWrites
 from broker.sqlite_reads import Reads
@@ -168,7 +168,7 @@ class SqliteStore:
         try:
             await asyncio.to_thread(self._open_engine)
         except sqlite3.Error as error:
-            raise as_store_error(error) from error
+            raise cannot_open(self._path, error) from error
         self._open = True
 
     def _open_engine(self) -> None:

@@ -42,13 +42,13 @@ if TYPE_CHECKING:
     from gateway.mqtt import Will
     from gateway.node import Node
 
-LINGER: Final = 2.0  # seconds in which a peer may read our last bytes; one that never does would keep its socket
+LINGER: Final = (
+    2.0  # seconds in which a peer may read our last bytes; one that never does would keep its socket
+)
 OPENING_CHECK: Final = 1.0  # seconds between checks before CONNECT; the first check after it follows in time
 MAX_CONNECT_SIZE: Final = 65_536  # bytes of a CONNECT, will included: nobody has proved anything yet
-TURN: Final = 512  # packets of one peer taken in a row, about 2 ms: a flood of small ones holds up nobody else
-MAX_UNREAD: Final = (
-    1_048_576  # bytes not yet sent, above which nothing is read: a peer that asks and never listens
-)
+TURN: Final = 512  # packets of one peer taken in a row, about 2 ms: a flood holds up nobody else
+MAX_UNREAD: Final = 1_048_576  # bytes not sent yet, above which nothing is read: a peer that never listens
 
 
 class Phase(enum.IntEnum):

@@ -89,6 +89,7 @@ class Fanout:
         """Offer the broadcast to the next devices; whether there may be more."""
         members, push, now = hub.members, walk.push, self._clock.now
         position, msg_id = walk.position, push.msg_id
+        more = position + 1 < hub.end  # newer broadcasts wait, to go in the same write
         sent = visited = 0
         for devno in islice(walk.todo, SLICE):
             visited += 1
@@ -99,8 +100,15 @@ class Fanout:
                 self._metrics.skipped.value += 1
                 continue
             session = member.session
-            if session.cursor != position or session.fetch is not Inbox.EMPTY or session.maximum_packet:
-                member.catch_up()  # the long way, which includes this broadcast
+            if session.cursor > position:
+                continue  # another walk, or its connect, was here
+            if (
+                session.cursor < position
+                or more
+                or session.fetch is not Inbox.EMPTY
+                or session.maximum_packet
+            ):
+                member.catch_up()  # the long way, which includes this broadcast and those behind it
             elif session.room:
                 session.cursor += 1
                 session.seen = msg_id

@@ -20,6 +20,7 @@ from broker.store import Store, StoreError
 from gateway.hub import Hub
 from gateway.live import LivePush
 from gateway.metrics import NodeMetrics
+from gateway.mqtt import Reason
 from gateway.session import Inbox, Session
 from gateway.wheel import Clock
 
@@ -128,9 +129,14 @@ class _Page:
     rows: list[LivePush]
 
     def hand_over(self) -> None:
-        if self.connection.session is self.session:  # not gone meanwhile
-            Hub.fetched(self.session, self.rows, more=len(self.rows) == PAGE)
+        if self.connection.session is not self.session:
+            return  # gone meanwhile
+        Hub.fetched(self.session, self.rows, more=len(self.rows) == PAGE)
+        try:
             self.connection.catch_up()
+        except Exception:  # a push that cannot be encoded must not stop the inboxes of everybody else
+            log.exception("pushes of %s not sent", self.connection.client_id)
+            self.connection.close("internal error", Reason.UNSPECIFIED_ERROR)
 
 
 def _request(connection: Connection) -> OwedRequest:

@@ -173,6 +173,8 @@ class Hub:
         if not self._log:
             return []
         owed = [push for push in self.broadcasts() if push.owed_to(session.devno)]
+        if len(owed) > self.app.offline_limit:  # what it acknowledged a moment ago is not folded yet
+            owed = [push for push in owed if session.devno not in push.acked]
         dropped = owed[: max(0, len(owed) - self.app.offline_limit)]
         for push in dropped:
             assert push.settled is not None

@@ -214,7 +214,10 @@ class Node:
         for load in self._loading.values():
             load.heard += doorbells
         for doorbell in doorbells:
-            self._hear(doorbell)
+            try:
+                self._hear(doorbell)
+            except Exception:  # a push that cannot be encoded must not silence the doorbells after it
+                log.exception("a doorbell was not followed")
 
     def _hear(self, doorbell: Doorbell) -> None:
         match doorbell:

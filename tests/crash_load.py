@@ -37,7 +37,12 @@ TAGS: Final = tuple(f"tag{n}" for n in range(6))
 MAX_PACKET: Final = 1 << 20
 HANDSHAKE_LIMIT: Final = 10.0  # seconds; far beyond what a live server takes
 AGAIN_AFTER: Final = 0.05  # seconds until a device or publisher tries a dead server again
-GONE: Final = (OSError, EOFError, TimeoutError, aiohttp.ClientError)  # the server was killed, or is not up yet
+GONE: Final = (
+    OSError,
+    EOFError,
+    TimeoutError,
+    aiohttp.ClientError,
+)  # the server was killed, or is not up yet
 
 
 @dataclass(slots=True)

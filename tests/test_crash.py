@@ -77,7 +77,11 @@ def fleet(load: Load) -> list[Coroutine[Any, Any, None]]:
 def publishers(load: Load) -> list[Coroutine[Any, Any, None]]:
     seeds = iter(lambda: load.random.getrandbits(32), None)
     singles = [HttpPublisher(load, seed).run() for seed in itertools.islice(seeds, 3)]
-    return [*singles, HttpPublisher(load, next(seeds), batch=True).run(), MqttPublisher(load, next(seeds)).run()]
+    return [
+        *singles,
+        HttpPublisher(load, next(seeds), batch=True).run(),
+        MqttPublisher(load, next(seeds)).run(),
+    ]
 
 
 @contextlib.asynccontextmanager
@@ -134,7 +138,9 @@ def stored_ids(server: LocalServer) -> list[str]:
 async def wrong_reports(load: Load, http: aiohttp.ClientSession) -> list[str]:
     """G4: the server's account of each push, in sum and by device."""
     pushes = {msg_id: push for push in load.ledger.pushes.values() for msg_id in push.answers | push.msg_ids}
-    found = [f"{msg_id} is stored, and nobody knows it" for msg_id in set(stored_ids(load.server)) - set(pushes)]
+    found = [
+        f"{msg_id} is stored, and nobody knows it" for msg_id in set(stored_ids(load.server)) - set(pushes)
+    ]
     ids = iter(pushes)
     while some := list(itertools.islice(ids, 100)):
         async with http.get("/v3/received/detail", params={"msg_ids": ",".join(some)}) as answer:
@@ -147,7 +153,9 @@ async def wrong_reports(load: Load, http: aiohttp.ClientSession) -> list[str]:
         body = orjson.dumps({"msg_id": msg_id, "registration_ids": load.names})
         async with http.post("/v3/status/message", data=body) as answer:
             told = orjson.loads(await answer.read())
-        wrong = {n: told.get(n) for n in load.names if told.get(n) != {"status": 0 if n in push.targets else 3}}
+        wrong = {
+            n: told.get(n) for n in load.names if told.get(n) != {"status": 0 if n in push.targets else 3}
+        }
         if wrong:
             found.append(f"{msg_id}: the status says {wrong}")
     return found

@@ -1,8 +1,8 @@
 """Pushes that wait: what a waiting copy costs in RAM, and a reconnect storm that takes them all.
 
 One pass per command, whatever `--runs` says: it takes minutes. The storm comes in waves, for one process has
-fewer files than there are devices; each wave is one value. RAM: the first tenth of the targeted pushes is the
-warm-up (SQLite's page cache, the first arenas), the growth is counted over the rest and the broadcast.
+fewer files than there are devices; each wave is one value. RAM: the first half of the targeted pushes is the
+warm-up (SQLite's page cache, the first arenas), the growth is counted over the other half and the broadcast.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ def offline(stage: Stage) -> list[Row]:
     population = stage.population(plan.registered)
     with stage.server(population) as server, cast(server, population, plan.registered) as cast_:
         started = server.steady_rss()
-        _fill(cast_, 1)
+        _fill(cast_, plan.targeted_waiting // 2)
         before = server.steady_rss()
-        _fill(cast_, plan.targeted_waiting - 1)
+        _fill(cast_, plan.targeted_waiting - plan.targeted_waiting // 2)
         msg_id = _broadcast(cast_)
         after = server.steady_rss()
-        stage.say(f"offline: RSS {started >> 20} MB, first tenth {before >> 20} MB, all {after >> 20} MB")
+        stage.say(f"offline: RSS {started >> 20} MB, half waiting {before >> 20} MB, all {after >> 20} MB")
         rates, loads = _storm(stage, cast_)
         wait_for_report(cast_, [msg_id], plan.registered)
         lost, errors = cast_.ledger.missing, cast_.ledger.errors()
         stormed = server.rss()
         stage.say(f"offline: {lost:,} lost, RSS after the storm {stormed >> 20} MB")
-    copies = plan.registered * plan.targeted_waiting
+    copies = plan.registered * (plan.targeted_waiting - plan.targeted_waiting // 2 + 1)
     what = f"offline: {plan.registered:,} devices, {plan.targeted_waiting + 1} pushes waiting for each"
     return [
         Row(f"{what}: RSS for each waiting copy", "bytes", [(after - before) / copies], at_most=4.0),

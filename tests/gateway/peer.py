@@ -80,7 +80,9 @@ def call(server: LocalServer, app: AppKeys, method: str, path: str, body: object
             return error.code, orjson.loads(error.read())
 
 
-def push_body(registration_ids: list[str] | str, alert: str = "Hello", **options: object) -> dict[str, object]:
+def push_body(
+    registration_ids: list[str] | str, alert: str = "Hello", **options: object
+) -> dict[str, object]:
     audience = "all" if registration_ids == "all" else {"registration_id": registration_ids}
     return {"platform": "all", "audience": audience, "notification": {"alert": alert}, "options": options}
 
@@ -116,7 +118,9 @@ class Closed(Exception):
 class Peer:
     """A connection on which nothing happens by itself."""
 
-    def __init__(self, address: tuple[str, int], *, version: int = 5, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, address: tuple[str, int], *, version: int = 5, tls: ssl.SSLContext | None = None
+    ) -> None:
         self.version = version
         self._socket = socket.create_connection(address, PATIENCE)
         if tls is not None:
@@ -129,9 +133,10 @@ class Peer:
     def __exit__(self, *_: object) -> None:
         self._socket.close()
 
-    def shrink_buffers(self) -> None:
-        """So that a server that writes notices soon that nobody reads."""
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    def set_buffers(self, size: int) -> None:
+        """With small ones, a server that writes notices soon that nobody reads."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
 
     def send(self, *packets: Packet | bytes) -> None:
         self._socket.settimeout(PATIENCE)
@@ -267,7 +272,9 @@ def device(
 
 
 @contextlib.contextmanager
-def publisher(server: LocalServer, name: str = "backend", *, app: AppKeys | None = None, **options: Any) -> Iterator[Peer]:
+def publisher(
+    server: LocalServer, name: str = "backend", *, app: AppKeys | None = None, **options: Any
+) -> Iterator[Peer]:
     """A connected publisher."""
     app = app or server.app
     with device(server, name, app=app, password=app.master_secret, **options) as peer:

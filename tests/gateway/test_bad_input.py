@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import orjson
 import pytest
@@ -52,6 +52,7 @@ from tests.gateway.peer import (
 )
 
 PUBLISH_5: Final = b"\x30\x04\x00\x01a\x00"
+SMALL, LARGE = 4096, 1 << 20  # bytes of a socket's buffers
 HUGE: Final = b"\xff\xff\xff\x7f"  # a remaining length of 268,435,455
 
 
@@ -208,7 +209,11 @@ def test_more_unanswered_messages_than_allowed_end_the_connection(server: LocalS
     register(server, server.app, "witness")
     with counted(server, ended("receive maximum exceeded")), publisher(server) as peer:
         first = Publish("push", body, 1, packet_id=1)  # holds the answers of the others back
-        peer.send(b"".join(encode(p, 5) for p in (first, *(Publish("x", b"", 1, packet_id=i) for i in range(2, 300)))))
+        peer.send(
+            b"".join(
+                encode(p, 5) for p in (first, *(Publish("x", b"", 1, packet_id=i) for i in range(2, 300)))
+            )
+        )
         told = peer.rest()[-1]
         assert isinstance(told, Disconnect)
         assert told.reason is Reason.RECEIVE_MAXIMUM_EXCEEDED
@@ -231,23 +236,32 @@ def test_a_flood_of_events_is_taken_at_the_pace_of_the_store(server: LocalServer
 
 def test_a_peer_that_asks_and_never_reads_is_not_read_either(server: LocalServer) -> None:
     with device(server, "talker") as peer:
-        peer.shrink_buffers()
-        before = server.metrics()["process_resident_memory_bytes"]
-        sent = peer.send_until_stuck(encode(Pingreq(), 5) * 10_000, most=100_000_000)
+        peer.set_buffers(SMALL)
+        before, late = server.metrics()["process_resident_memory_bytes"], late_turns(server)
+        # Not allowed, and the answer is four times as long.
+        sent = peer.send_until_stuck(
+            encode(Publish("push", b"", 1, packet_id=1), 5) * 10_000, most=100_000_000
+        )
         assert sent < 100_000_000  # it was stopped
         assert server.metrics()["process_resident_memory_bytes"] - before < 20e6
         works(server)
-        for _ in range(sent // 2):
-            assert peer.receive() == Pingresp()
-        peer.send(encode(Pingreq(), 5)[sent % 2 :])
-        assert peer.receive() == Pingresp()
+        assert late_turns(server) == late  # it held up nobody
+        peer.set_buffers(LARGE)
+        for _ in range(1000):
+            assert peer.expect(Puback).reason is Reason.NOT_AUTHORIZED
+
+
+def late_turns(server: LocalServer) -> float:
+    """Timers that ran more than a second late."""
+    metrics, name = server.metrics(), "holdfast_event_loop_lag_seconds"
+    return metrics[f"{name}_count"] - metrics[f'{name}_bucket{{le="1.0"}}']
 
 
 def test_a_slow_reader_costs_little_and_catches_up(server: LocalServer) -> None:
     app = server.create_app("slow")
     tokens = {name: register(server, app, name) for name in ("slow", "quick")}
     with device(server, "slow", app=app, password=tokens["slow"]) as slow:
-        slow.shrink_buffers()
+        slow.set_buffers(SMALL)
         before = server.metrics()["process_resident_memory_bytes"]
         sent = push_many(server, app, ["slow"] * 1000)
         broadcasts = [push_broadcast(server, app) for _ in range(20)]
@@ -257,6 +271,7 @@ def test_a_slow_reader_costs_little_and_catches_up(server: LocalServer) -> None:
             seen = ""
             while seen != msg_id:
                 seen = orjson.loads(quick.push().payload)["msg_id"]
+        slow.set_buffers(LARGE)
         got = [orjson.loads(slow.push().payload)["msg_id"] for _ in range(1020)]
         assert got == sent + broadcasts
 
@@ -264,7 +279,11 @@ def test_a_slow_reader_costs_little_and_catches_up(server: LocalServer) -> None:
 def push_many(server: LocalServer, app: object, names: list[str]) -> list[str]:
     """One large push to each, in this order; their msg_ids."""
     items = {
-        f"{time.monotonic_ns()}-{i}": {"platform": "all", "target": name, "message": {"msg_content": "x" * 3500}}
+        f"{time.monotonic_ns()}-{i}": {
+            "platform": "all",
+            "target": name,
+            "message": {"msg_content": "x" * 3500},
+        }
         for i, name in enumerate(names)
     }
     status, rows = call(server, app, "POST", "/v3/push/batch/regid/single", {"pushlist": items})  # type: ignore[arg-type]
@@ -284,7 +303,7 @@ def test_a_reader_that_never_reads_is_closed_and_gets_everything_later(
     (tmp_path / "default.toml").write_text('name = "default"\nack_timeout = 1\n')
     server = start_server("--carriers-directory", str(tmp_path))
     with counted(server, ended("ack timeout")), device(server, "deaf") as peer:
-        peer.shrink_buffers()
+        peer.set_buffers(SMALL)
         sent = push_many(server, server.app, ["deaf"] * 300)
         eventually(lambda: server.metrics().get(f"holdfast_{ended('ack timeout')}"))
     with device(server, "deaf") as peer:
@@ -304,6 +323,73 @@ def test_a_flood_of_connections_is_cut_off_and_who_is_in_stays(start_server: Sta
             peer.push()
         eventually(lambda: server.metrics()["holdfast_connections_opening"] == 0)
         works(server)
+
+
+def test_a_session_has_a_hundred_subscriptions_and_a_hundred_waiting_messages(server: LocalServer) -> None:
+    with device(server, "hoarder") as peer:
+        suback = peer.subscribe(*(f"hoard/{i}" for i in range(101)))
+        assert isinstance(suback, Suback)
+        assert suback.reasons == (Reason.GRANTED_QOS_1,) * 100 + (Reason.QUOTA_EXCEEDED,)
+    with counted(server, "topic_messages_dropped_total", by=5), publisher(server) as backend:
+        backend.send(*(Publish("hoard/1", b"%d" % i, 1, packet_id=i + 1) for i in range(105)))
+        assert all(backend.expect(Puback).reason is Reason.SUCCESS for _ in range(105))
+    with device(server, "hoarder") as peer:
+        for i in range(100):
+            packet = peer.expect(Publish)
+            assert packet.payload == b"%d" % i
+            peer.send(Puback(packet.packet_id))
+        peer.expect_nothing()
+
+
+def test_an_app_retains_sixteen_megabytes(server: LocalServer) -> None:
+    app = server.create_app("archive", open=True)
+    with (
+        counted(server, 'publishes_refused_total{reason="retained full"}'),
+        publisher(server, app=app) as backend,
+    ):
+        for i in range(65):
+            backend.send(Publish(f"page/{i}", bytes(262_000), 1, retain=True, packet_id=i + 1))
+            expected = Reason.QUOTA_EXCEEDED if i == 64 else Reason.NO_MATCHING_SUBSCRIBERS
+            assert backend.expect(Puback).reason is expected
+    works(server)
+
+
+# WebSocket
+
+UPGRADE: Final = (
+    b"GET /mqtt HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+    b"Sec-WebSocket-Protocol: mqtt\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("sent", "answer", "reason"),
+    [
+        (UPGRADE.replace(b"/mqtt", b"/x"), b"HTTP/1.1 404", "websocket path"),
+        (UPGRADE.replace(b": mqtt", b": soap"), b"HTTP/1.1 400", "websocket subprotocol"),
+        (b"GET /mqtt HTTP/1.1\r\nHost: x\r\n\r\n", b"HTTP/1.1 426", "not a websocket"),
+        (b"\x10\x0c\x00\x04MQTT\r\n\r\n", b"HTTP/1.1 400", "bad websocket handshake"),
+        (b"GET /mqtt HTTP/1.1\r\nX: " + b"x" * 9000, b"HTTP/1.1 431", "websocket handshake too large"),
+        (UPGRADE + b"\x81\x80aaaa", b"HTTP/1.1 101", "websocket text frame"),
+        (UPGRADE + b"\x82\x00", b"HTTP/1.1 101", "bad websocket frame"),  # not masked
+        (UPGRADE + b"\x82\x80aaaa" * 300, b"HTTP/1.1 101", "too many websocket frames"),
+        (
+            UPGRADE + b"\x82\xff" + bytes(4) + b"\x7f\xff\xff\xffaaaa",
+            b"HTTP/1.1 101",
+            "websocket frame too large",
+        ),
+        (UPGRADE + b"\x82\x82aaaa\xa1\xa1", b"HTTP/1.1 101", "bad CONNECT"),  # PINGREQ, masked
+    ],
+)
+def test_what_is_no_websocket_is_refused(
+    server: LocalServer, sent: bytes, answer: bytes, reason: str
+) -> None:
+    assert server.addresses.ws is not None
+    with counted(server, refused(reason)), Peer(server.addresses.ws) as peer:
+        peer.send(sent)
+        assert peer.rest_of_bytes().startswith(answer)
+    works(server)
 
 
 # Who are you?
@@ -340,7 +426,11 @@ def test_who_does_not_belong_here_is_refused(
         "no client id": connect_packet(server.app, "", clean=True, version=version),
         "bad client id": connect_packet(server.app, "x" * 65, version=version),
     }
-    counts = refused(label if label in {"no credentials", "unknown app", "no client id", "bad client id"} else "wrong password")
+    counts = refused(
+        label
+        if label in {"no credentials", "unknown app", "no client id", "bad client id"}
+        else "wrong password"
+    )
     with counted(server, counts), Peer(server.addresses.mqtt) as peer:
         peer.send(connects[label])
         raw = peer.rest_of_bytes()
@@ -392,12 +482,17 @@ def test_a_full_disk_refuses_pushes_and_loses_none(tmp_path: Path) -> None:
     with mounted(tmp_path / "data", "size=8m") as disk, contextlib.closing(Stopped(tmp_path)) as server:
         server.start()
         accepted = []
-        with device(server, "phone") as peer, publisher(server) as backend, publisher(server, "old", version=4) as old:
+        with (
+            device(server, "phone") as peer,
+            publisher(server) as backend,
+            publisher(server, "old", version=4) as old,
+        ):
             accepted.append(push(server, server.app, "phone"))
             peer.push()
             fill(disk)
             body = push_body(["phone"], "x" * 1500)
-            status, answer = 200, {}
+            status = 200
+            answer: dict[str, Any] = {}
             while status == 200:  # what the file has free pages for is accepted
                 status, answer = call(server, server.app, "POST", "/v3/push", body)
                 accepted += [answer["msg_id"]] if status == 200 else []
@@ -419,7 +514,7 @@ def test_a_full_disk_refuses_pushes_and_loses_none(tmp_path: Path) -> None:
             while not isinstance(peer.receive(), Pingresp):
                 pass  # devices stay, and get what was accepted
             (disk / "filler").unlink()
-            accepted.append(eventually(lambda: accepted_push(server)))
+            accepted.append(str(eventually(lambda: accepted_push(server))))
         eventually(lambda: readiness(server)[0] == 200)
         for msg_id in accepted:
             row = accounts(server, server.app, msg_id)

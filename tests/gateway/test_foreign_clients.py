@@ -9,14 +9,14 @@ import ssl
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import aiomqtt
 import orjson
 import paho.mqtt.client as paho
 import pytest
 import trustme
-from amqtt.client import MQTTClient as AmqttClient
+from amqtt.client import MQTTClient as AmqttClient  # type: ignore[import-untyped]
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -54,7 +54,9 @@ def server(start_server: StartServer, authority: str) -> LocalServer:
 
 
 def address(server: LocalServer, transport: str) -> tuple[str, int]:
-    found = {"tcp": server.addresses.mqtt, "tls": server.addresses.mqtts, "ws": server.addresses.ws}[transport]
+    found = {"tcp": server.addresses.mqtt, "tls": server.addresses.mqtts, "ws": server.addresses.ws}[
+        transport
+    ]
     assert found is not None
     return "localhost" if transport == "tls" else found[0], found[1]
 
@@ -74,7 +76,7 @@ class Paho:
         self.ended: queue.Queue[int] = queue.Queue()
         self.answered: queue.Queue[tuple[int, int, Any]] = queue.Queue()
         self.subscribed: queue.Queue[list[int]] = queue.Queue()
-        kind = "websockets" if transport == "ws" else "tcp"
+        kind: Literal["tcp", "websockets"] = "websockets" if transport == "ws" else "tcp"
         protocol = MQTTProtocolVersion(version)
         self.client = client = paho.Client(
             CallbackAPIVersion.VERSION2, name, None if version == 5 else clean, protocol=protocol, transport=kind,
@@ -95,7 +97,7 @@ class Paho:
         )
         client.on_subscribe = lambda _c, _u, _m, reasons, _p: self.subscribed.put([r.value for r in reasons])
         if version == 5:
-            wished = Properties(PacketTypes.CONNECT)
+            wished = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
             wished.SessionExpiryInterval = 0 if clean else 3600
             options |= {"clean_start": clean, "properties": wished}
         client.connect(*address(server, transport), **options)
@@ -120,7 +122,15 @@ def paho_client(
     app = app or server.app
     secret = app.device_key if password is None else password
     made = Paho(
-        server, name, app=app, password=secret, transport=transport, version=version, ca=ca, clean=clean, **options
+        server,
+        name,
+        app=app,
+        password=secret,
+        transport=transport,
+        version=version,
+        ca=ca,
+        clean=clean,
+        **options,
     )
     try:
         yield made
@@ -132,7 +142,7 @@ def paho_client(
 @pytest.mark.parametrize(("transport", "version"), EVERY_WAY)
 def test_paho_is_a_device(server: LocalServer, authority: str, transport: str, version: int) -> None:
     name = f"paho-{transport}-{version}"
-    how = {"transport": transport, "version": version, "ca": authority}
+    how: dict[str, Any] = {"transport": transport, "version": version, "ca": authority}
     connects = f'connects_total{{role="device",transport="{transport}",version="{version}"}}'
     with counted(server, connects, by=2):
         with paho_client(server, name, **how) as device:
@@ -217,7 +227,10 @@ def test_paho_sends_receipts_and_events(server: LocalServer) -> None:
         device.connected.get(timeout=PATIENCE)
         msg_id = push(server, server.app, "paho-teller")
         device.push()
-        for topic, content in (("receipt", {"msg_id": msg_id, "event": "clicked"}), ("event/opened", {"n": 1})):
+        for topic, content in (
+            ("receipt", {"msg_id": msg_id, "event": "clicked"}),
+            ("event/opened", {"n": 1}),
+        ):
             device.client.publish(topic, orjson.dumps(content), 1)
             assert device.answered.get(timeout=PATIENCE)[1] == 0
     assert accounts(server, server.app, msg_id)["clicked"] == 1
@@ -231,7 +244,7 @@ def test_paho_sends_receipts_and_events(server: LocalServer) -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("qos", [0, 1, 2])
 def test_paho_clients_talk_both_ways(server: LocalServer, version: int, qos: int) -> None:
-    how = {"version": version, "clean": True}
+    how: dict[str, Any] = {"version": version, "clean": True}
     with paho_client(server, "left", **how) as left, paho_client(server, "right", **how) as right:
         for mine, client in (("left", left), ("right", right)):
             client.connected.get(timeout=PATIENCE)
@@ -328,7 +341,7 @@ async def test_aiomqtt_is_a_device(server: LocalServer, authority: str, transpor
         protocol=aiomqtt.ProtocolVersion(version), tls_context=trusted,
         transport="websockets" if transport == "ws" else "tcp", websocket_path="/mqtt", **options,
     )  # fmt: skip
-    sent = []
+    sent: list[str] = []
     for _ in range(2):  # online, and after being away
         if sent:
             sent.append(await asyncio.to_thread(push, server, server.app, name))

@@ -11,8 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyroaring import BitMap
 
+from broker.errors import ApiError
+from broker.limits import Limits
 from broker.metrics import Counter
 from broker.model import App, StoredBroadcast, StoredMessage
+from broker.requests import read_push
 from gateway.hub import FLEETING, Hub
 from gateway.live import LivePush, encoding
 from gateway.mqtt import Publish, decode
@@ -217,6 +220,22 @@ def test_no_time_to_live_is_over_soon() -> None:
     assert hub.collect(session, Clock(5.0, 1000.0 + FLEETING)) == []
     hub.drop_finished(1000.0 + FLEETING)
     assert list(hub.broadcasts()) == []
+
+
+NESTED = b'{"platform":"all","audience":"all","message":{"msg_content":"x","extras":{"a":%s%s}}}'
+TOO_DEEP = pytest.mark.xfail(raises=TypeError, reason="accepted up to 990 deep; orjson writes 254")
+
+
+@pytest.mark.parametrize(
+    ("depth", "packed"), [(100, False), (100, True), pytest.param(400, False, marks=TOO_DEEP), (400, True)]
+)
+def test_what_is_accepted_can_be_encoded(depth: int, packed: bool) -> None:
+    """Or else it can never be sent, and whatever tries to fails."""
+    try:
+        checked = read_push(NESTED % (b"[" * depth, b"]" * depth), Limits())
+    except ApiError:
+        return
+    LivePush(StoredMessage(1, 1, checked.body, 0.0, 1.0)).frames(encoding(5, "other", packed))
 
 
 # Trimming

@@ -61,7 +61,13 @@ def test_a_push_arrives_online_and_its_delivery_is_recorded(server: LocalServer,
     with device(server, f"online-{version}", version=version) as peer:
         msg_id = push(server, server.app, f"online-{version}")
         packet = peer.push()
-        assert (ids(packet), alert(packet), packet.qos, packet.dup, packet.retain) == (msg_id, "Hello", 1, False, False)
+        assert (ids(packet), alert(packet), packet.qos, packet.dup, packet.retain) == (
+            msg_id,
+            "Hello",
+            1,
+            False,
+            False,
+        )
         eventually(lambda: accounts(server, server.app, msg_id)["delivered"] == 1)
 
 
@@ -302,9 +308,14 @@ def test_a_peer_without_client_id_is_told_everything(server: LocalServer) -> Non
 
 
 @BOTH
-def test_without_an_acknowledgement_the_connection_ends(start_server: StartServer, version: int, quick: str) -> None:
+def test_without_an_acknowledgement_the_connection_ends(
+    start_server: StartServer, version: int, quick: str
+) -> None:
     server = start_server("--carriers-directory", quick)
-    with counted(server, 'disconnects_total{reason="ack timeout"}'), device(server, "mute", version=version) as peer:
+    with (
+        counted(server, 'disconnects_total{reason="ack timeout"}'),
+        device(server, "mute", version=version) as peer,
+    ):
         msg_id = push(server, server.app, "mute")
         first = peer.push(ack=False)
         began = time.monotonic()
@@ -472,7 +483,9 @@ def test_a_device_changes_its_tags_and_alias(server: LocalServer) -> None:
         ("device", b'{"alias":"a b"}', "7002"),
     ],
 )
-def test_what_is_wrong_is_told_and_counted(server: LocalServer, topic: str, payload: bytes, code: str) -> None:
+def test_what_is_wrong_is_told_and_counted(
+    server: LocalServer, topic: str, payload: bytes, code: str
+) -> None:
     samples = (f'publishes_refused_total{{reason="{code}"}}',)
     with counted(server, *samples, by=2), device(server, "wrong") as peer:
         peer.send(Publish(topic, payload, 1, packet_id=1))
@@ -498,7 +511,9 @@ def test_a_publisher_pushes_over_mqtt_and_puback_is_durable(start_server: StartS
         answers = [backend.expect(Puback) for _ in bodies]
     server.restart()  # SIGKILL the next instant
     told = [dict(answer.properties["user_properties"]) for answer in answers]
-    assert [(answer.packet_id, answer.reason) for answer in answers] == [(i, Reason.SUCCESS) for i in (1, 2, 3)]
+    assert [(answer.packet_id, answer.reason) for answer in answers] == [
+        (i, Reason.SUCCESS) for i in (1, 2, 3)
+    ]
     assert [one["sendno"] for one in told] == ["0", "1", "2"]
     with device(server, "target") as peer:
         assert [ids(peer.push()) for _ in told] == [one["msg_id"] for one in told]
@@ -544,7 +559,9 @@ def test_a_revoked_token_closes_the_connection_and_opens_no_other(server: LocalS
     app = server.create_app("revoker")
     token = register(server, app, "phone")
     with (
-        counted(server, 'disconnects_total{reason="token revoked"}', 'refusals_total{reason="token revoked"}'),
+        counted(
+            server, 'disconnects_total{reason="token revoked"}', 'refusals_total{reason="token revoked"}'
+        ),
         device(server, "phone", app=app, password=token) as peer,
     ):
         assert call(server, app, "DELETE", "/v1/devices/phone/token")[0] == 200
@@ -569,7 +586,9 @@ def test_an_expired_token_opens_no_connection_but_does_not_end_one(start_server:
                 connack = late.connect(connect_packet(app, "late", password=later, version=4))
                 return connack if connack.reason else None
 
-        assert eventually(refused).reason is Reason.NOT_AUTHORIZED
+        connack = eventually(refused)
+        assert connack is not None
+        assert connack.reason is Reason.NOT_AUTHORIZED
         peer.send(Pingreq())
         peer.expect(Pingresp)
     assert server.metrics()['holdfast_refusals_total{reason="token expired"}'] == 1
@@ -579,7 +598,9 @@ def test_a_rotated_secret_ends_publishers_and_a_deleted_app_everybody(server: Lo
     app = server.create_app("moving")
     token = register(server, app, "phone")
     with (
-        counted(server, 'disconnects_total{reason="secret rotated"}', 'disconnects_total{reason="app deleted"}'),
+        counted(
+            server, 'disconnects_total{reason="secret rotated"}', 'disconnects_total{reason="app deleted"}'
+        ),
         device(server, "phone", app=app, password=token) as peer,
         publisher(server, app=app) as backend,
     ):

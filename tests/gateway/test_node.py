@@ -16,6 +16,7 @@ from pyroaring import BitMap
 import gateway.fanout
 import gateway.node
 import gateway.settler
+from broker import tokens
 from broker.apps import Apps
 from broker.bus import Broadcast, CredentialsChanged, Doorbell, Subscriber, Targeted
 from broker.devices import Devices
@@ -35,7 +36,7 @@ from broker.store_sqlite import SqliteStore
 from gateway.carriers import Carriers
 from gateway.mqtt import Connect, Puback, Reason
 from gateway.node import Node, NodeSettings
-from tests.gateway.world import DAY, START, Phone, World, tokens
+from tests.gateway.world import DAY, START, Phone, World
 
 DELIVERED, PENDING, EVICTED = DeliveryState.DELIVERED, DeliveryState.PENDING, DeliveryState.EVICTED
 Start = Callable[..., Awaitable[World]]
@@ -317,6 +318,21 @@ async def test_a_takeover_during_a_walk_sends_once_on_each_connection(
     assert [phone.got for phone in (*old, new)] == [[msg_id], [msg_id], [], [msg_id]]
 
 
+@pytest.mark.parametrize("turns", range(8))
+async def test_the_newer_connect_wins_even_if_the_older_waited_for_the_app(start: Start, turns: int) -> None:
+    world = await start(store=HeldStore)
+    store = cast("HeldStore", world.store)
+    store.open_for.clear()
+    old = world.connect(0)
+    await store.read.wait()
+    store.open_for.set()
+    await world.turns(turns)
+    new = world.connect(0)
+    await new.until(lambda phone: phone.packets)
+    await world.calm()
+    assert (old.closed, new.closed) == (True, False)
+
+
 # The end of a right
 
 
@@ -357,6 +373,27 @@ async def test_the_newest_n_rule_counts_what_it_drops(start: Start) -> None:
     assert phone.got == broadcasts[2:]
     await world.recorded()
     assert [(await world.states(msg_id))[0] for msg_id in broadcasts] == [EVICTED, EVICTED, PENDING, PENDING]
+
+
+async def test_the_newest_n_rule_does_not_count_what_was_acknowledged_a_moment_ago(start: Start) -> None:
+    world = await start(offline_limit=2)
+    phone = await world.online(0)
+    ids = [await world.push(0, 1) for _ in range(4)]
+    await phone.pushed(4)
+    phone.ack(*ids[2:])
+    phone.leave()
+    again = world.connect(0)  # at once: nothing is folded yet
+    assert set(ids[:2]) <= set(again.got)
+    await world.recorded()
+    assert [(await world.states(msg_id))[0] for msg_id in ids] == [PENDING, PENDING, DELIVERED, DELIVERED]
+
+
+@pytest.mark.xfail(reason="there is no sweep yet; LocalBus loses doorbells only past 100,000 in one turn")
+async def test_a_lost_doorbell_delays_a_broadcast_and_does_not_lose_it(world: World) -> None:
+    """Bus B1. The log of a loaded app grows by doorbells only."""
+    await world.online(1)
+    msg_id = await world.append(0, 1)  # never rings
+    assert (await world.online(0)).got == [msg_id]
 
 
 async def test_what_expired_is_not_sent(world: World) -> None:
@@ -602,7 +639,9 @@ class Model:
 
     def owed(self) -> set[tuple[int, int]]:
         """(msg_id, devno) that no phone has had yet, of pushes with a time to live."""
-        had = {(msg_id, int(phone.connection.client_id[-1])) for phone in self.all_phones for msg_id in phone.got}
+        had = {
+            (msg_id, int(phone.connection.client_id[-1])) for phone in self.all_phones for msg_id in phone.got
+        }
         return {
             (msg_id, devno)
             for msg_id, one in self.store.pushed.items()
@@ -610,61 +649,87 @@ class Model:
             for devno in one.targets
         } - had
 
-    async def drain(self) -> None:
-        """Everybody comes, without limits, and nothing is held up any more."""
+    def push_and_ring(self, devices: int, kind: int) -> None:
+        self.push(devices, kind)
+        while self.waiting:
+            self.ring()
+
+    def read(self) -> None:
+        self.store.read()
+
+    def answer(self) -> None:
+        self.store.answer()
+
+    def upkeep(self) -> None:
+        self.node._upkeep()
+
+    async def settle(self) -> None:
+        """Nothing is held up any more, until nothing more happens."""
         while self.waiting:
             self.ring()
         for devno in range(DEVICES):
-            self.connect(devno, 3, 0)
+            self.block(devno, 0)
         for _ in range(40 + 10 * len(self.store.pushed)):
-            self.store.read()
-            self.store.answer()
+            self.read()
+            self.answer()
             await asyncio.sleep(0)
             for devno in range(DEVICES):
                 self.ack(devno, 100)
 
+    def unlimited(self) -> set[int]:
+        """Devices that are connected and take packets of any size."""
+        live = [phone for phone in self.phones if phone is not None and phone.connection.session is not None]
+        return {phone.session.devno for phone in live if not phone.session.maximum_packet}
+
 
 DEVICES: Final = 3
 devnos = st.integers(0, DEVICES - 1)
+masks = st.integers(1, 2**DEVICES - 1)
+kinds = st.sampled_from((0, 0, 0, 1, 1, 1, 2, 3, 5, 4))  # mostly plain: targeted, broadcast
 STEPS = st.lists(
-    st.one_of(
-        st.tuples(st.just("push"), st.integers(1, 7), st.integers(0, 3)),
-        st.tuples(st.just("push"), st.integers(1, 7), st.integers(0, 7)),
-        st.tuples(st.just("ring")),
-        st.tuples(st.just("ring")),
-        st.tuples(st.just("ring_again"), st.integers(0, 9)),
-        st.tuples(st.just("read")),
-        st.tuples(st.just("answer")),
-        st.tuples(st.just("turn"), st.integers(1, 6)),
-        st.tuples(st.just("connect"), devnos, st.integers(1, 4), st.integers(0, 1)),
-        st.tuples(st.just("leave"), devnos),
-        st.tuples(st.just("ack"), devnos, st.integers(1, 3)),
-        st.tuples(st.just("block"), devnos, st.integers(0, 1)),
-        st.tuples(st.just("upkeep")),
+    st.tuples(
+        st.integers(0, 3),  # turns of the loop before the step
+        st.one_of(
+            st.tuples(st.just("push_and_ring"), masks, kinds),
+            st.tuples(st.just("push_and_ring"), masks, kinds),
+            st.tuples(st.just("push"), masks, kinds),
+            st.tuples(st.just("ring")),
+            st.tuples(st.just("ring_again"), st.integers(0, 9)),
+            st.tuples(st.just("read")),
+            st.tuples(st.just("answer")),
+            st.tuples(st.just("connect"), devnos, st.integers(1, 3), st.sampled_from((0, 0, 1))),
+            st.tuples(st.just("leave"), devnos),
+            st.tuples(st.just("ack"), devnos, st.integers(1, 3)),
+            st.tuples(st.just("ack"), devnos, st.integers(1, 3)),
+            st.tuples(st.just("block"), devnos, st.integers(0, 1)),
+            st.tuples(st.just("upkeep")),
+        ),
     ),
-    max_size=80,
+    min_size=5,
+    max_size=60,
 )
 
 
-async def run_steps(steps: list[tuple[Any, ...]]) -> None:
+async def run_steps(steps: list[tuple[int, tuple[Any, ...]]]) -> None:
     model = Model()
     node = model.node
     node._unsubscribe = model.bus.subscribe(node._heard)
     node.settler.start()
     node.fetcher.start()
     try:
-        model.connect(0, 2, 0)
-        for step, *values in steps:
-            if step == "turn":
-                await World.turns(values[0])
-            elif step in ("read", "answer"):
-                getattr(model.store, step)()
-            elif step == "upkeep":
-                node._upkeep()
-            else:
-                getattr(model, step)(*values)
+        for devno in range(DEVICES):
+            model.connect(devno, 2, 0)
+        await World.turns()
+        for turns, (step, *values) in steps:
+            await World.turns(turns)
+            getattr(model, step)(*values)
             model.check()
-        await model.drain()
+        await model.settle()
+        model.check()
+        assert {devno for _, devno in model.owed()}.isdisjoint(model.unlimited()), "it got stuck"
+        for devno in range(DEVICES):
+            model.connect(devno, 3, 0)
+        await model.settle()
         model.check()
         assert model.owed() == set()
         assert all(one.settled >= one.targets for one in model.store.pushed.values() if one.lasting)
@@ -688,10 +753,10 @@ def slice_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     return int(request.param)
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=STEPS)
 def test_everything_owed_is_sent_in_order_and_once_on_a_connection(
-    slice_size: int, steps: list[tuple[Any, ...]]
+    slice_size: int, steps: list[tuple[int, tuple[Any, ...]]]
 ) -> None:
     run(run_steps(steps))
 

@@ -25,7 +25,17 @@ from gateway.mqtt import (
     TopicAliasInvalid,
     decode,
 )
-from gateway.session import Acked, Closed, Mailbox, MailboxLimits, Outgoing, Published, Send, Session, Subscribed
+from gateway.session import (
+    Acked,
+    Closed,
+    Mailbox,
+    MailboxLimits,
+    Outgoing,
+    Published,
+    Send,
+    Session,
+    Subscribed,
+)
 
 
 def session(version: int = 5, **values: Any) -> Session:

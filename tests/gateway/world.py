@@ -36,6 +36,7 @@ START: Final = 1_800_000_000.0
 DAY: Final = 86_400.0
 PATIENCE: Final = 10.0  # seconds until a story that waits has failed
 MAX_PACKET: Final = 1 << 20
+MANY_TURNS: Final = 100_000
 
 
 class FakeTransport(asyncio.Transport):
@@ -264,6 +265,15 @@ class World:
         """Let the loop go round."""
         for _ in range(count):
             await asyncio.sleep(0)
+
+    @staticmethod
+    async def when(condition: Callable[[], object]) -> None:
+        """Turn by turn, so that the story goes on in the very turn in which it became true."""
+        for _ in range(MANY_TURNS):
+            if condition():
+                return
+            await asyncio.sleep(0)
+        raise AssertionError("it did not happen")
 
     async def recorded(self) -> None:
         """Until the node has told the store of every acknowledgement so far."""

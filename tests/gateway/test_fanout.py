@@ -1,0 +1,151 @@
+"""Doorbells to sockets: slices, slow sockets, several broadcasts at once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+
+import pytest
+
+import gateway.fanout
+from gateway.live import Encoding, Frames, LivePush
+from tests.gateway.world import Phone, World
+
+DEVICES = 5
+EVERYONE = range(DEVICES)
+
+
+@pytest.fixture
+async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    """With one device to a slice of a walk."""
+    monkeypatch.setattr(gateway.fanout, "SLICE", 1)
+    world = await World(tmp_path).open(devices=DEVICES)
+    yield world
+    await world.close()
+
+
+@pytest.fixture
+async def phones(world: World) -> list[Phone]:
+    return [await world.online(devno) for devno in EVERYONE]
+
+
+def reached(phones: Iterable[Phone], msg_id: int) -> int:
+    return sum(msg_id in phone.got for phone in phones)
+
+
+async def walked(world: World, phones: list[Phone], msg_id: int, count: int) -> None:
+    """Until a broadcast has come to so many devices."""
+    await world.when(lambda: reached(phones, msg_id) >= count)
+    assert reached(phones, msg_id) == count
+    assert world.node.fanout.left == DEVICES - count
+
+
+async def test_a_walk_lets_others_through_between_two_slices(world: World, phones: list[Phone]) -> None:
+    broadcast = await world.push(*EVERYONE)
+    await walked(world, phones, broadcast, 1)
+    targeted = await world.push(4)  # of the last in the walk
+    await phones[4].pushed(2)
+    assert phones[4].got == [broadcast, targeted]
+    await world.calm()
+    assert [len(phone.got) for phone in phones] == [1, 1, 1, 1, 2]
+    assert world.node.fanout.walking == 0
+
+
+async def test_a_targeted_push_overtakes_a_walk_to_other_devices(world: World, phones: list[Phone]) -> None:
+    broadcast = await world.append(0, 1, 2, 3)
+    targeted = await world.append(4)
+    world.ring(broadcast, 0, 1, 2, 3)
+    world.ring(targeted, 4)
+    await phones[4].pushed(1)
+    assert reached(phones, broadcast) < 4
+    await world.calm()
+    assert reached(phones, broadcast) == 4
+
+
+async def test_broadcasts_due_together_go_in_one_write(world: World, phones: list[Phone]) -> None:
+    writes: list[bytes] = []
+    take = phones[4]._take
+
+    def written(data: bytes) -> None:
+        writes.append(data)
+        take(data)
+
+    phones[4].transport._written = written
+    ids = [await world.append(*EVERYONE) for _ in range(3)]
+    for msg_id in ids:
+        world.ring(msg_id, *EVERYONE)
+    await world.calm()
+    assert all(phone.got == ids for phone in phones)
+    assert len(writes) == 1
+
+
+async def test_a_slow_socket_is_skipped_and_catches_up_when_it_drains(
+    world: World, phones: list[Phone]
+) -> None:
+    phones[2].block()
+    ids = [await world.push(*EVERYONE), await world.push(2), await world.push(*EVERYONE)]
+    await world.calm()
+    assert [phone.got for phone in phones[1:4]] == [[ids[0], ids[2]], [], [ids[0], ids[2]]]
+    assert world.node.metrics.skipped.value == 2
+    phones[2].drain()
+    assert await phones[2].pushed(3) == ids
+
+
+async def test_a_full_window_is_passed_over_and_catches_up_with_acknowledgements(world: World) -> None:
+    phone = await world.online(0, properties={"receive_maximum": 1})
+    ids = [await world.push(*EVERYONE) for _ in range(3)]
+    await world.calm()
+    for i in range(3):
+        assert phone.got == ids[: i + 1]
+        phone.ack(ids[i])
+
+
+async def test_a_device_that_leaves_during_a_walk_is_passed_over(world: World, phones: list[Phone]) -> None:
+    msg_id = await world.push(*EVERYONE)
+    await walked(world, phones, msg_id, 2)
+    phones[3].leave()
+    await world.calm()
+    assert [len(phone.got) for phone in phones] == [1, 1, 1, 0, 1]
+    assert (await world.online(3)).got == [msg_id]
+
+
+async def test_a_device_that_comes_during_a_walk_gets_it_once(world: World, phones: list[Phone]) -> None:
+    phones[3].leave()
+    msg_id = await world.push(*EVERYONE)
+    await world.when(lambda: reached(phones, msg_id))
+    again = world.connect(3)
+    assert again.got == [msg_id]
+    await world.calm()
+    assert again.got == [msg_id]
+
+
+async def test_frames_are_forgotten_when_the_walk_is_over(world: World, phones: list[Phone]) -> None:
+    await world.push(*EVERYONE)
+    await world.calm()
+    hub = world.node._by_id[world.app.app_id]
+    (push,) = hub.broadcasts()
+    assert (len(phones), push._frames) == (DEVICES, {})
+
+
+async def test_a_broadcast_that_cannot_be_sent_does_not_stop_the_others(
+    world: World, phones: list[Phone], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    frames = LivePush.frames
+    broken = await world.append(0, 1)
+
+    def break_one(push: LivePush, encoding: Encoding) -> Frames:
+        if push.msg_id == broken:
+            raise ValueError("cannot be encoded")
+        return frames(push, encoding)
+
+    monkeypatch.setattr(LivePush, "frames", break_one)
+    failures: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context["exception"]))
+    caplog.set_level(logging.CRITICAL)
+    world.ring(broken, 0, 1)
+    await world.calm()
+    assert [str(error) for error in failures] == ["cannot be encoded"]
+    msg_id = await world.push(2, 3)
+    assert (await phones[2].pushed(1), await phones[3].pushed(1)) == ([msg_id], [msg_id])

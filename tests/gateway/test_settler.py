@@ -1,0 +1,150 @@
+"""Acknowledgements: folded, recorded in batches, kept while the store takes none."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, cast
+
+import pytest
+from pyroaring import BitMap
+
+import gateway.settler
+from broker.metrics import Metrics
+from broker.model import Settled, StoredBroadcast, StoredMessage
+from broker.store import StoreUnavailable
+from gateway.live import LivePush
+from gateway.metrics import NodeMetrics
+from gateway.settler import Settler
+from tests.gateway.world import World
+
+NOW = 1000.0
+
+
+class Recorder:
+    """The one call of a store that a settler makes."""
+
+    def __init__(self) -> None:
+        self.away = 0  # calls that will fail
+        self.calls: asyncio.Queue[list[Settled]] = asyncio.Queue()
+
+    async def settle(self, settled: Sequence[Settled]) -> None:
+        if self.away:
+            self.away -= 1
+            raise StoreUnavailable("away")
+        self.calls.put_nowait(list(settled))
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.store = Recorder()
+        self.metrics = NodeMetrics(Metrics())
+        self.settler = Settler(cast("Any", self.store), self.metrics, lambda: NOW)
+
+    async def recorded(self) -> list[Settled]:
+        return await asyncio.wait_for(self.store.calls.get(), 5)
+
+
+@pytest.fixture
+async def bench(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
+    for delay in ("FOLD_AFTER", "RECORD_AFTER", "RETRY_AFTER"):
+        monkeypatch.setattr(gateway.settler, delay, 0)
+    bench = Bench()
+    bench.settler.start()
+    yield bench
+    await bench.settler.close()
+
+
+def message(msg_id: int) -> StoredMessage:
+    return StoredMessage(msg_id, 1, b"{}", NOW - 0.25, NOW + 60)
+
+
+def broadcast(msg_id: int, *devnos: int) -> LivePush:
+    return LivePush(message(msg_id), StoredBroadcast(message(msg_id), BitMap(devnos), BitMap()))
+
+
+async def test_acknowledgements_of_one_message_are_recorded_together(bench: Bench) -> None:
+    targeted, to_many = LivePush(message(1)), broadcast(2, 5, 6, 7)
+    bench.settler.note(targeted, 5)
+    for devno in (5, 6):
+        bench.settler.note(to_many, devno)
+    assert await bench.recorded() == [
+        Settled(1, 1, False, [5], []),
+        Settled(1, 2, True, [5, 6], []),
+    ]
+
+
+async def test_folding_settles_a_broadcast_at_once(bench: Bench) -> None:
+    push = broadcast(1, 5, 6)
+    bench.settler.note(push, 5)
+    assert push.owed_to(5)
+    bench.settler.fold()
+    assert (push.owed_to(5), push.owed_to(6), push.acked) == (False, True, [])
+
+
+async def test_folding_counts_deliveries_and_their_latency(bench: Bench) -> None:
+    bench.settler.note(LivePush(message(1)), 5)
+    push = broadcast(2, 5, 6)
+    bench.settler.note(push, 5)
+    bench.settler.note(push, 6)
+    bench.settler.fold()
+    metrics = bench.metrics
+    assert (metrics.acked_targeted.value, metrics.acked_broadcast.value) == (1, 2)
+    assert (metrics.latency_targeted.total, metrics.latency_broadcast.total) == (0.25, 0.5)
+
+
+async def test_evictions_are_recorded_and_counted(bench: Bench) -> None:
+    push = broadcast(1, 5, 6)
+    push.evicted.append(5)
+    bench.settler.note_evicted(push)
+    assert await bench.recorded() == [Settled(1, 1, True, [], [5])]
+    assert bench.metrics.evicted.value == 1
+
+
+async def test_an_eviction_and_an_acknowledgement_before_the_fold_are_recorded_once(bench: Bench) -> None:
+    push = broadcast(1, 5, 6)
+    bench.settler.note(push, 6)
+    push.evicted.append(5)
+    bench.settler.note_evicted(push)
+    assert await bench.recorded() == [Settled(1, 1, True, [6], [5])]
+
+
+async def test_what_the_store_does_not_take_is_tried_again_in_order(bench: Bench) -> None:
+    bench.store.away = 2
+    bench.settler.note(LivePush(message(1)), 5)
+    bench.settler.fold()
+    await World.when(lambda: not bench.store.away)
+    bench.settler.note(LivePush(message(2)), 5)
+    first = await bench.recorded()
+    while len(first) < 2:
+        first += await bench.recorded()
+    assert [one.msg_id for one in first] == [1, 2]
+    assert bench.metrics.settle_errors.value == 2
+
+
+async def test_with_the_store_away_the_oldest_are_forgotten_past_the_limit(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway.settler, "BACKLOG_MAX", 3)
+    monkeypatch.setattr(gateway.settler, "RECORD_AFTER", 3600)  # the recorder sleeps; the test does its work
+    await asyncio.sleep(0)
+    for msg_id in range(1, 6):
+        bench.settler.note(LivePush(message(msg_id)), 5)
+    bench.settler.fold()
+    bench.store.away = 1
+    assert not await bench.settler._record()
+    assert await bench.settler._record()
+    assert [one.msg_id for one in await bench.recorded()] == [3, 4, 5]
+    assert bench.settler._backlog == 0
+    assert bench.settler._recorder is not None
+    bench.settler._recorder.cancel()
+    await asyncio.wait([bench.settler._recorder])
+    bench.settler._recorder = None
+
+
+async def test_closing_records_what_was_noted_last() -> None:
+    bench = Bench()
+    bench.settler.start()
+    bench.settler.note(LivePush(message(1)), 5)
+    await bench.settler.close()
+    assert [one.msg_id for one in await bench.recorded()] == [1]
