@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Final, Literal, TypeVar
 
 import msgspec
+import orjson
 
 from broker.audience import Audience
 from broker.errors import PUSH, ApiError, Area
@@ -197,6 +198,7 @@ _push_decoder: Final = msgspec.json.Decoder(PushRequest)
 _batch_decoder: Final = msgspec.json.Decoder(Batch)
 _loose_batch_decoder: Final = msgspec.json.Decoder(LooseBatch)
 _item_decoder: Final = msgspec.json.Decoder(BatchItem)
+SHALLOW: Final = 250  # brackets that cannot nest too deep, however they are put
 _encode: Final = msgspec.json.Encoder().encode
 
 
@@ -420,8 +422,18 @@ def _check_options(options: Options, limits: Limits) -> int:
     return ttl
 
 
+def _check_nesting(body: bytes) -> None:
+    """Nodes write payloads with orjson, which stops at 254 levels: such a push could never be sent."""
+    try:
+        orjson.dumps(orjson.loads(body))
+    except TypeError as error:
+        raise ApiError(1003, "notification and message may be nested 250 levels deep at the most") from error
+
+
 def _encode_body(content: _Content, limits: Limits) -> bytes:
     body = _encode(Body(content.notification, content.message))
+    if body.count(b"[") + body.count(b"{") > SHALLOW:
+        _check_nesting(body)
     if len(body) > limits.max_ios_notification or len(body) > limits.max_push:  # else no part can be too long
         _check_sizes(content, limits)
     return body

@@ -27,7 +27,9 @@ from broker.store import StoreFull, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
-GROUP_PACE: Final = 0.001  # seconds from one commit to the next at the least: a busy server commits 1,000 times
+GROUP_PACE: Final = (
+    0.001  # seconds from one commit to the next at the least: a busy server commits 1,000 times
+)
 # a second, not 3,000, and each of these costs an fsync, WAL pages and turns of the interpreter lock
 GROUP_ROWS: Final = 20_000  # of one transaction; bounds the time the next one waits (0.1 to 0.3 s)
 READS_PER_BATCH: Final = 1_024  # of one read transaction: calls, or devices asked about

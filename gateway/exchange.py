@@ -7,12 +7,13 @@ only use the reserved ones (docs/protocol.md). `push` is not a topic one can joi
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from broker.model import Retained
 from broker.store import Store
-from gateway.hub import Hub
+from gateway.hub import DelayedWill, Hub
 from gateway.live import PUSH_TOPIC, TopicMessage
 from gateway.metrics import NodeMetrics
 from gateway.mqtt import (
@@ -175,13 +176,12 @@ class Exchange:
         if not delay:
             self._publish_will(connection, hub, packet)
             return
-        hub.wills[key] = asyncio.get_running_loop().call_later(
-            delay, self._publish_delayed, connection, hub, key, packet
-        )
+        publish = functools.partial(self._publish_will, connection, hub, packet)
+        timer = asyncio.get_running_loop().call_later(delay, self._publish_delayed, hub, key)
+        hub.wills[key] = DelayedWill(timer, publish)
 
-    def _publish_delayed(self, connection: Connection, hub: Hub, key: str, packet: Publish) -> None:
-        del hub.wills[key]
-        self._publish_will(connection, hub, packet)
+    def _publish_delayed(self, hub: Hub, key: str) -> None:
+        hub.wills.pop(key).publish()
 
     def _publish_will(self, connection: Connection, hub: Hub, packet: Publish) -> None:
         _, retaining = self.publish(hub, packet, None)

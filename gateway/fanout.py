@@ -19,7 +19,7 @@ from gateway.metrics import NodeMetrics
 from gateway.session import Inbox
 from gateway.wheel import Clock
 
-SLICE: Final = 256
+SLICE: Final = 32
 
 
 class Fanout:

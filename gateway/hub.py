@@ -12,10 +12,10 @@ page of inbox rows comes here only when every broadcast older than its last row 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from math import ceil
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from pyroaring import BitMap
 
@@ -25,10 +25,6 @@ from gateway.live import LivePush
 from gateway.session import Inbox, Mailbox, Member, Session
 from gateway.topics import RetainedMessages, SubscriptionIndex
 from gateway.wheel import Clock
-
-if TYPE_CHECKING:
-    import asyncio
-
 
 FLEETING: Final = (
     5.0  # seconds in which a broadcast without time to live is sent to those who were online for it
@@ -76,6 +72,19 @@ class SessionEnds:
         return now - self._start < end
 
 
+class Timer(Protocol):
+    """As `loop.call_later` gives it."""
+
+    def cancel(self) -> None: ...
+
+
+class DelayedWill(NamedTuple):
+    """A will whose delay runs (MQTT5-3.1.3-9)."""
+
+    timer: Timer
+    publish: Callable[[], None]
+
+
 class Resend(NamedTuple):
     """The pushes in flight when a connection ended."""
 
@@ -116,7 +125,7 @@ class Hub:
         self.retained = RetainedMessages(max_retained, max_retained_bytes)
         self.mailboxes: dict[str, Mailbox] = {}  # sessions that outlive their connection
         self.resend: dict[int, Resend] = {}  # devno -> what was in flight, likewise
-        self.wills: dict[str, asyncio.TimerHandle] = {}  # delayed wills of such sessions
+        self.wills: dict[str, DelayedWill] = {}  # of such sessions
         self.session_ends = SessionEnds()
 
     # The broadcast log

@@ -119,8 +119,11 @@ def render(message: StoredMessage, encoding: Encoding) -> bytes:
 
 
 def merge_notification(notification: dict[str, Any], platform: str) -> Any:
-    """The platform's own part over the common alert; all of it for a platform without a part of its own."""
+    """The platform's own part over the common alert; without such a part the alert, and all of it for a device
+    that did not say what it is."""
     own = notification.get(platform)
+    if platform == "other":
+        return notification
     if own is None:
         return {"alert": notification["alert"]} if "alert" in notification else notification
     part = own if isinstance(own, dict) else {"alert": own}

@@ -182,14 +182,20 @@ class Node:
             log.error("background task failed", exc_info=error)
 
     def _tick(self) -> None:
+        self._tick_timer = self._loop.call_later(TICK, self._tick)
         clock = self.clock
         clock.now, clock.wall = self._loop.time(), self._wall()
-        for connection in self._wheel.due(clock.now):
-            following = connection.check(clock.now)
-            if following is not None:
-                self._wheel.add(connection, following)
+        due = self._wheel.due(clock.now)
+        try:
+            while due:
+                connection = due.pop()
+                following = connection.check(clock.now)
+                if following is not None:
+                    self._wheel.add(connection, following)
+        finally:  # what went wrong with one connection is not the others' business
+            for connection in due:
+                self._wheel.add(connection, clock.now)
         self._upkeep()
-        self._tick_timer = self._loop.call_later(TICK, self._tick)
 
     def _upkeep(self) -> None:
         """Look after the next apps, a slice at a time: there may be hundreds of thousands."""
@@ -440,8 +446,10 @@ class Node:
             mailbox is not None and mailbox.expires_at is not None and mailbox.expires_at <= self.clock.now
         )
         if will is not None:
-            will.cancel()  # MQTT5-3.1.3-9
+            will.timer.cancel()  # MQTT5-3.1.3-9
         if connect.clean_start or expired:
+            if will is not None:  # the session it belongs to ends here (MQTT5-3.1.2-10)
+                will.publish()
             if mailbox is not None:
                 self.exchange.forget(hub, mailbox)
             return [], False

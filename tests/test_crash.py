@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import os
 import signal
+import socket
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Coroutine
 from random import Random, SystemRandom
@@ -45,7 +46,7 @@ def seed() -> int:
 async def test_nothing_accepted_is_lost_or_unaccounted_across_kills(
     start_server: Callable[..., LocalServer], seed: int
 ) -> None:
-    server = await asyncio.to_thread(start_server, *FLAGS)
+    server = await asyncio.to_thread(start_server, *FLAGS, *kept_ports())
     load = Load(server, seed)
     async with load.session() as http:
         await load.register(http)
@@ -68,6 +69,20 @@ async def test_nothing_accepted_is_lost_or_unaccounted_across_kills(
     assert not mistakes, f"HOLDFAST_CRASH_SEED={seed}, {counts}: {len(mistakes)} mistakes\n" + "\n".join(
         mistakes[:20]
     )
+
+
+def kept_ports() -> list[str]:
+    """Ports below those that the kernel gives to connecting sockets: a device that tries the dead server's port must
+    not be given that very port, or the server could not come back to it."""
+    flags = []
+    for listener in ("mqtt", "ws", "http", "admin"):
+        while True:
+            port = SystemRandom().randrange(20_000, 32_000)
+            with contextlib.closing(socket.socket()) as free, contextlib.suppress(OSError):
+                free.bind(("127.0.0.1", port))
+                break
+        flags += [f"--{listener}-port", str(port)]
+    return flags
 
 
 def fleet(load: Load) -> list[Coroutine[Any, Any, None]]:

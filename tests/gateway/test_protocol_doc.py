@@ -174,7 +174,7 @@ def test_what_counts_bad_input_is_in_the_catalogue_of_metrics() -> None:
             assert not reason or reason in known
 
 
-@pytest.mark.parametrize("platform", ["android", "ios", "other"])
+@pytest.mark.parametrize("platform", ["android", "ios", "hmos"])
 def test_the_example_of_merging_is_what_happens(platform: str) -> None:
     [sent] = re.findall(r"(?m)^    sent +(\{.*\})$", PAGE)
     [told] = re.findall(rf"(?m)^    {platform} +(\{{.*\}})$", PAGE)
