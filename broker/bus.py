@@ -14,19 +14,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from msgspec import Struct
+
 from broker.model import StoredBroadcast, StoredMessage
 
 
-@dataclass(frozen=True, slots=True)
-class Targeted:
+class Targeted(Struct, frozen=True, gc=False):
     """These devices have something in their inbox; here is a copy."""
 
     message: StoredMessage
     devnos: Sequence[int]
 
 
-@dataclass(frozen=True, slots=True)
-class Broadcast:
+class Broadcast(Struct, frozen=True, gc=False):
     """A new row in the broadcast log, inline. The receiver owns the bitmaps."""
 
     broadcast: StoredBroadcast

@@ -1,7 +1,8 @@
 """The values that stores, buses, the API and gateway nodes exchange. All are frozen.
 
 Times are Unix seconds (float) unless a name says otherwise. A `devno` is a device's dense integer within its
-app (0, 1, 2 …, below 2**32), which is what bitmaps over devices hold.
+app (0, 1, 2 …, below 2**32), which is what bitmaps over devices hold. What is made for each push or connection is
+a msgspec Struct: the same as a frozen dataclass, made in a fifth of the time.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from msgspec import Struct
 from pyroaring import BitMap
 
 PLATFORMS: Final = ("android", "ios", "quickapp", "hmos", "winphone", "other")
@@ -82,8 +84,7 @@ class Term(enum.StrEnum):
 TermKey = tuple[Term, str]
 
 
-@dataclass(frozen=True, slots=True)
-class NewMessage:
+class NewMessage(Struct, frozen=True, gc=False):
     """An accepted push on its way into the store: checked, its audience resolved."""
 
     app_id: int
@@ -96,8 +97,7 @@ class NewMessage:
     sendno: str = ""  # the publisher's own number, echoed
 
 
-@dataclass(frozen=True, slots=True)
-class Appended:
+class Appended(Struct, frozen=True, gc=False):
     """The answer to one append."""
 
     msg_id: int
@@ -105,8 +105,7 @@ class Appended:
     sendno: str  # of the push that was stored
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class StoredMessage:
+class StoredMessage(Struct, frozen=True, eq=False, gc=False):
     """A push as a node needs it in order to deliver it."""
 
     msg_id: int
@@ -116,8 +115,7 @@ class StoredMessage:
     expires_at: float
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class StoredBroadcast:
+class StoredBroadcast(Struct, frozen=True, eq=False, gc=False):
     """A row of the broadcast log. Whoever receives one owns the bitmaps."""
 
     message: StoredMessage
@@ -125,8 +123,7 @@ class StoredBroadcast:
     settled: BitMap  # delivered or evicted: nothing is owed to these any more
 
 
-@dataclass(frozen=True, slots=True)
-class OwedRequest:
+class OwedRequest(Struct, frozen=True, gc=False):
     """Asks for one device's inbox rows after `after` (a msg_id), oldest first."""
 
     app_id: int
@@ -135,8 +132,7 @@ class OwedRequest:
     limit: int
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
+class Settled(Struct, frozen=True, gc=False):
     """What became of one message for some devices, to be recorded."""
 
     app_id: int
@@ -146,8 +142,7 @@ class Settled:
     evicted: Sequence[int] = ()  # devnos for which the newest-N rule dropped it
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(Struct, frozen=True, gc=False):
     """What a person did with a push, told by the device."""
 
     app_id: int
@@ -224,8 +219,7 @@ class Retained:
     expires_at: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(Struct, frozen=True, gc=False):
     """A device's route, as claimed by a node."""
 
     epoch: int  # grows with every claim of this device

@@ -1,7 +1,8 @@
 """Device tokens: what a device shows as its password. Verified without I/O.
 
 A token is 40 characters of base64url: version, platform code, devno, generation, expiry (14 bytes), then
-the first 16 bytes of HMAC-SHA256 under the app's signing key over those bytes, app key and registration id.
+16 bytes of keyed BLAKE2b (RFC 7693) under the app's signing key over those bytes, app key and registration id.
+BLAKE2b because every CONNECT checks one: 1 us, where hmac.digest takes 7 with OpenSSL 3.
 It does not name its device: shown for another registration id or app, its signature is wrong.
 """
 
@@ -12,6 +13,7 @@ from base64 import urlsafe_b64encode
 from binascii import Error as Base64Error
 from binascii import a2b_base64
 from dataclasses import dataclass
+from hashlib import blake2b
 from struct import Struct
 from typing import Final
 
@@ -77,4 +79,4 @@ def verify(app: App, registration_id: str, token: bytes, now: float) -> TokenCla
 def _mac(app: App, registration_id: str, claims: bytes) -> bytes:
     # Unambiguous: claims have a fixed size, and an app key holds no NUL.
     signed = b"%b%b\0%b" % (claims, app.key.encode(), registration_id.encode())
-    return hmac.digest(app.signing_key, signed, "sha256")[:_MAC_SIZE]
+    return blake2b(signed, digest_size=_MAC_SIZE, key=app.signing_key).digest()

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from math import ceil
 from typing import Final, NamedTuple, Protocol
 
+from msgspec.structs import replace
 from pyroaring import BitMap
 
 from broker.metrics import Counter

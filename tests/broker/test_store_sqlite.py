@@ -10,10 +10,10 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from broker.model import App, NewDevice, NewMessage, Settled, Term
 from broker.store import Store, StoreFull, StoreUnavailable
