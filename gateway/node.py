@@ -380,6 +380,9 @@ class Node:
             return
         old = hub.members.get(devno)
         if old is not None:
+            if old.epoch > claim.epoch:  # answered late: the device has come back since, and the newer wins (G5)
+                self._refuse(connection, connect, OVERTAKEN)
+                return
             self._take_over(old)
         packed = FORMAT_PROPERTY in connect.properties.get("user_properties", ())
         session = self._session(connect, platform, devno=devno, packed=packed)
@@ -607,6 +610,9 @@ class Node:
 
 
 STORE_AWAY: Final = Refusal(Reason.SERVER_UNAVAILABLE, "the store is not available; try again", "store away")
+
+
+OVERTAKEN: Final = Refusal(Reason.SERVER_BUSY, "the device has connected again since", "overtaken")
 
 
 def _mailbox_key(session: Session, client_id: str) -> str:

@@ -107,6 +107,7 @@ class Member(Protocol):
     """The live connection of a session, as far as fan-out needs it."""
 
     session: Session | None
+    epoch: int  # of the route it claimed
     blocked: bool  # its socket is over the write buffer limit: skip it, it catches up when it drains
 
     def send(self, data: bytes) -> None: ...
