@@ -1,40 +1,34 @@
-"""The bus inside one process: rings are gathered and handed over in the loop's next turn."""
+"""The bus inside one process: rings are gathered and handed over in the loop's next turn. None is lost.
+
+What waits is bounded by the publishers: each waits for the answer that follows its ring, so there are never more
+doorbells than pushes being accepted at once.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from typing import Final
 
 from broker.bus import Broadcast, Doorbell, Subscriber
 from broker.model import StoredBroadcast
 
 log = logging.getLogger(__name__)
 
-WAITING_DOORBELLS: Final = 100_000
-"""In one turn of the loop. Past it doorbells are dropped (B1): the next sweep finds what they hinted at."""
-
 
 class LocalBus:
     """Implements `broker.bus.Bus`. Used on one event loop."""
 
     def __init__(self) -> None:
-        self.dropped = 0  # doorbells past the limit, for the metrics
         self._subscribers: list[Subscriber] = []
         self._waiting: list[Sequence[Doorbell]] = []
-        self._count = 0
 
     def ring(self, doorbells: Sequence[Doorbell]) -> None:
         if not doorbells or not self._subscribers:
             return
-        if self._count + len(doorbells) > WAITING_DOORBELLS:
-            self.dropped += len(doorbells)
-            return
         if not self._waiting:
             asyncio.get_running_loop().call_soon(self._deliver)
         self._waiting.append(doorbells)
-        self._count += len(doorbells)
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
         self._subscribers = [*self._subscribers, subscriber]
@@ -44,7 +38,7 @@ class LocalBus:
         self._subscribers = [other for other in self._subscribers if other is not subscriber]
 
     def _deliver(self) -> None:
-        waiting, self._waiting, self._count = self._waiting, [], 0
+        waiting, self._waiting = self._waiting, []
         for subscriber in self._subscribers[1:]:
             _hand_over(subscriber, [[_copy(doorbell) for doorbell in doorbells] for doorbells in waiting])
         for subscriber in self._subscribers[:1]:  # last: it gets the originals

@@ -35,8 +35,8 @@ GROUP_PACE_MAX: Final = (
 )
 GROUP_ROWS: Final = 20_000  # of one transaction; bounds the time the next one waits (0.1 to 0.3 s)
 READS_PER_BATCH: Final = 1_024  # of one read transaction: calls, or devices asked about
-CHECKPOINT_PAGES: Final = 16_000  # new pages in the log (64 MB) after which they are moved into the database: a
-# page that many pushes touch is moved once (single accepts: 5,900 a second with 4 MB, 9,000 with 64 MB)
+# A page that many pushes touch is moved once: single accepts, 5,900 a second with 4 MB, 9,000 with 64 MB.
+CHECKPOINT_PAGES: Final = 16_000  # new pages in the log (64 MB) after which they are moved into the database
 RESET_PAGES: Final = 64_000  # pages in the log (256 MB) at which the writer makes it start anew
 TRUNCATE_PAGES: Final = 4 * RESET_PAGES  # past it the log file gives its space back, too
 

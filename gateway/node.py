@@ -380,7 +380,7 @@ class Node:
             return
         old = hub.members.get(devno)
         if old is not None:
-            if old.epoch > claim.epoch:  # answered late: the device has come back since, and the newer wins (G5)
+            if old.epoch > claim.epoch:  # answered late: it has come back since, and the newer wins (G5)
                 self._refuse(connection, connect, OVERTAKEN)
                 return
             self._take_over(old)

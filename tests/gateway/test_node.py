@@ -388,7 +388,7 @@ async def test_the_newest_n_rule_does_not_count_what_was_acknowledged_a_moment_a
     assert [(await world.states(msg_id))[0] for msg_id in ids] == [PENDING, PENDING, DELIVERED, DELIVERED]
 
 
-@pytest.mark.xfail(reason="there is no sweep yet; LocalBus loses doorbells only past 100,000 in one turn")
+@pytest.mark.xfail(reason="there is no sweep yet; LocalBus loses no doorbell, the fleet's bus will")
 async def test_a_lost_doorbell_delays_a_broadcast_and_does_not_lose_it(world: World) -> None:
     """Bus B1. The log of a loaded app grows by doorbells only."""
     await world.online(1)
