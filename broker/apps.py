@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 from base64 import b64decode
 from binascii import Error as Base64Error
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -36,9 +37,9 @@ class Apps:
         self._store = store
         self._bus = bus
         self._limits = limits or Limits()
-        self._apps: dict[str, App] = {}
-        self._unknown: dict[str, None] = {}  # keys that were looked up in vain
-        self._logins: dict[str, Login] = {}  # Authorization header -> what it proved
+        self._apps: OrderedDict[str, App] = OrderedDict()
+        self._unknown: OrderedDict[str, None] = OrderedDict()  # keys that were looked up in vain
+        self._logins: OrderedDict[str, Login] = OrderedDict()  # Authorization header -> what it proved
         self._changes = 0  # a lookup that spans a change is not cached
         self._unsubscribe = bus.subscribe(self._heard)
 
@@ -146,7 +147,7 @@ def read_basic(header: str) -> tuple[str, bytes] | None:
         return None
 
 
-def _put(cache: dict[str, _V], key: str, value: _V, limit: int) -> None:
+def _put(cache: OrderedDict[str, _V], key: str, value: _V, limit: int) -> None:
     if len(cache) >= limit:
-        del cache[next(iter(cache))]
+        cache.popitem(last=False)
     cache[key] = value

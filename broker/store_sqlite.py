@@ -65,7 +65,9 @@ log = logging.getLogger(__name__)
 DAY: Final = 86_400.0
 POSTING_BYTES: Final = 64 << 20  # memory for posting lists that were used lately
 POSTING_OVERHEAD: Final = 400  # of one cached list, beside its bits
-RESOLVED_DEVICES: Final = 65_536  # registration ids whose devno is remembered (about 250 bytes each)
+RESOLVED_DEVICES: Final = (
+    131_072  # registration ids whose devno is remembered (about 300 bytes each); others cost a read
+)
 WRITER_CACHE: Final = 32 << 20  # SQLite pages
 READER_CACHE: Final = 8 << 20
 LAST_ONLINE_DELAY: Final = 3.0  # until the times of the devices that left are written
@@ -155,7 +157,8 @@ class SqliteStore:
         self._states = AppStates()
         self._deleted: set[int] = set()  # apps that are gone but whose rows may still be there
         self._postings = _Postings(posting_bytes)
-        self._resolved: dict[tuple[int, str], int] = {}
+        # Ordered: to find the oldest entry of a dict takes a pass over all that were deleted before it.
+        self._resolved: OrderedDict[tuple[int, str], int] = OrderedDict()
         self._last_online: dict[tuple[int, int], float] = {}
         self._writing_last_online: dict[tuple[int, int], float] = {}
         self._last_online_timer: asyncio.TimerHandle | None = None
@@ -340,7 +343,7 @@ class SqliteStore:
             found: dict[str, int] = await self._read(self._reader, "resolve", (app_id, missing))
             resolved.update({(app_id, rid): devno for rid, devno in found.items()})
             while len(resolved) > RESOLVED_DEVICES:
-                del resolved[next(iter(resolved))]
+                resolved.popitem(last=False)
             known.update(found)
         return {rid: devno for rid, devno in known.items() if devno is not None}
 

@@ -308,8 +308,10 @@ class Node:
         except StoreError as error:
             log.warning("app not read: %s", error)
             refusal = STORE_AWAY
-        finally:
-            del self._loading[key]
+        except Exception:  # whatever it is, those who wait get an answer
+            log.exception("app not loaded")
+            refusal = STORE_AWAY
+        del self._loading[key]
         for connection, connect in load.waiting:  # at once: whoever comes from now on is newer
             if connection.phase is Phase.CLOSED:
                 continue
