@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tomllib
 from importlib.resources import files
 from pathlib import Path
@@ -43,7 +44,8 @@ class Carriers:
         """Reads `default.toml` from the directory (None: the profiles that come with Holdfast)."""
         self.default = load_profile((directory or Path(str(files("configs") / "carriers"))) / "default.toml")
 
-    def profile_for(self, peer: str) -> CarrierProfile:
-        """`peer` is the address the device connects from."""
-        del peer  # recognising networks is the carriers' issue; until then everyone gets the default
+    def profile_for(self, transport: asyncio.BaseTransport) -> CarrierProfile:
+        """Called once for each connection, when it is accepted. A transport knows the peer's address; no profile
+        names networks yet, so nobody asks it."""
+        del transport
         return self.default

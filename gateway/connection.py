@@ -102,6 +102,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
+        self.profile = self.node.carriers.profile_for(transport)
         self.last_seen = self.node.clock.now
         self.node.opened(self)
 

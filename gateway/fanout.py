@@ -109,6 +109,7 @@ class Fanout:
                 or more
                 or session.fetch is not Inbox.EMPTY
                 or session.maximum_packet
+                or session.sent > msg_id
             ):
                 member.catch_up()  # the long way, which includes this broadcast and those behind it
             elif session.room:

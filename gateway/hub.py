@@ -221,12 +221,13 @@ class Hub:
         return broadcast
 
     def _next_broadcast(self, session: Session) -> LivePush | None:
-        """The first broadcast owed at or after the cursor, which is left standing on it."""
+        """The first broadcast owed at or after the cursor, which is left standing on it. One that came into the
+        log after newer pushes were sent (a doorbell rang again, or late) is for the next connection (G3)."""
         log, base = self._log, self._base
         index = max(session.cursor - base, 0)
         while index < len(log):
             push = log[index]
-            if push is not None and push.owed_to(session.devno):
+            if push is not None and push.msg_id > session.sent and push.owed_to(session.devno):
                 session.cursor = base + index
                 return push
             index += 1
@@ -242,6 +243,8 @@ class Hub:
             self.note_rows(session)
             return []
         frames = self.collect(session, clock)
+        if push.msg_id < session.sent:
+            return frames  # an old doorbell rang again, and newer broadcasts have gone out
         if session.behind or not session.room:
             session.behind = True
             self.note_rows(session)

@@ -28,12 +28,16 @@ from broker.reports import Reports
 from broker.store import Store, StoreError
 from gateway.admission import (
     NO_CREDENTIALS,
+    OVERTAKEN,
+    STORE_AWAY,
     UNKNOWN_APP,
     KnownDevice,
     OpenDevice,
     Publisher,
     Refusal,
     admit,
+    agree,
+    connack,
 )
 from gateway.carriers import Carriers
 from gateway.connection import OPENING_CHECK, Connection, Phase
@@ -44,8 +48,8 @@ from gateway.hub import Hub, Resend
 from gateway.intake import Intake
 from gateway.live import TopicMessage, encoding
 from gateway.metrics import NodeMetrics
-from gateway.mqtt import Connack, Connect, Properties, Publish, Reason, decode, encode
-from gateway.session import TOPIC_ALIAS_MAXIMUM, Mailbox, MailboxLimits, Member, Session
+from gateway.mqtt import Connect, Publish, Reason, decode
+from gateway.session import Mailbox, MailboxLimits, Member, Session
 from gateway.settler import Settler
 from gateway.wheel import Clock, Wheel
 
@@ -387,7 +391,7 @@ class Node:
                 return
             self._take_over(old)
         packed = FORMAT_PROPERTY in connect.properties.get("user_properties", ())
-        session = self._session(connect, platform, devno=devno, packed=packed)
+        session = self._session(connection, connect, platform, devno=devno, packed=packed)
         connection.epoch = claim.epoch
         connection.client_id = connect.client_id
         resumed, present = self._resume(connection, connect, hub, session)
@@ -412,7 +416,7 @@ class Node:
         old = hub.publishers.get(connection.client_id)
         if old is not None:
             self._take_over(old)
-        session = self._session(connect, "other")
+        session = self._session(connection, connect, "other")
         resumed, present = self._resume(connection, connect, hub, session)
         hub.publishers[connection.client_id] = connection
         self._welcome(
@@ -426,13 +430,24 @@ class Node:
         self.metrics.takeovers.value += 1
         old.close("taken over", Reason.SESSION_TAKEN_OVER)  # MQTT5-3.1.4-3
 
-    def _session(self, connect: Connect, platform: str, *, devno: int = -1, packed: bool = False) -> Session:
+    def _session(
+        self,
+        connection: Connection,
+        connect: Connect,
+        platform: str,
+        *,
+        devno: int = -1,
+        packed: bool = False,
+    ) -> Session:
         properties = connect.properties
-        profile = self.carriers.default
         return Session(
             encoding(connect.version, platform, packed),
             devno=devno,
-            window=min(properties.get("receive_maximum", MAX_RECEIVE), profile.window, self.settings.window),
+            window=min(
+                properties.get("receive_maximum", MAX_RECEIVE),
+                connection.profile.window,
+                self.settings.window,
+            ),
             maximum_packet=properties.get("maximum_packet_size", 0),
             inbound_maximum=self.settings.receive_maximum,
             limits=self.settings.mailbox,
@@ -482,23 +497,17 @@ class Node:
         connection.session = session
         connection.will = connect.will
         connection.last_seen = self.clock.now
-        keep_alive, told = self._keep_alive(connection, connect)
-        connection.keep_alive = 1.5 * keep_alive  # MQTT5-3.1.2-22, MQTT311-3.1.2-24
-        wished, expiry = self._session_expiry(connect)
-        connection.session_expiry = expiry
+        terms = agree(
+            connect,
+            keep_alive_max=min(connection.profile.keep_alive_max, self.settings.keep_alive_max),
+            session_expiry_max=self.settings.session_expiry_max,
+        )
+        connection.keep_alive = 1.5 * terms.keep_alive  # MQTT5-3.1.2-22, MQTT311-3.1.2-24
+        connection.session_expiry = terms.session_expiry
         connection.transport.set_write_buffer_limits(high=connection.profile.write_buffer)
         connection.phase = Phase.LIVE
-        connection.send(
-            _connack(
-                connect.version,
-                present,
-                None if expiry == wished else expiry,
-                told,
-                self.settings.receive_maximum,
-                self.settings.max_packet_size,
-                assigned,
-            )
-        )
+        most = (self.settings.receive_maximum, self.settings.max_packet_size)
+        connection.send(connack(connect.version, present, terms, *most, assigned))
         self.metrics.connects.labels(connection.listener, str(connect.version), role).value += 1
         if log.isEnabledFor(logging.INFO):
             log_event(
@@ -510,26 +519,10 @@ class Node:
                 node=self.settings.node_id,
                 transport=connection.listener,
                 version=connect.version,
-                keep_alive=keep_alive,
+                keep_alive=terms.keep_alive,
             )
         if connection.partial is not None:  # it sent on before it had its CONNACK
             self._loop.call_soon(connection.resume_reading)
-
-    def _keep_alive(self, connection: Connection, connect: Connect) -> tuple[int, int | None]:
-        """The keep-alive in force, and the Server Keep Alive to tell (MQTT5-3.2.2-21)."""
-        most = min(connection.profile.keep_alive_max, self.settings.keep_alive_max)
-        if connect.version == 5 and not 0 < connect.keep_alive <= most:
-            return most, most
-        return connect.keep_alive, None
-
-    def _session_expiry(self, connect: Connect) -> tuple[int, int]:
-        """What the peer asked for and what it gets, in seconds."""
-        most = self.settings.session_expiry_max
-        if connect.version == 4:
-            wished = 0 if connect.clean_start else most
-            return wished, wished
-        wished = connect.properties.get("session_expiry_interval", 0)
-        return wished, min(wished, most)
 
     def _refuse(self, connection: Connection, connect: Connect, refusal: Refusal) -> None:
         log_event(
@@ -611,40 +604,9 @@ class Node:
         hub.mailboxes[_mailbox_key(session, connection.client_id)] = mailbox
 
 
-STORE_AWAY: Final = Refusal(Reason.SERVER_UNAVAILABLE, "the store is not available; try again", "store away")
-
-
-OVERTAKEN: Final = Refusal(Reason.SERVER_BUSY, "the device has connected again since", "overtaken")
-
-
 def _mailbox_key(session: Session, client_id: str) -> str:
     """Devices and publishers with the same client id are different sessions."""
     return ("d/" if session.devno >= 0 else "p/") + client_id
-
-
-@functools.lru_cache(maxsize=1024)
-def _connack(
-    version: int,
-    present: bool,
-    expiry: int | None,
-    keep_alive: int | None,
-    receive_maximum: int,
-    maximum_packet: int,
-    assigned: str | None,
-) -> bytes:
-    properties: Properties = {}
-    if version == 5:
-        if assigned is not None:
-            properties["assigned_client_identifier"] = assigned
-        properties["receive_maximum"] = receive_maximum
-        properties["maximum_packet_size"] = maximum_packet
-        properties["topic_alias_maximum"] = TOPIC_ALIAS_MAXIMUM
-        properties["shared_subscription_available"] = 0
-        if expiry is not None:
-            properties["session_expiry_interval"] = expiry
-        if keep_alive is not None:
-            properties["server_keep_alive"] = keep_alive
-    return encode(Connack(present, Reason.SUCCESS, properties), version)
 
 
 def _as_message(row: Retained, clock: Clock) -> TopicMessage:

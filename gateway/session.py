@@ -224,6 +224,7 @@ class Session:
         "next_id",
         "resend",
         "seen",
+        "sent",
         "unacked",
         "waiting_since",
         "window",
@@ -255,7 +256,8 @@ class Session:
             0.0  # since when the oldest acknowledgement is awaited, restarted by any progress
         )
         self.resend: dict[int, int] | None = None  # msg_id -> packet id of the connection before
-        self.seen = 0
+        self.seen = 0  # the newest inbox row (or broadcast) that was taken up on this connection
+        self.sent = 0  # the newest msg_id that was sent on it: nothing older may follow (G3)
         self.cursor = 0
         self.inbox: list[LivePush] | None = None  # newest first, so that the next is popped off the end
         self.fetch = Inbox.EMPTY
@@ -273,6 +275,7 @@ class Session:
 
     def send_push(self, push: LivePush, now: float) -> bytes:
         """Put a push into the window, which has room, and return its packet."""
+        self.sent = push.message.msg_id
         if self.resend:
             known = self.resend.pop(push.msg_id, None)
             if known is not None:

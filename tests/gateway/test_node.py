@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pyroaring import BitMap
 
@@ -754,6 +754,15 @@ def slice_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 @settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(  # a doorbell of a broadcast without time to live, once more after the app was loaded
+    steps=[
+        (0, ("push_and_ring", 1, 0)),
+        (0, ("push_and_ring", 4, 4)),
+        (0, ("connect", 2, 2, 0)),
+        (0, ("push_and_ring", 4, 1)),
+        (0, ("ring_again", 1)),
+    ]
+)
 @given(steps=STEPS)
 def test_everything_owed_is_sent_in_order_and_once_on_a_connection(
     slice_size: int, steps: list[tuple[int, tuple[Any, ...]]]
