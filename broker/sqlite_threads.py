@@ -66,13 +66,7 @@ class StoreStats:
     """Counters for the metrics. Written by the writer thread only."""
 
     commits: int = 0
-    rows: int = 0
-    commit_seconds: float = 0.0
-    last_operations: int = 0
-    last_rows: int = 0
     failed_commits: int = 0
-    checkpoints: int = 0
-    wal_pages: int = 0
     on_commit: Callable[[int, float], None] | None = None
     """Called on the event loop with (operations, seconds) after each commit."""
 
@@ -214,9 +208,8 @@ class LogGauge:
 class Checkpointer:
     """Moves the write-ahead log into the database, away from the writer, so that no commit pays for it."""
 
-    def __init__(self, connection: sqlite3.Connection, stats: StoreStats) -> None:
+    def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
-        self._stats = stats
         self._wanted = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="store-checkpoint", daemon=True)
@@ -243,7 +236,6 @@ class Checkpointer:
             except sqlite3.Error as error:
                 log.warning("checkpoint failed, the log keeps growing: %s", error)
                 continue
-            self._stats.checkpoints += 1
 
 
 class Engine:
@@ -329,7 +321,7 @@ class Writer:
             seconds = None
         else:
             seconds = time.perf_counter() - started
-            self._count(operations, seconds)
+            self._stats.commits += 1
         with suppress(RuntimeError):  # the loop was closed without us: nobody waits any more
             self._loop.call_soon_threadsafe(self._finish, operations, effects, seconds)
 
@@ -353,15 +345,6 @@ class Writer:
         for operation in operations:
             operation.result = type(reason)(*reason.args)  # one traceback each
 
-    def _count(self, operations: list[Operation], seconds: float) -> None:
-        rows = sum(operation.rows for operation in operations)
-        stats = self._stats
-        stats.commits += 1
-        stats.rows += rows
-        stats.commit_seconds += seconds
-        stats.last_operations = len(operations)
-        stats.last_rows = rows
-
     def _finish(self, operations: list[Operation], effects: Effects, seconds: float | None) -> None:
         """`seconds` of the commit; None if there was none."""
         self._committed(operations, effects)
@@ -375,7 +358,6 @@ class Writer:
         except OSError as error:
             log.warning("the size of the log is not known: %s", error)
             return
-        self._stats.wal_pages = pages
         if pages >= RESET_PAGES:
             # It starts anew by itself only in a pause. The passes beside us moved most of it: this is short.
             mode = "TRUNCATE" if pages >= TRUNCATE_PAGES else "RESTART"

@@ -220,7 +220,7 @@ class SqliteStore:
         )
         upkeep = Upkeep(connection, self._ids, messages, self._report_lifetime, self._event_lifetime)
         engine = _Engine(IndexWrites(connection, self._clock), messages, upkeep)
-        self._checkpointer = Checkpointer(self._connect(), self.stats)
+        self._checkpointer = Checkpointer(self._connect())
         self._gauge = LogGauge(self._path)
         self._writer = Writer(
             connection,

@@ -114,7 +114,6 @@ class Fanout:
                 member.catch_up()  # the long way, which includes this broadcast and those behind it
             elif session.room:
                 session.cursor += 1
-                session.seen = msg_id
                 member.send(session.send_push(push, now))
                 sent += 1
             else:

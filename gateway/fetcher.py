@@ -143,7 +143,7 @@ def _request(connection: Connection) -> OwedRequest:
     session, hub = connection.session, connection.hub
     assert session is not None
     assert hub is not None
-    return OwedRequest(hub.app.app_id, session.devno, session.seen, PAGE)
+    return OwedRequest(hub.app.app_id, session.devno, session.newest, PAGE)
 
 
 def _live(message: StoredMessage, shared: dict[int, LivePush]) -> LivePush:

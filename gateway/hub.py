@@ -217,7 +217,6 @@ class Hub:
             return None
         if broadcast is not None:
             session.cursor += 1
-            session.seen = max(session.seen, broadcast.msg_id)
         return broadcast
 
     def _next_broadcast(self, session: Session) -> LivePush | None:
@@ -237,7 +236,7 @@ class Hub:
     def offer(self, session: Session, push: LivePush, clock: Clock) -> list[bytes]:
         """A targeted push arrived for a live device: what to send it, older broadcasts first. When it cannot go
         now it is left in the store."""
-        if push.msg_id <= session.seen:
+        if push.msg_id <= session.newest:
             return []  # the doorbell rang twice, or the fetch was faster
         if session.fetch is not Inbox.EMPTY or session.behind:
             self.note_rows(session)

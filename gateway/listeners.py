@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from gateway.connection import Connection
 from gateway.node import Node
@@ -76,5 +76,10 @@ async def _listen(
 
 def address_of(server: asyncio.Server) -> str:
     """`host:port` of a listening socket."""
-    host, port = server.sockets[0].getsockname()[:2]
+    return format_address(server.sockets[0].getsockname())
+
+
+def format_address(name: Sequence[Any]) -> str:
+    """`host:port`, or `[host]:port` for IPv6, of a socket's name."""
+    host, port = name[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -509,18 +509,17 @@ class Node:
         most = (self.settings.receive_maximum, self.settings.max_packet_size)
         connection.send(connack(connect.version, present, terms, *most, assigned))
         self.metrics.connects.labels(connection.listener, str(connect.version), role).value += 1
-        if log.isEnabledFor(logging.INFO):
-            log_event(
-                log,
-                logging.INFO,
-                f"{role} connected",
-                app=hub.app.key,
-                device=connection.client_id,
-                node=self.settings.node_id,
-                transport=connection.listener,
-                version=connect.version,
-                keep_alive=terms.keep_alive,
-            )
+        log_event(
+            log,
+            logging.INFO,
+            f"{role} connected",
+            app=hub.app.key,
+            device=connection.client_id,
+            node=self.settings.node_id,
+            transport=connection.listener,
+            version=connect.version,
+            keep_alive=terms.keep_alive,
+        )
         if connection.partial is not None:  # it sent on before it had its CONNACK
             self._loop.call_soon(connection.resume_reading)
 
@@ -556,16 +555,15 @@ class Node:
         if connection.will is not None:
             key = _mailbox_key(session, connection.client_id)
             self.exchange.send_will(connection, hub, key, connection.will)
-        if log.isEnabledFor(logging.INFO):
-            log_event(
-                log,
-                logging.INFO,
-                "disconnected",
-                app=hub.app.key,
-                device=connection.client_id,
-                node=self.settings.node_id,
-                reason=label,
-            )
+        log_event(
+            log,
+            logging.INFO,
+            "disconnected",
+            app=hub.app.key,
+            device=connection.client_id,
+            node=self.settings.node_id,
+            reason=label,
+        )
 
     def _count_live(self, connection: Connection, version: str, change: int) -> None:
         self.live += change

@@ -25,7 +25,7 @@ from broker.pushes import Pushes
 from broker.reports import Reports
 from broker.store import StoreError
 from gateway.carriers import Carriers
-from gateway.listeners import Certificate, TlsError, address_of, listen_tcp, listen_websocket
+from gateway.listeners import Certificate, TlsError, address_of, format_address, listen_tcp, listen_websocket
 from gateway.node import Node, NodeSettings
 from gateway.session import MailboxLimits
 
@@ -121,12 +121,11 @@ class Service:
         await self._api.setup()
         site = web.TCPSite(self._api, config.server.host, config.http.port, backlog=1024)
         await site.start()
-        host, port = self._api.addresses[0][:2]
         listening = Listening(
             mqtt=await self._listen_tcp(config.mqtt.port, None),
             mqtts=await self._listen_tcp(config.mqtt.tls_port, self._certificate),
             ws=await self._listen_websocket(config.mqtt.ws_port),
-            http=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+            http=format_address(self._api.addresses[0]),
             admin=admin.removeprefix("http://"),
             demo_app=demo_app,
         )

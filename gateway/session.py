@@ -256,7 +256,7 @@ class Session:
             0.0  # since when the oldest acknowledgement is awaited, restarted by any progress
         )
         self.resend: dict[int, int] | None = None  # msg_id -> packet id of the connection before
-        self.seen = 0  # the newest inbox row (or broadcast) that was taken up on this connection
+        self.seen = 0  # the newest inbox row that was taken up on this connection
         self.sent = 0  # the newest msg_id that was sent on it: nothing older may follow (G3)
         self.cursor = 0
         self.inbox: list[LivePush] | None = None  # newest first, so that the next is popped off the end
@@ -265,6 +265,11 @@ class Session:
         self.inbound: dict[int, bytes | None] | None = None  # packet id -> its answer, None while undecided
         self.aliases: dict[int, str] | None = None
         self.mailbox: Mailbox | None = None
+
+    @property
+    def newest(self) -> int:
+        """The newest msg_id that was taken up or sent on this connection; inbox rows up to it are behind us."""
+        return max(self.seen, self.sent)
 
     # Sending
 

@@ -125,9 +125,6 @@ class Server:
                 return now
             before = now
 
-    def usage(self) -> Usage:
-        return read_usage(self.pid)
-
     def metric(self, name: str) -> float:
         """The sum over all labels of holdfast_`name`, as /metrics shows it."""
         host, port = self.address("admin")
