@@ -20,6 +20,7 @@ import msgspec
 import orjson
 from aiohttp import hdrs, web
 
+from broker.access import describe_rules, parse_rules
 from broker.apps import Apps, read_basic
 from broker.config import Config
 from broker.devices import Devices
@@ -28,7 +29,7 @@ from broker.metrics import LoopLag, Metrics
 from broker.model import App
 from broker.store import Store, StoreError
 
-MAX_BODY: Final = 65_536  # no admin call comes near it
+MAX_BODY: Final = 524_288  # room for the longest list of access rules; nothing else comes near it
 MAX_NAME: Final = 200
 PAGE: Final = 1000
 
@@ -40,6 +41,8 @@ class Actions(Protocol):
     async def create_app(self, name: str, *, open: bool) -> object: ...
     async def list_apps(self) -> object: ...
     async def rotate_secret(self, key: str) -> object: ...
+    async def show_access(self, key: str) -> object: ...
+    async def set_access(self, key: str, rules: object) -> object: ...
     async def delete_app(self, key: str) -> object: ...
     async def issue_token(self, key: str, registration_id: str) -> object: ...
 
@@ -68,6 +71,13 @@ class LocalActions:
     async def rotate_secret(self, key: str) -> object:
         app = await self._apps.rotate_secret(key)
         return describe_app(app or _no_app(key))
+
+    async def show_access(self, key: str) -> object:
+        return describe_rules((await self._apps.find(key) or _no_app(key)).access)
+
+    async def set_access(self, key: str, rules: object) -> object:
+        app = await self._apps.set_access(key, parse_rules(rules))
+        return describe_rules((app or _no_app(key)).access)
 
     async def delete_app(self, key: str) -> object:
         if not await self._apps.delete(key):
@@ -252,6 +262,13 @@ def admin_application(
     async def rotate_secret(request: web.Request) -> web.Response:
         return _answer(await actions.rotate_secret(request.match_info["key"]))
 
+    async def show_access(request: web.Request) -> web.Response:
+        return _answer(await actions.show_access(request.match_info["key"]))
+
+    async def set_access(request: web.Request) -> web.Response:
+        rules = await _read(request, object)
+        return _answer(await actions.set_access(request.match_info["key"], rules))
+
     async def delete_app(request: web.Request) -> web.Response:
         return _answer(await actions.delete_app(request.match_info["key"]))
 
@@ -268,6 +285,8 @@ def admin_application(
             web.post("/v1/app", create_app),
             web.get("/v1/apps", list_apps),
             web.post("/v1/app/{key}/rotate-secret", rotate_secret),
+            web.get("/v1/apps/{key}/access", show_access),
+            web.put("/v1/apps/{key}/access", set_access),
             web.post("/v1/app/{key}/delete", delete_app),
             web.post("/v1/app/{key}/device-token", issue_token),
         ]

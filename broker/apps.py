@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from broker.bus import Bus, CredentialsChanged, Doorbell
 from broker.limits import Limits
-from broker.model import App
+from broker.model import AccessRule, App
 from broker.store import Store
 
 _V = TypeVar("_V")
@@ -101,6 +101,13 @@ class Apps:
     async def rotate_secret(self, key: str) -> App | None:
         """A fresh master secret; the old one stops at once. None: no such app."""
         app = await self._store.rotate_secret(key)
+        if app is not None:
+            self._changed(app.app_id)
+        return app
+
+    async def set_access(self, key: str, rules: Sequence[AccessRule]) -> App | None:
+        """Other access rules; they hold at once. None: no such app."""
+        app = await self._store.set_access(key, rules)
         if app is not None:
             self._changed(app.app_id)
         return app

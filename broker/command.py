@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import quote
 
 import aiohttp
@@ -106,6 +106,33 @@ def rotate_secret(config: Config, key: str) -> None:
 
 
 @app.command()
+@click.argument("key", metavar="APP_KEY")
+@click.option(
+    "--set",
+    "rules",
+    type=click.File("rb"),
+    metavar="FILE",
+    help="Replace the rules by those of a JSON file; - is standard input.",
+)
+@_where
+def access(config: Config, key: str, rules: IO[bytes] | None) -> None:
+    """Print an app's access rules as JSON, or replace them; what is there now is printed."""
+    if rules is None:
+        _run(config, lambda actions: actions.show_access(key))
+        return
+    wanted = _read_json(rules)
+    _run(config, lambda actions: actions.set_access(key, wanted))
+
+
+def _read_json(file: IO[bytes]) -> object:
+    try:
+        content: object = orjson.loads(file.read())
+    except orjson.JSONDecodeError as error:
+        raise click.ClickException(f"the access rules are not valid JSON: {error}") from error
+    return content
+
+
+@app.command()
 @click.argument("key")
 @_where
 def delete(config: Config, key: str) -> None:
@@ -195,6 +222,12 @@ class RemoteActions:
     async def rotate_secret(self, key: str) -> object:
         return await self._call("POST", _path(key, "rotate-secret"))
 
+    async def show_access(self, key: str) -> object:
+        return await self._call("GET", _access_path(key))
+
+    async def set_access(self, key: str, rules: object) -> object:
+        return await self._call("PUT", _access_path(key), rules)
+
     async def delete_app(self, key: str) -> object:
         return await self._call("POST", _path(key, "delete"))
 
@@ -208,6 +241,10 @@ class RemoteActions:
             return content
         error = content["error"]
         raise ApiError(error["code"], error["message"], http_status=response.status)
+
+
+def _access_path(key: str) -> str:
+    return f"/v1/apps/{quote(key, safe='')}/access"
 
 
 def _path(key: str, action: str) -> str:

@@ -31,12 +31,16 @@ PREFIX: Final = "HOLDFAST_"
 OFF: Final = "off"
 OFF_ALLOWED: Final = f', or "{OFF}"'
 DAY: Final = 86400
+ORIGIN_WORDS: Final = ("same", "any")
+ORIGIN: Final = re.compile(r"null|[a-z][a-z0-9+.-]*://[^/,\s]*")  # as a browser sends it (RFC 6454 6.2)
 
 Port = Annotated[int, Meta(ge=0, le=65535)]  # 0: any free port
 Count = Annotated[int, Meta(ge=0)]
 Limit = Annotated[int, Meta(ge=1)]
 Body = Annotated[int, Meta(ge=1024)]
 AdminKey = Annotated[str, Meta(min_length=16)]
+U16 = Annotated[int, Meta(ge=0, le=65535)]
+Name = Annotated[str, Meta(min_length=1)]
 Seconds = Annotated[float, Meta(gt=0)]
 
 
@@ -69,6 +73,12 @@ class Mqtt(msgspec.Struct, frozen=True, kw_only=True):
         Port | None, _about("MQTT over TLS; needs certificate and private_key", flag="--mqtts-port")
     ] = None
     ws_port: Annotated[Port | None, _about("MQTT over WebSocket, path /mqtt", flag="--ws-port")] = 8083
+    ws_origins: Annotated[
+        str,
+        _about(
+            'pages that may connect over WebSocket: "same" host as the server, "any", or origins with commas'
+        ),
+    ] = "same"
     certificate: Annotated[Path | None, _about("PEM file; read again on SIGHUP")] = None
     private_key: Annotated[Path | None, _about("PEM file of the certificate's key")] = None
     connect_timeout: Annotated[Seconds, _about("a connection without CONNECT is closed after this")] = 10.0
@@ -79,15 +89,49 @@ class Mqtt(msgspec.Struct, frozen=True, kw_only=True):
     max_connecting: Annotated[
         Limit, _about("connections that have not sent CONNECT yet; more are refused")
     ] = 10_000
+    max_connections_per_address: Annotated[
+        Limit | None, _about("connections of one source address at once; IPv6 counts by /64")
+    ] = None
+    connect_rate: Annotated[Limit | None, _about("new connections a second, from anybody")] = None
+    connect_rate_per_address: Annotated[
+        Limit | None, _about("new connections a second from one source address; IPv6 counts by /64")
+    ] = None
     keep_alive_max: Annotated[
         int, Meta(ge=1, le=65535), _about("a longer keep-alive is lowered to this (Server Keep Alive)")
     ] = 3600
+    keep_alive_min: Annotated[
+        U16, _about("an MQTT 5 keep-alive below is raised to this (Server Keep Alive); 0: as asked for")
+    ] = 0
     session_expiry_max: Annotated[Count, _about("longest time a session outlives its connection")] = 7 * DAY
     max_subscriptions: Annotated[Limit, _about("ordinary subscriptions of one session")] = 100
-    max_queued: Annotated[Count, _about("ordinary messages kept for one absent session")] = 100
+    max_sessions: Annotated[Count, _about("sessions of one app kept for absent clients")] = 100_000
+    max_queued: Annotated[Count, _about("ordinary messages kept for one absent session")] = 1000
+    max_queued_bytes: Annotated[Count, _about("their bytes")] = 1_048_576
+    max_retained: Annotated[Count, _about("retained messages of one app")] = 10_000
+    max_retained_bytes: Annotated[Count, _about("their bytes, topics included")] = 16 << 20
+    max_topic_length: Annotated[
+        int, Meta(ge=1, le=65535), _about("bytes of an ordinary topic or filter; a longer one is refused")
+    ] = 4096
+    max_topic_levels: Annotated[
+        int, Meta(ge=1, le=65535), _about("levels of an ordinary topic or filter; a deeper one is refused")
+    ] = 128
+    topic_alias_maximum: Annotated[U16, _about("topic aliases that one peer may set; 0: none")] = 16
+    receive_maximum: Annotated[
+        int,
+        Meta(ge=1, le=65535),
+        _about("unanswered messages of one peer, and QoS 2 ids it has not released"),
+    ] = 256
     max_inflight: Annotated[
         int, Meta(ge=1, le=65535), _about("unacknowledged packets to one device, at most")
     ] = 32
+    sys_interval: Annotated[Seconds, _about("time between two publications of $SYS/#")] = 10.0
+    anonymous_app: Annotated[
+        Name | None,
+        _about("open app that takes in connections without user name and password; for test beds"),
+    ] = None
+    anonymous_anywhere: Annotated[
+        bool, _about("let anonymous_app work where others than this machine can reach the server")
+    ] = False
 
 
 class Http(msgspec.Struct, frozen=True, kw_only=True):
@@ -226,7 +270,7 @@ def _allowed(kind: msgspec.inspect.Type) -> str:
         case msgspec.inspect.FloatType():
             return "a number above 0"
         case msgspec.inspect.StrType(min_length=length):
-            return f"text of at least {length} characters" if length else "text"
+            return f"text of at least {length} character{'s' * (length > 1)}" if length else "text"
         case _:
             return "a path"
 
@@ -364,6 +408,18 @@ def _conflicts(config: Config) -> Iterator[str]:
         yield "mqtt.certificate and mqtt.private_key: must be set together"
     elif mqtt.tls_port is not None and mqtt.certificate is None:
         yield f"mqtt.tls_port = {mqtt.tls_port}: needs mqtt.certificate and mqtt.private_key"
+    if mqtt.keep_alive_min > mqtt.keep_alive_max:
+        yield (
+            f"mqtt.keep_alive_min = {mqtt.keep_alive_min}: "
+            f"must be at most mqtt.keep_alive_max = {mqtt.keep_alive_max}"
+        )
+    if mqtt.ws_origins not in ORIGIN_WORDS and not all(
+        ORIGIN.fullmatch(origin.strip()) for origin in mqtt.ws_origins.split(",")
+    ):
+        yield (
+            f"mqtt.ws_origins = {mqtt.ws_origins!r}: must be same, any, or origins such as "
+            "https://app.example.com with commas between"
+        )
     if push.default_ttl > push.max_ttl:
         yield f"push.default_ttl = {push.default_ttl}: must be at most push.max_ttl = {push.max_ttl}"
 

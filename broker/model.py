@@ -20,6 +20,16 @@ PLATFORMS: Final = ("android", "ios", "quickapp", "hmos", "winphone", "other")
 
 
 @dataclass(frozen=True, slots=True)
+class AccessRule:
+    """Who may do what with the ordinary topics that a filter matches. See broker/access.py."""
+
+    allow: bool  # else deny
+    action: str  # publish | subscribe | all
+    topic: str  # a filter; its level {registration_id} stands for the peer's own name
+    who: str  # devices | publishers | everyone
+
+
+@dataclass(frozen=True, slots=True)
 class App:
     """A tenant."""
 
@@ -29,9 +39,10 @@ class App:
     master_secret: str  # publishers
     device_key: str  # shared by the app's installations: may register a device, nothing else
     signing_key: bytes  # signs device tokens; 32 bytes, never leaves the server
-    open: bool  # any client id may connect with the device key, and all ordinary topics are allowed
+    open: bool  # any client id may connect with the device key, and all ordinary topics are, where no rule says else
     created_at: float
     offline_limit: int = 100  # newest-N rule: pushes kept for a device that stays away
+    access: tuple[AccessRule, ...] = ()  # the first that fits decides
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +228,17 @@ class Retained:
     qos: int
     properties: bytes  # as encoded by the gateway, opaque here
     expires_at: float | None
+    source: str = ""  # who set it: "d/<registration id>" or "p/<client id>"; "" where that is not known
+
+
+class SessionItem(Struct, frozen=True, gc=False):
+    """One value of a durable MQTT session, as the gateway writes and reads it back; opaque here."""
+
+    app_id: int
+    session: int  # its number within the app, from 1; 0: what the app's sessions share
+    kind: str  # what it is, one letter
+    item: int | str  # which one of its kind; a number is below 2**63, and is never the same as a text
+    value: bytes | None  # None removes it
 
 
 class Claim(Struct, frozen=True, gc=False):

@@ -21,7 +21,7 @@ from pyroaring import BitMap
 
 from broker.store import StoreError, StoreFull, StoreUnavailable
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 APPLICATION_ID: Final = 0x484F4C44  # "HOLD": tells our file from any other SQLite file
 ROWS_PER_STATEMENT: Final = 512  # a prepared statement of this size takes about 150 KB
 CACHED_STATEMENTS: Final = 256
@@ -29,14 +29,22 @@ BUSY_TIMEOUT: Final = 10.0
 
 Row = tuple[Any, ...]
 
-SCHEMA: Final = """
+SESSION_ITEMS: Final = """
+CREATE TABLE session_items (
+    app INTEGER NOT NULL, session INTEGER NOT NULL, kind TEXT NOT NULL,
+    item BLOB NOT NULL,  -- of BLOB affinity: 1 and '1' stay apart
+    value BLOB NOT NULL, PRIMARY KEY (app, session, kind, item)) WITHOUT ROWID;
+"""
+
+SCHEMA: Final = f"""
 CREATE TABLE apps (
     app_id INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used again, so that no cache can mix two apps up
     key TEXT NOT NULL UNIQUE, name TEXT NOT NULL, master_secret TEXT NOT NULL, device_key TEXT NOT NULL,
     signing_key BLOB NOT NULL, open INTEGER NOT NULL, created_at REAL NOT NULL,
     offline_limit INTEGER NOT NULL,
     deleted INTEGER NOT NULL DEFAULT 0,
-    purged_to INTEGER NOT NULL DEFAULT 0);  -- of a deleted app: its messages up to this id are gone
+    purged_to INTEGER NOT NULL DEFAULT 0,  -- of a deleted app: its messages up to this id are gone
+    access TEXT NOT NULL DEFAULT '[]');  -- access rules, as JSON
 CREATE INDEX deleted_apps ON apps (app_id) WHERE deleted;
 
 CREATE TABLE devices (
@@ -84,14 +92,22 @@ CREATE INDEX events_by_app ON events (app);
 
 CREATE TABLE retained (
     app INTEGER NOT NULL, topic TEXT NOT NULL, payload BLOB NOT NULL, qos INTEGER NOT NULL,
-    properties BLOB NOT NULL, expires_at REAL, PRIMARY KEY (app, topic));
+    properties BLOB NOT NULL, expires_at REAL, source TEXT NOT NULL DEFAULT '', PRIMARY KEY (app, topic));
 CREATE INDEX retained_by_expiry ON retained (expires_at) WHERE expires_at IS NOT NULL;
-
+{SESSION_ITEMS}
 CREATE TABLE high_water (
     id INTEGER NOT NULL,  -- the greatest message or event id given out before the last purge
     epoch INTEGER NOT NULL);  -- the route epochs of this run are above it
 INSERT INTO high_water VALUES (0, 0);
 """
+
+UPGRADES: Final = {  # from this version to the next
+    1: f"""
+{SESSION_ITEMS}
+ALTER TABLE apps ADD COLUMN access TEXT NOT NULL DEFAULT '[]';
+ALTER TABLE retained ADD COLUMN source TEXT NOT NULL DEFAULT '';
+""",
+}
 
 
 # `DELETE … WHERE (a, b) IN (VALUES …)` scans the table in some versions and uses part of the key in others.
@@ -102,6 +118,7 @@ DELETED_KEYS: Final = {
     "postings": ("app", "kind", "value", "chunk"),
     "cids": ("app", "cid"),
     "retained": ("app", "topic"),
+    "session_items": ("app", "session", "kind", "item"),
     "messages": ("msg_id",),
     "settled": ("msg_id",),
     "receipts": ("msg_id",),
@@ -198,6 +215,9 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
             f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION};"
             f" PRAGMA application_id = {APPLICATION_ID}; COMMIT;"
         )
+    else:
+        for known in range(version, SCHEMA_VERSION):
+            connection.executescript(f"BEGIN; {UPGRADES[known]} PRAGMA user_version = {known + 1}; COMMIT;")
     _create_deletion_views(connection)
 
 

@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+import msgspec
 from pyroaring import BitMap
 
-from broker.model import App, Device, DeviceChange, NewDevice, Term, TermKey
+from broker.model import AccessRule, App, Device, DeviceChange, NewDevice, Term, TermKey
 from broker.sqlite_engine import Row, decode_bits, delete_rows, encode_bits, read_rows, write_rows
 from broker.sqlite_threads import Effects, Handler
 from broker.store import StoreError, UnknownDevice
 
 APP_COLUMNS: Final = (
-    "app_id, key, name, master_secret, device_key, signing_key, open, created_at, offline_limit"
+    "app_id, key, name, master_secret, device_key, signing_key, open, created_at, offline_limit, access"
 )
 DEVICE_COLUMNS: Final = (
     "d.app, d.devno, d.rid, d.platform, d.alias, d.tags, d.mobile, d.generation,"
@@ -32,11 +33,14 @@ DEVICES_BY_DEVNO: Final = (
     f"SELECT {DEVICE_COLUMNS} FROM ({{values}}) v"
     " CROSS JOIN devices d ON d.app = v.column1 AND d.devno = v.column2"
 )
+RULES: Final = msgspec.json.Decoder(tuple[AccessRule, ...])
 POSTING_KEY: Final = "p.app = v.column1 AND p.kind = v.column2 AND p.value = v.column3"
 
 
 def app_from_row(row: Row) -> App:
-    app_id, key, name, master_secret, device_key, signing_key, is_open, created_at, offline_limit = row
+    app_id, key, name, master_secret, device_key, signing_key, is_open, created_at, offline_limit, access = (
+        row
+    )
     return App(
         app_id,
         key,
@@ -47,6 +51,7 @@ def app_from_row(row: Row) -> App:
         bool(is_open),
         created_at,
         offline_limit,
+        RULES.decode(access),
     )
 
 
@@ -116,6 +121,7 @@ class IndexWrites:
         self.handlers: dict[str, Handler] = {
             "create_app": lambda calls: [self._create_app(*call) for call in calls],
             "rotate_secret": lambda calls: [self._rotate_secret(key) for key in calls],
+            "set_access": lambda calls: [self._set_access(*call) for call in calls],
             "delete_app": lambda calls: [self._delete_app(key) for key in calls],
             "register": self._register,
             "change_devices": lambda calls: [self._change_devices(*call) for call in calls],
@@ -148,13 +154,23 @@ class IndexWrites:
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             row,
         )
-        return app_from_row((cursor.lastrowid, *row))
+        return app_from_row((cursor.lastrowid, *row, "[]"))
 
     def _rotate_secret(self, key: str) -> App | None:
         self._connection.execute(
             "UPDATE apps SET master_secret = ? WHERE key = ? AND NOT deleted",
             (secrets.token_urlsafe(24), key),
         )
+        return self._app(key)
+
+    def _set_access(self, key: str, rules: tuple[AccessRule, ...]) -> App | None:
+        self._connection.execute(
+            "UPDATE apps SET access = ? WHERE key = ? AND NOT deleted",
+            (msgspec.json.encode(rules).decode(), key),
+        )
+        return self._app(key)
+
+    def _app(self, key: str) -> App | None:
         row = self._connection.execute(
             f"SELECT {APP_COLUMNS} FROM apps WHERE key = ? AND NOT deleted", (key,)
         ).fetchone()

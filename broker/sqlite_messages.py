@@ -1,4 +1,5 @@
-"""Messages as the writer thread changes them: appends, settlements, receipts, events, retained messages.
+"""Messages as the writer thread changes them: appends, settlements, receipts, events, retained messages; and the
+items of durable sessions.
 
 A message for one device (nearly all) keeps its target as a plain number: "delivered" is then one statement
 over all such messages. A message with a bitmap gets its settlements as rows of `settled`, written without
@@ -16,7 +17,7 @@ from typing import Final
 
 from pyroaring import BitMap
 
-from broker.model import Appended, BehaviourEvent, NewMessage, Receipt, Retained, Settled
+from broker.model import Appended, BehaviourEvent, NewMessage, Receipt, Retained, SessionItem, Settled
 from broker.sqlite_engine import Row, decode_bits, delete_rows, encode_bits, read_rows, write_rows
 from broker.sqlite_threads import Handler
 
@@ -91,6 +92,7 @@ class MessageWrites:
             "receipts": self._receipts,
             "events": self._events,
             "retain": self._retain,
+            "session_items": self._save_session_items,
         }
 
     # Appending
@@ -304,7 +306,7 @@ class MessageWrites:
         )
         delete_rows(self._connection, "settled", [(msg_id,) for msg_id in msg_ids])
 
-    # Receipts, events, retained messages
+    # Receipts, events, retained messages, session items
 
     def _receipts(self, calls: list[Sequence[Receipt]]) -> list[None]:
         fresh: dict[tuple[int, int, str, int], BitMap] = {}
@@ -345,12 +347,27 @@ class MessageWrites:
         newest = {(item.app_id, item.topic): item for call in calls for item in call}
         write_rows(
             self._connection,
-            "INSERT OR REPLACE INTO retained (app, topic, payload, qos, properties, expires_at) {values}",
+            "INSERT OR REPLACE INTO retained (app, topic, payload, qos, properties, expires_at, source)"
+            " {values}",
             [
-                (*key, item.payload, item.qos, item.properties, item.expires_at)
+                (*key, item.payload, item.qos, item.properties, item.expires_at, item.source)
                 for key, item in newest.items()
                 if item.payload
             ],
         )
         delete_rows(self._connection, "retained", [key for key, item in newest.items() if not item.payload])
+        return [None] * len(calls)
+
+    def _save_session_items(self, calls: list[Sequence[SessionItem]]) -> list[None]:
+        newest = {
+            (item.app_id, item.session, item.kind, item.item): item.value for call in calls for item in call
+        }
+        write_rows(  # not for a deleted app: its purge may be over, and nobody would remove them again
+            self._connection,
+            "INSERT OR REPLACE INTO session_items (app, session, kind, item, value)"
+            " SELECT v.column1, v.column2, v.column3, v.column4, v.column5 FROM ({values}) v"
+            " CROSS JOIN apps a ON a.app_id = v.column1 WHERE NOT a.deleted",
+            [(*key, value) for key, value in newest.items() if value is not None],
+        )
+        delete_rows(self._connection, "session_items", [k for k, value in newest.items() if value is None])
         return [None] * len(calls)

@@ -17,6 +17,7 @@ from broker.model import (
     MessageRecord,
     OwedRequest,
     Retained,
+    SessionItem,
     StoredBroadcast,
     StoredMessage,
 )
@@ -52,6 +53,7 @@ class Reads:
             "find_messages": lambda calls: [self._find_messages(*call) for call in calls],
             "list_events": lambda calls: [self._list_events(*call) for call in calls],
             "list_retained": lambda calls: [self._list_retained(app_id) for app_id in calls],
+            "list_session_items": lambda calls: [self._list_session_items(app_id) for app_id in calls],
         }
 
     # Apps and devices
@@ -196,8 +198,16 @@ class Reads:
 
     def _list_retained(self, app_id: int) -> list[Retained]:
         rows = self._connection.execute(
-            "SELECT app, topic, payload, qos, properties, expires_at FROM retained"
+            "SELECT app, topic, payload, qos, properties, expires_at, source FROM retained"
             " WHERE app = ? AND (expires_at IS NULL OR expires_at > ?) ORDER BY topic",
             (app_id, self._clock()),
         ).fetchall()
         return [Retained(*row) for row in rows]
+
+    def _list_session_items(self, app_id: int) -> list[SessionItem]:
+        rows = self._connection.execute(
+            "SELECT app, session, kind, item, value FROM session_items WHERE app = ?"
+            " ORDER BY session, kind, item",
+            (app_id,),
+        ).fetchall()
+        return [SessionItem(*row) for row in rows]

@@ -252,9 +252,27 @@ class Engine:
 
 
 INDEX_KINDS: Final = frozenset(
-    ("create_app", "rotate_secret", "delete_app", "register", "change_devices", "drop_term", "load_postings")
+    (
+        "create_app",
+        "rotate_secret",
+        "set_access",
+        "delete_app",
+        "register",
+        "change_devices",
+        "drop_term",
+        "load_postings",
+    )
 )
-LATER_KINDS: Final = ("append", "settle", "fold", "receipts", "events", "retain", "last_online")
+LATER_KINDS: Final = (
+    "append",
+    "settle",
+    "fold",
+    "receipts",
+    "events",
+    "retain",
+    "session_items",
+    "last_online",
+)
 ALONE: Final = "expire"  # upkeep: a transaction of its own, between two groups
 
 

@@ -127,7 +127,7 @@ class Upkeep:
 
     def _drop_rows(self, app_id: int) -> int:
         gone = 0
-        for table in ("inbox", "devices", "postings", "cids", "retained", "events"):
+        for table in ("inbox", "devices", "postings", "cids", "retained", "session_items", "events"):
             gone += self._drop(table, "app = ?", (app_id,), SLICE_ROWS - gone)
         return gone
 

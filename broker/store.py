@@ -18,6 +18,8 @@ S8  Appending to an inbox applies the newest-N rule (`App.offline_limit`) to tar
 S9  A claim makes the device routed under a new, larger epoch. A release with any epoch but the newest does
     nothing (G5). Routes do not outlive the node that holds them.
 S10 Read-your-writes: what an awaited write stored is seen by every read that starts after it returned.
+S11 A session item has the value that was saved last: calls count in the order they were made, and the items of
+    one call in theirs. A call is stored as a whole or not at all.
 
 All methods are called from the event loop's thread. None blocks it.
 """
@@ -30,6 +32,7 @@ from typing import Protocol
 from pyroaring import BitMap
 
 from broker.model import (
+    AccessRule,
     App,
     Appended,
     BehaviourEvent,
@@ -42,6 +45,7 @@ from broker.model import (
     OwedRequest,
     Receipt,
     Retained,
+    SessionItem,
     Settled,
     StoredBroadcast,
     StoredMessage,
@@ -98,6 +102,9 @@ class Store(Protocol):
 
     async def rotate_secret(self, key: str) -> App | None:
         """A fresh master secret; None if there is no such app."""
+
+    async def set_access(self, key: str, rules: Sequence[AccessRule]) -> App | None:
+        """Put these access rules in place of the app's; None if there is no such app."""
 
     async def delete_app(self, key: str) -> bool:
         """Remove the app at once and all its rows in the background. False: no such app."""
@@ -167,6 +174,16 @@ class Store(Protocol):
         """Set (or, with an empty payload, remove) retained messages."""
 
     async def list_retained(self, app_id: int) -> list[Retained]: ...
+
+    # Durable MQTT sessions
+
+    async def save_session_items(self, items: Sequence[SessionItem]) -> None:
+        """Set values, or remove those that are None, of any apps, all or none (S11). To remove what is not there
+        does nothing. Items of an app that was deleted are dropped: they must not keep back those of others."""
+
+    async def list_session_items(self, app_id: int) -> list[SessionItem]:
+        """All of an app by session, kind and item; numbers come before texts, texts in the order of their
+        UTF-8 bytes."""
 
     # Routes
 

@@ -25,6 +25,7 @@ from typing import Any, Final
 from pyroaring import BitMap
 
 from broker.model import (
+    AccessRule,
     App,
     Appended,
     BehaviourEvent,
@@ -37,6 +38,7 @@ from broker.model import (
     OwedRequest,
     Receipt,
     Retained,
+    SessionItem,
     Settled,
     StoredBroadcast,
     StoredMessage,
@@ -311,6 +313,10 @@ class SqliteStore:
         app: App | None = await self._write("rotate_secret", key)
         return app
 
+    async def set_access(self, key: str, rules: Sequence[AccessRule]) -> App | None:
+        app: App | None = await self._write("set_access", (key, tuple(rules)))
+        return app
+
     async def delete_app(self, key: str) -> bool:
         app_id: int | None = await self._write("delete_app", key)
         if app_id is None:
@@ -456,6 +462,15 @@ class SqliteStore:
     async def list_retained(self, app_id: int) -> list[Retained]:
         retained: list[Retained] = await self._read(self._lister, "list_retained", app_id)
         return retained
+
+    # Durable MQTT sessions
+
+    async def save_session_items(self, items: Sequence[SessionItem]) -> None:
+        await self._write("session_items", items, len(items))
+
+    async def list_session_items(self, app_id: int) -> list[SessionItem]:
+        items: list[SessionItem] = await self._read(self._lister, "list_session_items", app_id)
+        return items
 
     # Routes: one node, this process, so they are only in memory
 

@@ -21,6 +21,7 @@ from broker.model import PLATFORMS, App
 
 VERSION: Final = 1
 LENGTH: Final = 40  # 30 bytes, so no padding
+CLAIMS_LENGTH: Final = 19  # of these characters, what is not yet the signature
 
 _CLAIMS: Final = Struct(">BBIII")  # version, platform, devno, generation, expires_at
 _MAC_SIZE: Final = 16
@@ -74,6 +75,24 @@ def verify(app: App, registration_id: str, token: bytes, now: float) -> TokenCla
     if now >= expires_at:
         raise TokenError("expired")
     return TokenClaims(devno, PLATFORMS[platform], generation, expires_at)
+
+
+def reissue(app: App, registration_id: str, claims: str) -> str:
+    """The token that begins with `claims`, its first CLAIMS_LENGTH characters, made again. Raises TokenError if they
+    are malformed.
+
+    Whoever shows claims has shown nothing yet: `verify` what this returns once they have proved that they have it.
+    """
+    if len(claims) != CLAIMS_LENGTH or not claims.isascii():
+        raise TokenError("malformed")
+    try:
+        # The last character holds two bits of the signature as well; they count for nothing here.
+        raw = a2b_base64(claims.encode().translate(_FROM_URLSAFE) + b"=")
+    except Base64Error:
+        raise TokenError("malformed") from None
+    if len(raw) != _CLAIMS.size or raw[0] != VERSION:
+        raise TokenError("malformed")
+    return urlsafe_b64encode(raw + _mac(app, registration_id, raw)).decode()
 
 
 def _mac(app: App, registration_id: str, claims: bytes) -> bytes:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from broker import tokens
+from broker.access import Access, Role
 from broker.model import App
 from gateway.live import DEVICE_TOPIC, EVENT_PREFIX, PUSH_TOPIC, RECEIPT_TOPIC
-from gateway.mqtt import Connack, Connect, Properties, Reason, encode
-from gateway.session import TOPIC_ALIAS_MAXIMUM
+from gateway.mqtt import Connack, Connect, Properties, Reason, Will, encode
+from gateway.session import ALIASES_SENT, Manners
 
 DEVICE_TOPICS: Final = frozenset((PUSH_TOPIC, RECEIPT_TOPIC, DEVICE_TOPIC))
 
@@ -32,6 +33,11 @@ class OpenDevice:
 
 
 @dataclass(frozen=True, slots=True)
+class Guest:
+    """Somebody without a name in an open app: gets one for the session's life, and is no device."""
+
+
+@dataclass(frozen=True, slots=True)
 class Publisher:
     """A backend with the master secret."""
 
@@ -43,7 +49,7 @@ class Refusal:
     label: str  # for logs and metrics
 
 
-Admission = KnownDevice | OpenDevice | Publisher | Refusal
+Admission = KnownDevice | OpenDevice | Guest | Publisher | Refusal
 
 UNKNOWN_APP = Refusal(Reason.BAD_USER_NAME_OR_PASSWORD, "the user name is not an app key", "unknown app")
 NO_CREDENTIALS = Refusal(
@@ -55,6 +61,17 @@ NO_CLIENT_ID = Refusal(
     Reason.CLIENT_IDENTIFIER_NOT_VALID,
     "the client id must be the registration id of the device",
     "no client id",
+)
+NO_CLEAN_SESSION = Refusal(  # MQTT311-3.1.3-8
+    Reason.CLIENT_IDENTIFIER_NOT_VALID, "an empty client id needs a clean session", "no client id"
+)
+UNKNOWN_METHOD = Refusal(
+    Reason.BAD_AUTHENTICATION_METHOD,
+    "the one authentication method here is SCRAM-SHA-256",
+    "authentication method",
+)
+WRONG_PAYLOAD_FORMAT = Refusal(
+    Reason.PAYLOAD_FORMAT_INVALID, "the will's payload is said to be UTF-8 and is not", "will not allowed"
 )
 REVOKED = Refusal(Reason.NOT_AUTHORIZED, "the device token was revoked", "token revoked")
 WILL_NOT_ALLOWED = Refusal(
@@ -69,28 +86,57 @@ STORE_AWAY = Refusal(Reason.SERVER_UNAVAILABLE, "the store is not available; try
 OVERTAKEN = Refusal(Reason.SERVER_BUSY, "the device has connected again since", "overtaken")
 
 
-def admit(app: App, connect: Connect, generations: Mapping[int, int], now: float) -> Admission:
-    """`generations`: devno -> token generation of the app's devices with revoked tokens. `now` in Unix seconds."""
-    peer = _identify(app, connect, generations, now)
-    refused = connect.will is not None and not _may_publish(app, peer, connect.will.topic)
-    return WILL_NOT_ALLOWED if refused and not isinstance(peer, Refusal) else peer
+def admit(
+    app: App,
+    access: Access,
+    connect: Connect,
+    generations: Mapping[int, int],
+    now: float,
+    *,
+    anonymous: bool = False,
+) -> Admission:
+    """`generations`: devno -> token generation of the app's devices with revoked tokens. `now` in Unix seconds.
+    `anonymous`: the app is the one that asks for no credentials, and none came."""
+    peer = _identify(app, connect, generations, now, anonymous)
+    if isinstance(peer, Refusal):
+        return peer
+    if not connect.client_id and connect.version == 4 and not connect.clean_start:
+        return NO_CLEAN_SESSION
+    will = connect.will
+    return peer if will is None else _check_will(access, peer, connect.client_id, will) or peer
 
 
-def _may_publish(app: App, peer: Admission, topic: str) -> bool:
-    """A will is an ordinary message, under the access rule of `gateway.exchange`."""
-    if isinstance(peer, Publisher):
-        return topic != PUSH_TOPIC
-    return app.open and topic not in DEVICE_TOPICS and not topic.startswith(EVENT_PREFIX)
+def _check_will(access: Access, peer: Admission, client_id: str, will: Will) -> Refusal | None:
+    """A will is an ordinary message, under the same rules."""
+    if will.topic == PUSH_TOPIC:
+        return WILL_NOT_ALLOWED
+    if not isinstance(peer, Publisher) and (
+        will.topic in DEVICE_TOPICS or will.topic.startswith(EVENT_PREFIX)
+    ):
+        return WILL_NOT_ALLOWED
+    role: Role = "publisher" if isinstance(peer, Publisher) else "device"
+    if not access.may_publish(role, client_id, will.topic):
+        return WILL_NOT_ALLOWED
+    if will.properties.get("payload_format_indicator"):
+        try:
+            will.payload.decode()
+        except UnicodeDecodeError:
+            return WRONG_PAYLOAD_FORMAT
+    return None
 
 
-def _identify(app: App, connect: Connect, generations: Mapping[int, int], now: float) -> Admission:
+def _identify(
+    app: App, connect: Connect, generations: Mapping[int, int], now: float, anonymous: bool
+) -> Admission:
+    if anonymous:
+        return OpenDevice() if connect.client_id else Guest()
     password = connect.password or b""
     if hmac.compare_digest(password, app.master_secret.encode()):
         return Publisher()
+    if app.open and hmac.compare_digest(password, app.device_key.encode()):
+        return OpenDevice() if connect.client_id else Guest()
     if not connect.client_id:
         return NO_CLIENT_ID
-    if app.open and hmac.compare_digest(password, app.device_key.encode()):
-        return OpenDevice()
     try:
         claims = tokens.verify(app, connect.client_id, password, now)
     except tokens.TokenError as error:
@@ -102,6 +148,14 @@ def _identify(app: App, connect: Connect, generations: Mapping[int, int], now: f
     return KnownDevice(claims.devno, claims.platform)
 
 
+class Limits(NamedTuple):
+    """What CONNACK tells every peer."""
+
+    receive_maximum: int
+    maximum_packet: int
+    topic_alias_maximum: int
+
+
 class Terms(NamedTuple):
     """What holds for a connection, in seconds; `told_…` is None where it is what the peer asked for."""
 
@@ -111,37 +165,56 @@ class Terms(NamedTuple):
     told_session_expiry: int | None
 
 
-def agree(connect: Connect, *, keep_alive_max: int, session_expiry_max: int) -> Terms:
+def agree(connect: Connect, *, keep_alive_min: int, keep_alive_max: int, session_expiry_max: int) -> Terms:
     """3.1.1 cannot be told anything: its keep-alive is taken as it is, and a session that is not clean lives as long
-    as any. MQTT 5 is overruled where it asks for more (MQTT5-3.2.2-21, MQTT5-3.2.2.3.2)."""
+    as any. MQTT 5 is overruled where it asks for more, or for less (MQTT5-3.2.2-21, MQTT5-3.2.2.3.2)."""
     if connect.version == 4:
         return Terms(connect.keep_alive, None, 0 if connect.clean_start else session_expiry_max, None)
-    overruled = not 0 < connect.keep_alive <= keep_alive_max
+    asked = connect.keep_alive or keep_alive_max  # 0: for ever
+    keep_alive = max(min(asked, keep_alive_max), min(keep_alive_min, keep_alive_max))
     wished = connect.properties.get("session_expiry_interval", 0)
     expiry = min(wished, session_expiry_max)
     return Terms(
-        keep_alive_max if overruled else connect.keep_alive,
-        keep_alive_max if overruled else None,
+        keep_alive,
+        None if keep_alive == connect.keep_alive else keep_alive,
         expiry,
         None if expiry == wished else expiry,
     )
 
 
+def manners(connect: Connect) -> Manners:
+    """What the peer wants to be sent."""
+    properties = connect.properties
+    return _manners(
+        properties.get("maximum_packet_size", 0),
+        min(properties.get("topic_alias_maximum", 0), ALIASES_SENT),
+        properties.get("request_problem_information", 1),
+    )
+
+
 @functools.lru_cache(maxsize=1024)
-def connack(
-    version: int, present: bool, terms: Terms, receive_maximum: int, maximum_packet: int, assigned: str | None
-) -> bytes:
+def _manners(maximum_packet: int, alias_maximum: int, problem_information: int) -> Manners:
+    return Manners(maximum_packet, alias_maximum, bool(problem_information))
+
+
+@functools.lru_cache(maxsize=1024)
+def welcome(version: int, present: bool, terms: Terms, limits: Limits) -> bytes:
     """The packet that welcomes; a few serve all devices."""
-    properties: Properties = {}
-    if version == 5:
-        if assigned is not None:
-            properties["assigned_client_identifier"] = assigned
-        properties["receive_maximum"] = receive_maximum
-        properties["maximum_packet_size"] = maximum_packet
-        properties["topic_alias_maximum"] = TOPIC_ALIAS_MAXIMUM
-        properties["shared_subscription_available"] = 0
-        if terms.told_session_expiry is not None:
-            properties["session_expiry_interval"] = terms.told_session_expiry
-        if terms.told_keep_alive is not None:
-            properties["server_keep_alive"] = terms.told_keep_alive
+    return connack(version, present, terms, limits, {})
+
+
+def connack(version: int, present: bool, terms: Terms, limits: Limits, more: Properties) -> bytes:
+    """`more`: what holds for this peer alone."""
+    if version != 5:
+        return encode(Connack(present, Reason.SUCCESS), version)
+    properties: Properties = {
+        "receive_maximum": limits.receive_maximum,
+        "maximum_packet_size": limits.maximum_packet,
+        "topic_alias_maximum": limits.topic_alias_maximum,
+        **more,
+    }
+    if terms.told_session_expiry is not None:
+        properties["session_expiry_interval"] = terms.told_session_expiry
+    if terms.told_keep_alive is not None:
+        properties["server_keep_alive"] = terms.told_keep_alive
     return encode(Connack(present, Reason.SUCCESS, properties), version)

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import enum
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from broker.store import StoreError
 from gateway.carriers import CarrierProfile
 from gateway.mqtt import (
     CONNACK_RETURN_CODES,
+    Auth,
     Connack,
     Connect,
     Disconnect,
@@ -29,6 +32,7 @@ from gateway.session import (
     PUBACK_BYTES,
     PUBACK_SIZE,
     Acked,
+    Authenticating,
     Closed,
     Published,
     Send,
@@ -54,8 +58,9 @@ MAX_UNREAD: Final = 1_048_576  # bytes not sent yet, above which nothing is read
 class Phase(enum.IntEnum):
     OPENING = 0  # no CONNECT yet
     JOINING = 1  # CONNECT is being decided; reading is paused
-    LIVE = 2
-    CLOSED = 3
+    PROVING = 2  # CONNECT came, and AUTH is awaited
+    LIVE = 3
+    CLOSED = 4
 
 
 class Connection(asyncio.Protocol):
@@ -73,6 +78,7 @@ class Connection(asyncio.Protocol):
         "node",
         "partial",
         "phase",
+        "prefix",
         "profile",
         "session",
         "session_expiry",
@@ -88,6 +94,7 @@ class Connection(asyncio.Protocol):
         self.session: Session | None = None
         self.hub: Hub | None = None
         self.client_id = ""
+        self.prefix = ""  # of the session's key: the role
         self.epoch = 0
         self.profile: CarrierProfile = node.carriers.default
         self.partial: bytearray | None = None  # the beginning of a packet whose end has not come
@@ -98,13 +105,18 @@ class Connection(asyncio.Protocol):
         self.blocked = False
         self.busy = 0  # messages of the peer that wait for the store
 
+    @property
+    def key(self) -> str:
+        """Of the session, within the app: devices and publishers with the same client id are different sessions."""
+        return self.prefix + self.client_id
+
     # From the event loop
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
         self.profile = self.node.carriers.profile_for(transport)
         self.last_seen = self.node.clock.now
-        self.node.opened(self)
+        self.node.arrivals.opened(self)
 
     def data_received(self, data: bytes) -> None:
         if self.session is not None:  # before CONNECT the deadline does not move, whatever trickles in
@@ -135,7 +147,7 @@ class Connection(asyncio.Protocol):
                 push = session.acked(packet_id, now)
                 if push is not None:
                     note(push, devno)
-        if session.behind or session.mailbox is not None:
+        if session.behind or (session.mailbox is not None and session.mailbox.waiting):
             self.catch_up()
         if end < len(data):
             self._take(data[end:])
@@ -178,18 +190,24 @@ class Connection(asyncio.Protocol):
 
     def _decode(self, data: bytes | bytearray, start: int) -> tuple[Any, int] | None:
         if self.session is None:
-            return decode(data, start, 0, MAX_CONNECT_SIZE)
+            return decode(data, start, 5 if self.phase is Phase.PROVING else 0, MAX_CONNECT_SIZE)
         return decode(data, start, self.session.encoding.version, self.node.settings.max_packet_size)
 
     def _take_packet(self, packet: Any) -> None:
+        if self.phase is Phase.PROVING:
+            self._take_proof(packet)
+            return
         if self.session is None:
             assert isinstance(packet, Connect)
             self.phase = Phase.JOINING
-            self.node.join(self, packet)
+            self.node.arrivals.join(self, packet)
             return
         if isinstance(packet, Connect):
             raise ProtocolError("a second CONNECT")  # MQTT5-3.1.0-2
-        for action in self.session.receive(packet, self.last_seen):
+        actions = self.session.receive(packet, self.last_seen)
+        if self.session.mailbox is not None and self.session.mailbox.member is None:
+            self.node.keeper.adopt(self)
+        for action in actions:
             match action:
                 case Send():
                     self.send(action.data)
@@ -201,10 +219,23 @@ class Connection(asyncio.Protocol):
                     self.node.exchange.subscribe(self, action.packet)
                 case Unsubscribed():
                     self.node.exchange.unsubscribe(self, action.packet)
+                case Authenticating():
+                    self.node.arrivals.authenticate(self, action.packet)
                 case Closed():
                     self._goodbye(action)
                     return
+        self.send_held()
         self.catch_up()
+
+    def _take_proof(self, packet: Any) -> None:
+        """Between CONNECT and CONNACK of an enhanced authentication (MQTT5-3.1.2-30)."""
+        match packet:
+            case Auth():
+                self.node.arrivals.authenticate(self, packet)
+            case Disconnect():
+                self.close("client disconnected")
+            case _:
+                raise ProtocolError(f"{type(packet).__name__.upper()} before CONNACK")
 
     def _goodbye(self, action: Closed) -> None:
         if action.session_expiry is not None:
@@ -237,6 +268,34 @@ class Connection(asyncio.Protocol):
         if data and self.phase is not Phase.CLOSED:
             self.transport.write(data)
 
+    def send_held(self) -> None:
+        """Packets of the session that rely on a change of it leave when the change is saved (decision 0008)."""
+        session = self.session
+        if session is not None and session.held is not None:
+            frames, session.held = b"".join(session.held), None
+            self.when_saved(lambda: self.send(frames))
+
+    def when_saved(self, then: Callable[[], None]) -> None:
+        """Call `then` once all changes of the session so far are saved; when they cannot be, the connection ends:
+        what the peer was not told it will ask for again."""
+        session = self.session
+
+        def saved(error: StoreError | None) -> None:
+            if self.session is not session or session is None:
+                return
+            if error is None:
+                then()
+            else:
+                self.close("store unavailable", Reason.IMPLEMENTATION_SPECIFIC_ERROR, str(error))
+
+        self.node.journal.when_saved(saved)
+
+    def read_on(self) -> None:
+        """CONNACK is out: take what the peer sent before it had that."""
+        self.transport.resume_reading()
+        if self.partial is not None:
+            asyncio.get_running_loop().call_soon(self.resume_reading)
+
     def resume_reading(self) -> None:
         """CONNECT is decided, or the backlog of unanswered messages went down: take what has waited."""
         if self.phase is Phase.CLOSED or self._must_wait():
@@ -265,7 +324,7 @@ class Connection(asyncio.Protocol):
             if hub.wants_fetch(session):
                 self.node.fetcher.request(self)
         if session.mailbox is not None and session.mailbox.waiting:
-            self.send(b"".join(session.drain_mailbox(clock.now)))
+            self.node.exchange.drain(self, session)
 
     def check(self, now: float) -> float | None:
         """On the timer wheel: when to look again, None if the connection is over."""
@@ -295,14 +354,15 @@ class Connection(asyncio.Protocol):
             return None
         return min(deadline, next_check)
 
-    def refuse(self, version: int, reason: Reason, text: str, label: str) -> None:
+    def refuse(self, version: int, reason: Reason, text: str, label: str, *, maximum_packet: int = 0) -> None:
         """CONNACK with a failure, then close. 3.1.1 has six codes; a reason without one closes at once."""
         self.node.count_refusal(label)
         if self.phase is Phase.CLOSED:
             return
-        properties: Properties = {"reason_string": text} if version == 5 and text else {}
         if version == 5 or reason in CONNACK_RETURN_CODES:
-            self.send(encode(Connack(False, reason, properties), version or 4))
+            self.send(
+                _explained(lambda more: Connack(False, reason, more), text, version or 4, maximum_packet)
+            )
         self.close(label)
 
     def fail(self, error: MQTTError) -> None:
@@ -320,8 +380,8 @@ class Connection(asyncio.Protocol):
         if self.phase is Phase.CLOSED:
             return
         if reason is not None and self.session is not None and self.session.encoding.version == 5:
-            properties: Properties = {"reason_string": text} if text else {}
-            self.send(encode(Disconnect(reason, properties), 5))
+            most = self.session.manners.maximum_packet
+            self.send(_explained(lambda more: Disconnect(reason, more), text, 5, most))
         if self.blocked:
             self.transport.abort()  # it does not read: a polite close would wait for ever
         else:
@@ -339,3 +399,14 @@ class Connection(asyncio.Protocol):
         self.session = None
         self.hub = None
         self.will = None
+
+
+def _explained(
+    packet: Callable[[Properties], Connack | Disconnect], text: str, version: int, maximum_packet: int
+) -> bytes:
+    """With the reason in words, if the peer takes a packet of that size (MQTT5-3.2.2-19, MQTT5-3.14.2-3)."""
+    if version == 5 and text:
+        frame = encode(packet({"reason_string": text}), version)
+        if not maximum_packet or len(frame) <= maximum_packet:
+            return frame
+    return encode(packet({}), version)

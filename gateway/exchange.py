@@ -1,24 +1,25 @@
-"""Ordinary MQTT topics inside an app: subscribe, publish, retain, wills.
+"""Ordinary MQTT topics inside an app: subscribe, publish, retain, under the app's access rules (decision 0009).
 
-The access rule so far: in an open app, and for publishers, every topic is allowed; a device of any other app may
-only use the reserved ones (docs/protocol.md). `push` is not a topic one can join or leave: every device has it.
+`push` is not a topic one can join or leave: every device has it. `$SYS` belongs to the server.
 """
 
 from __future__ import annotations
 
-import asyncio
-import functools
-from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, Final, cast
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Final
 
-from broker.model import Retained
+from pyroaring import BitMap
+
+from broker.access import Role
+from broker.model import App, Retained
 from broker.store import Store
-from gateway.hub import DelayedWill, Hub
-from gateway.live import PUSH_TOPIC, TopicMessage
+from gateway.hub import Hub
+from gateway.journal import Journal
+from gateway.live import PUSH_TOPIC
+from gateway.mailbox import Entry, Mailbox
+from gateway.messages import TopicCopy, TopicMessage, passed_on, stored_publish
 from gateway.metrics import NodeMetrics
 from gateway.mqtt import (
-    NO_PROPERTIES,
-    Properties,
     Publish,
     Reason,
     Suback,
@@ -26,192 +27,343 @@ from gateway.mqtt import (
     Subscription,
     Unsuback,
     Unsubscribe,
-    Will,
     encode,
     split_share,
 )
-from gateway.session import Mailbox
+from gateway.postman import Postman
+from gateway.session import Session
+from gateway.topics import SharedGroup
 from gateway.wheel import Clock
 
 if TYPE_CHECKING:
     from gateway.connection import Connection
 
-PASSED_ON: Final = (  # MQTT5-3.3.2: what a publisher says about its message and subscribers get
-    "payload_format_indicator",
-    "content_type",
-    "response_topic",
-    "correlation_data",
-    "user_properties",
+PUBLISHER: Final = (
+    "p/"  # session keys begin with the role, so that a device and a publisher of one name differ
 )
+DEVICE: Final = "d/"
+PLAIN: Final[tuple[int, ...]] = ()
+
+Replay = tuple[TopicMessage, int, int]  # a retained message, its QoS, the subscription's identifier
+
+
+def role_of(key: str) -> tuple[Role, str]:
+    """The role and name that the access rules speak of."""
+    return ("publisher" if key.startswith(PUBLISHER) else "device"), key[2:]
 
 
 class Exchange:
-    def __init__(self, store: Store, clock: Clock, metrics: NodeMetrics) -> None:
+    def __init__(
+        self,
+        store: Store,
+        journal: Journal,
+        postman: Postman,
+        clock: Clock,
+        metrics: NodeMetrics,
+        *,
+        max_topic_length: int,
+        max_topic_levels: int,
+    ) -> None:
         self._store = store
+        self._journal = journal
+        self._postman = postman
         self._clock = clock
         self._metrics = metrics
+        self._max_length = max_topic_length
+        self._max_levels = max_topic_levels
 
-    @staticmethod
-    def allowed(connection: Connection) -> bool:
-        """Whether this peer may use ordinary topics."""
-        assert connection.hub is not None
-        assert connection.session is not None
-        return connection.hub.app.open or connection.session.devno < 0
+    def fits(self, topic: str) -> bool:
+        """Whether a topic or filter is within the limits; each level costs a node of the index."""
+        return (
+            topic.count("/") < self._max_levels
+            and len(topic) <= self._max_length
+            and (topic.isascii() or len(topic.encode()) <= self._max_length)
+        )
 
     # Subscriptions
 
     def subscribe(self, connection: Connection, packet: Subscribe) -> None:
         session = connection.session
         assert session is not None
-        identifiers = packet.properties.get("subscription_identifiers", (0,))
-        reasons, retained = [], []
+        identifier = packet.properties.get("subscription_identifiers", (0,))[0]
+        reasons: list[Reason] = []
+        replays: list[Replay] = []
         for subscription in packet.subscriptions:
-            reason, messages = self._subscribe_one(connection, subscription, identifiers[0])
+            reason, found = self._subscribe_one(connection, subscription, identifier)
             reasons.append(reason)
-            retained += messages
-        connection.send(encode(Suback(packet.packet_id, tuple(reasons)), session.encoding.version))
-        for message, qos in retained:
-            self._deliver(session.own_mailbox(), message, qos)
+            replays += found
+        suback = encode(Suback(packet.packet_id, tuple(reasons)), session.encoding.version)
+
+        def answer() -> None:
+            connection.send(suback)
+            self._replay(connection, replays)
+
+        if session.mailbox is None:
+            answer()
+        else:
+            connection.when_saved(answer)
 
     def _subscribe_one(
         self, connection: Connection, subscription: Subscription, identifier: int
-    ) -> tuple[Reason, list[tuple[TopicMessage, int]]]:
+    ) -> tuple[Reason, Sequence[Replay]]:
         session, hub = connection.session, connection.hub
         assert session is not None
         assert hub is not None
         if subscription.filter == PUSH_TOPIC and session.devno >= 0:
-            return Reason.GRANTED_QOS_1, []  # implicit, and always acknowledged
-        if split_share(subscription.filter) is not None:
-            return Reason.SHARED_SUBSCRIPTIONS_NOT_SUPPORTED, []
-        if not self.allowed(connection):
-            return Reason.NOT_AUTHORIZED, []
-        mailbox = session.own_mailbox()
-        mailbox.member = connection
+            return Reason.GRANTED_QOS_1, ()  # implicit, and always acknowledged
+        share = split_share(subscription.filter)
+        plain = share[1] if share else subscription.filter
+        if not self.fits(subscription.filter):
+            return Reason.TOPIC_FILTER_INVALID, ()
+        if not hub.access.may_subscribe(*role_of(connection.key), plain):
+            return Reason.NOT_AUTHORIZED, ()
+        mailbox = connection.node.keeper.adopt(connection)
         known = subscription.filter in mailbox.subscriptions
         if not known and len(mailbox.subscriptions) >= mailbox.limits.subscriptions:
-            return Reason.QUOTA_EXCEEDED, []
-        mailbox.subscriptions[subscription.filter] = (subscription, identifier)
-        hub.subscriptions.add(subscription, identifier, mailbox)
-        retained = []
-        if subscription.retain_handling == 0 or (subscription.retain_handling == 1 and not known):
-            retained = [
-                (
-                    _as_received(message, retain=True, identifiers=[identifier]),
-                    min(message.qos, subscription.qos),
-                )
-                for message in hub.retained.match(subscription.filter, self._clock.now)
-            ]
-        return Reason(subscription.qos), retained
+            return Reason.QUOTA_EXCEEDED, ()
+        entry = (subscription, identifier)
+        mailbox.subscriptions[subscription.filter] = entry
+        hub.subscriptions.add(entry, mailbox)
+        if mailbox.log is not None:
+            mailbox.log.subscribed(entry)
+        wants = subscription.retain_handling == 0 or (subscription.retain_handling == 1 and not known)
+        found = self._retained(hub, plain) if wants and share is None else ()
+        return Reason(subscription.qos), [
+            (message, min(message.qos, subscription.qos), identifier) for message in found
+        ]
+
+    def _retained(self, hub: Hub, topic_filter: str) -> Iterable[TopicMessage]:
+        """Those that match, and whose source may still publish there."""
+        return (
+            message
+            for message in hub.retained.match(topic_filter, self._clock.now)
+            if not message.source or hub.access.may_publish(*role_of(message.source), message.topic)
+        )
+
+    def _replay(self, connection: Connection, replays: Sequence[Replay]) -> None:
+        """Retained messages to a new subscription (MQTT5-3.3.1-9)."""
+        session, hub = connection.session, connection.hub
+        if session is None or hub is None or session.mailbox is None:
+            return
+        mailbox = session.mailbox
+        for message, qos, identifier in replays:
+            ids = (identifier,) if identifier else PLAIN
+            copy = TopicCopy(message, qos, retain=True, subscription_ids=ids)
+            if qos and mailbox.log is not None:
+                self._keep(hub, message, [(copy, [mailbox])])
+            if qos or not connection.blocked:
+                self._postman.hand(mailbox, copy)
+            else:
+                mailbox.put(copy)  # what a topic's state is must not get lost because there is much of it
+
+    def drain(self, connection: Connection, session: Session) -> None:
+        """Send what waits and fits."""
+        mailbox = session.own_mailbox()
+        dropped = mailbox.dropped
+        frames = session.drain_mailbox(self._clock.now)
+        self._metrics.topic_messages.value += len(frames)
+        self._metrics.topic_dropped.value += mailbox.dropped - dropped
+        connection.send(b"".join(frames))
+        connection.send_held()
 
     def unsubscribe(self, connection: Connection, packet: Unsubscribe) -> None:
         session, hub = connection.session, connection.hub
         assert session is not None
         assert hub is not None
-        reasons = []
-        for topic_filter in packet.filters:
-            mailbox = session.mailbox
-            found = mailbox is not None and mailbox.subscriptions.pop(topic_filter, None) is not None
-            if found and mailbox is not None:
-                hub.subscriptions.remove(topic_filter, mailbox)
-            reasons.append(Reason.SUCCESS if found else Reason.NO_SUBSCRIPTION_EXISTED)
-        connection.send(encode(Unsuback(packet.packet_id, tuple(reasons)), session.encoding.version))
+        mailbox = session.mailbox
+        reasons = [
+            Reason.SUCCESS
+            if mailbox is not None and self._leave(hub, mailbox, topic_filter)
+            else Reason.NO_SUBSCRIPTION_EXISTED
+            for topic_filter in packet.filters
+        ]
+        unsuback = encode(Unsuback(packet.packet_id, tuple(reasons)), session.encoding.version)
+        if mailbox is None:
+            connection.send(unsuback)
+        else:
+            connection.when_saved(lambda: connection.send(unsuback))
 
     @staticmethod
-    def forget(hub: Hub, mailbox: Mailbox) -> None:
-        """The session is over: take its subscriptions out."""
-        for topic_filter in mailbox.subscriptions:
-            hub.subscriptions.remove(topic_filter, mailbox)
-        mailbox.subscriptions = {}
+    def _leave(hub: Hub, mailbox: Mailbox, topic_filter: str) -> bool:
+        if mailbox.subscriptions.pop(topic_filter, None) is None:
+            return False
+        hub.subscriptions.remove(topic_filter, mailbox)
+        if mailbox.log is not None:
+            mailbox.log.unsubscribed(topic_filter)
+        return True
+
+    def rules_changed(self, hub: Hub) -> None:
+        """End what the new rules do not cover, and drop what waits for it (decision 0009)."""
+        for mailbox in list(hub.sessions()):
+            role, name = role_of(mailbox.key)
+            ended = [
+                topic_filter
+                for topic_filter in mailbox.subscriptions
+                if not hub.access.may_subscribe(role, name, _plain(topic_filter))
+            ]
+            for topic_filter in ended:
+                self._leave(hub, mailbox, topic_filter)
+            if ended:
+                for copy in mailbox.remove(
+                    lambda copy: not hub.access.may_subscribe(role, name, copy.message.topic)  # noqa: B023
+                ):
+                    mailbox.drop(copy)
 
     # Messages
 
-    def publish(
-        self, hub: Hub, packet: Publish, origin: Mailbox | None
-    ) -> tuple[Reason, Coroutine[Any, Any, None] | None]:
-        """Hand an ordinary message to its subscribers, and retain it if asked to. Returns the answer, and for a
-        retained message what makes it durable, to be awaited before the answer (raises StoreError)."""
-        message = _message(packet, self._clock.now)
+    def publish(self, hub: Hub, packet: Publish, origin: str, session: Session | None) -> tuple[Reason, bool]:
+        """Hand an ordinary message to its subscribers, and retain it if asked to. `origin`: key of the session it is
+        from. Returns the answer, and whether `saved` is to be awaited before it is given."""
+        message = self._message(packet, origin)
         if packet.retain and not hub.retained.set(message):
-            return Reason.QUOTA_EXCEEDED, None
-        reason = self.route(hub, message, origin)
-        if not packet.retain:
-            return reason, None
-        return reason, self._store.retain([_as_row(hub, message, self._clock)])
+            return Reason.QUOTA_EXCEEDED, False
+        reason = self._route(hub, message, origin)
+        received = packet.qos == 2 and session is not None and _durable(session.mailbox)
+        return reason, packet.retain or bool(message.number) or received
 
-    def route(self, hub: Hub, message: TopicMessage, origin: Mailbox | None) -> Reason:
-        delivered = False
-        for mailbox, entries in hub.subscriptions.match(message.topic).items():
-            meant = [entry for entry in entries if not (entry[0].no_local and mailbox is origin)]
-            if not meant:
-                continue
-            delivered = True
-            retain = message.retain and any(options.retain_as_published for options, _ in meant)
-            identifiers = [identifier for _, identifier in meant]
-            qos = min(message.qos, max(options.qos for options, _ in meant))
-            self._deliver(mailbox, _as_received(message, retain=retain, identifiers=identifiers), qos)
-        return Reason.SUCCESS if delivered else Reason.NO_MATCHING_SUBSCRIBERS
+    async def saved(self, hub: Hub, packet: Publish, origin: str) -> None:
+        """What was published is durable. Raises StoreError."""
+        if packet.retain:
+            await self._store.retain([self._as_row(hub.app, packet, origin)])
+        await self._journal.saved()
 
-    def _deliver(self, mailbox: Mailbox, message: TopicMessage, qos: int) -> None:
-        session, member = mailbox.session, mailbox.member
-        dropped = mailbox.dropped
-        if session is None or member is None:
-            if qos:
-                mailbox.put_for_later(message, qos)
-        elif qos or not member.blocked:
-            frame = session.send_message(message, qos, self._clock.now)
-            if frame is not None:
-                self._metrics.topic_messages.value += 1
-                member.send(frame)
-        else:
-            self._metrics.topic_dropped.value += 1  # QoS 0 to a socket that does not drain
-        self._metrics.topic_dropped.value += mailbox.dropped - dropped
-
-    def send_will(self, connection: Connection, hub: Hub, key: str, will: Will) -> None:
-        """The connection ended without DISCONNECT (MQTT5-3.1.2-8): publish now, or after the will delay unless
-        the session is taken up before (MQTT5-3.1.3-9)."""
-        delay = min(will.properties.get("will_delay_interval", 0), connection.session_expiry)
-        packet = Publish(
-            will.topic, will.payload, will.qos, will.retain, packet_id=1, properties=will.properties
+    def _message(self, packet: Publish, origin: str) -> TopicMessage:
+        expiry = packet.properties.get("message_expiry_interval")
+        return TopicMessage(
+            packet.topic,
+            packet.payload,
+            packet.qos,
+            packet.retain,
+            passed_on(packet.properties),
+            None if expiry is None else self._clock.now + expiry,
+            origin,
         )
-        if not delay:
-            self._publish_will(connection, hub, packet)
+
+    def _route(self, hub: Hub, message: TopicMessage, origin: str) -> Reason:
+        found = hub.subscriptions.match(message.topic)
+        copies: dict[tuple[int, bool, tuple[int, ...]], TopicCopy] = {}
+        targets: list[tuple[Mailbox, TopicCopy]] = []
+        durable: dict[TopicCopy, list[Mailbox]] = {}
+        for mailbox, entries in found.members.items():
+            options = _options(message, entries, own=mailbox.key == origin)
+            if options is None:
+                continue
+            copy = copies.get(options)
+            if copy is None:
+                copy = copies[options] = TopicCopy(
+                    message, options[0], retain=options[1], subscription_ids=options[2]
+                )
+            targets.append((mailbox, copy))
+            if mailbox.log is not None and copy.qos:
+                durable.setdefault(copy, []).append(mailbox)
+        for group in found.groups:
+            chosen = self._choose(message, group)
+            if chosen is not None:
+                targets.append(chosen)
+                if chosen[0].log is not None and chosen[1].qos:
+                    durable[chosen[1]] = [chosen[0]]
+        if durable:
+            self._keep(hub, message, durable.items())
+        self._postman.deliver(hub, message.topic, targets)
+        return Reason.SUCCESS if targets else Reason.NO_MATCHING_SUBSCRIBERS
+
+    @staticmethod
+    def _choose(
+        message: TopicMessage, group: SharedGroup, *, other_than: Mailbox | None = None, live: bool = False
+    ) -> tuple[Mailbox, TopicCopy] | None:
+        """The member of a shared subscription that gets the message, and what it gets."""
+        mailbox = group.choose(qos=message.qos, other_than=other_than, live=live)
+        if mailbox is None:
+            return None
+        options = _options(message, [group.members[mailbox]], own=False)
+        assert options is not None
+        qos, retain, ids = options
+        return mailbox, TopicCopy(message, qos, retain=retain, subscription_ids=ids, share=group)
+
+    def _keep(
+        self, hub: Hub, message: TopicMessage, waiting: Iterable[tuple[TopicCopy, Sequence[Mailbox]]]
+    ) -> None:
+        """Store the message for the durable sessions that get it: one row, whoever they are."""
+        new = not message.number
+        if new:
+            message.number = hub.new_message_number()
+        for copy, mailboxes in waiting:
+            copy.left = BitMap(mailbox.log.number for mailbox in mailboxes if mailbox.log is not None)
+            message.copies.append(copy)
+        if new:
+            self._journal.note_message(hub.app.app_id, message)
+        else:
+            self._journal.touch(hub.app.app_id, message)
+
+    def reassign(self, hub: Hub, mailbox: Mailbox, copies: Sequence[TopicCopy]) -> list[TopicCopy]:
+        """Give copies of shared subscriptions, which this member has not acknowledged, to others that are connected
+        (MQTT5-4.8.2-6). Returns those that nobody takes."""
+        left = []
+        for copy in copies:
+            assert copy.share is not None
+            chosen = self._choose(copy.message, copy.share, other_than=mailbox, live=True)
+            if chosen is None:
+                left.append(copy)
+                continue
+            if chosen[0].log is not None and chosen[1].qos:
+                self._keep(hub, copy.message, [(chosen[1], [chosen[0]])])
+            mailbox.done(copy)
+            self._postman.deliver(hub, copy.message.topic, [chosen])
+        return left
+
+    def publish_will(self, hub: Hub, packet: Publish, key: str) -> None:
+        """See `Wills`. The rules may have changed since CONNECT."""
+        if not hub.access.may_publish(*role_of(key), packet.topic):
+            self._metrics.publishes_refused.labels("not allowed").value += 1
             return
-        publish = functools.partial(self._publish_will, connection, hub, packet)
-        timer = asyncio.get_running_loop().call_later(delay, self._publish_delayed, hub, key)
-        hub.wills[key] = DelayedWill(timer, publish)
+        _, saving = self.publish(hub, packet, key, None)
+        if saving:
+            self._postman.spawn(self.saved(hub, packet, key))
 
-    def _publish_delayed(self, hub: Hub, key: str) -> None:
-        hub.wills.pop(key).publish()
+    # Retained messages in the store
 
-    def _publish_will(self, connection: Connection, hub: Hub, packet: Publish) -> None:
-        _, retaining = self.publish(hub, packet, None)
-        if retaining is not None:
-            connection.node.spawn(retaining)
+    def _as_row(self, app: App, packet: Publish, origin: str) -> Retained:
+        properties = encode(Publish(packet.topic, b"", properties=passed_on(packet.properties)), 5)
+        expiry = packet.properties.get("message_expiry_interval")
+        expires_at = None if expiry is None else self._clock.wall + expiry
+        return Retained(app.app_id, packet.topic, packet.payload, packet.qos, properties, expires_at, origin)
+
+    def load_retained(self, hub: Hub, rows: Iterable[Retained]) -> None:
+        for row in rows:
+            properties = stored_publish(row.properties).properties
+            expires_at = (
+                None if row.expires_at is None else self._clock.now + row.expires_at - self._clock.wall
+            )
+            hub.retained.set(
+                TopicMessage(row.topic, row.payload, row.qos, True, properties, expires_at, row.source)
+            )
 
 
-def _message(packet: Publish, now: float) -> TopicMessage:
-    expiry = packet.properties.get("message_expiry_interval")
-    kept = {name: value for name, value in packet.properties.items() if name in PASSED_ON}
-    return TopicMessage(
-        packet.topic,
-        packet.payload,
-        packet.qos,
-        packet.retain,
-        cast("Properties", kept) if kept else None,
-        None if expiry is None else now + expiry,
+def _options(
+    message: TopicMessage, entries: Sequence[Entry], *, own: bool
+) -> tuple[int, bool, tuple[int, ...]] | None:
+    """QoS, retain and subscription identifiers of the one copy that overlapping subscriptions of one session get
+    (MQTT5-3.3.4-2, MQTT5-3.3.4-3). None: all of them are no-local, and the message is its own."""
+    if len(entries) == 1:
+        options, identifier = entries[0]
+        if own and options.no_local:
+            return None
+        ids = (identifier,) if identifier else PLAIN
+        return min(message.qos, options.qos), message.retain and options.retain_as_published, ids
+    meant = [entry for entry in entries if not (own and entry[0].no_local)]
+    if not meant:
+        return None
+    return (
+        min(message.qos, max(options.qos for options, _ in meant)),
+        message.retain and any(options.retain_as_published for options, _ in meant),
+        tuple(identifier for _, identifier in meant if identifier),
     )
 
 
-def _as_received(message: TopicMessage, *, retain: bool, identifiers: list[int]) -> TopicMessage:
-    ids = tuple(identifier for identifier in identifiers if identifier)
-    if retain == message.retain and not ids:
-        return message
-    return TopicMessage(
-        message.topic, message.payload, message.qos, retain, message.properties, message.expires_at, ids
-    )
+def _plain(topic_filter: str) -> str:
+    share = split_share(topic_filter)
+    return share[1] if share else topic_filter
 
 
-def _as_row(hub: Hub, message: TopicMessage, clock: Clock) -> Retained:
-    properties = encode(Publish(message.topic, b"", properties=message.properties or NO_PROPERTIES), 5)
-    expires = None if message.expires_at is None else clock.wall + message.expires_at - clock.now
-    return Retained(hub.app.app_id, message.topic, message.payload, message.qos, properties, expires)
+def _durable(mailbox: Mailbox | None) -> bool:
+    return mailbox is not None and mailbox.log is not None

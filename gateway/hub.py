@@ -12,19 +12,24 @@ page of inbox rows comes here only when every broadcast older than its last row 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from math import ceil
-from typing import Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from msgspec.structs import replace
 from pyroaring import BitMap
 
+from broker.access import Access
 from broker.metrics import Counter
 from broker.model import App, StoredBroadcast
 from gateway.live import LivePush
-from gateway.session import Inbox, Mailbox, Member, Session
+from gateway.mailbox import Mailbox
+from gateway.session import Inbox, Member, Session
 from gateway.topics import RetainedMessages, SubscriptionIndex
 from gateway.wheel import Clock
+
+if TYPE_CHECKING:
+    from gateway.wills import DelayedWill
 
 FLEETING: Final = (
     5.0  # seconds in which a broadcast without time to live is sent to those who were online for it
@@ -72,19 +77,6 @@ class SessionEnds:
         return now - self._start < end
 
 
-class Timer(Protocol):
-    """As `loop.call_later` gives it."""
-
-    def cancel(self) -> None: ...
-
-
-class DelayedWill(NamedTuple):
-    """A will whose delay runs (MQTT5-3.1.3-9)."""
-
-    timer: Timer
-    publish: Callable[[], None]
-
-
 class Resend(NamedTuple):
     """The pushes in flight when a connection ended."""
 
@@ -95,14 +87,17 @@ class Resend(NamedTuple):
 class Hub:
     __slots__ = (
         "_base",
+        "_last_message",
+        "_last_session",
         "_log",
         "_too_large",
+        "access",
         "app",
         "last_broadcast",
         "mailboxes",
         "members",
         "online",
-        "publishers",
+        "others",
         "resend",
         "retained",
         "session_ends",
@@ -113,19 +108,22 @@ class Hub:
 
     def __init__(self, app: App, *, max_retained: int, max_retained_bytes: int, too_large: Counter) -> None:
         self.app = app
+        self.access = Access(app)
         self._too_large = too_large  # pushes over a device's Maximum Packet Size
         self.members: dict[int, Member] = {}  # devno -> its one live connection (G5)
         self.online = BitMap()  # the same devnos
         self.touched = 0.0  # when the last CONNECT came, monotonic
-        self.publishers: dict[str, Member] = {}  # client id -> connection
+        self.others: dict[str, Member] = {}  # session key -> connection of a publisher, or of a guest
         self._log: list[LivePush | None] = []  # None: over; leading ones are cut off
         self._base = 0  # position of _log[0]
         self.last_broadcast = 0  # msg_id; a doorbell may ring twice
         self.subscriptions = SubscriptionIndex()
         self.retained = RetainedMessages(max_retained, max_retained_bytes)
-        self.mailboxes: dict[str, Mailbox] = {}  # sessions that outlive their connection
+        self.mailboxes: dict[str, Mailbox] = {}  # session key -> what absent clients left
         self.resend: dict[int, Resend] = {}  # devno -> what was in flight, likewise
         self.wills: dict[str, DelayedWill] = {}  # of such sessions
+        self._last_session = 0  # numbers of durable sessions and of messages that wait for them
+        self._last_message = 0
         self.session_ends = SessionEnds()
 
     # The broadcast log
@@ -279,16 +277,46 @@ class Hub:
 
     def idle(self, now: float) -> bool:
         """Nothing here that could not be loaded again."""
-        kept = (self.members, self.publishers, self.mailboxes, self.resend, self.wills)
+        kept = (self.members, self.others, self.mailboxes, self.resend, self.wills)
         return not any(kept) and now > self.session_ends.latest
+
+    def change_app(self, app: App) -> None:
+        """The operator changed it."""
+        self.app = app
+        self.access = Access(app)
+
+    # Ordinary sessions
+
+    def new_session_number(self) -> int:
+        self._last_session += 1
+        return self._last_session
+
+    def new_message_number(self) -> int:
+        self._last_message += 1
+        return self._last_message
+
+    def numbers_used(self, session: int, message: int = 0) -> None:
+        """The store holds some up to these."""
+        self._last_session = max(self._last_session, session)
+        self._last_message = max(self._last_message, message)
 
     def drop_sessions(self, now: float) -> list[Mailbox]:
         """Forget sessions that expired while their client was away; returns their mailboxes."""
         for devno in [devno for devno, resend in self.resend.items() if resend.expires_at <= now]:
             del self.resend[devno]
-        expired = [key for key, box in self.mailboxes.items() if (box.expires_at or now) <= now]
+        expired = [
+            key
+            for key, mailbox in self.mailboxes.items()
+            if mailbox.expires_at is not None and mailbox.expires_at <= now
+        ]
         return [self.mailboxes.pop(key) for key in expired]
+
+    def sessions(self) -> Iterator[Mailbox]:
+        """Mailboxes of all sessions, live and kept."""
+        live = (member.session.mailbox for member in self.everyone() if member.session is not None)
+        yield from (mailbox for mailbox in live if mailbox is not None)
+        yield from self.mailboxes.values()
 
     def everyone(self) -> list[Member]:
         """All live connections of the app."""
-        return [*self.members.values(), *self.publishers.values()]
+        return [*self.members.values(), *self.others.values()]

@@ -14,7 +14,7 @@ from broker.errors import ApiError
 from broker.pushes import Pushes
 from broker.reports import Reports
 from broker.store import Store, StoreError
-from gateway.exchange import Exchange
+from gateway.exchange import Exchange, role_of
 from gateway.live import DEVICE_TOPIC, EVENT_PREFIX, PUSH_TOPIC, RECEIPT_TOPIC
 from gateway.metrics import NodeMetrics
 from gateway.mqtt import Publish, Reason
@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
 Verdict = tuple[Reason, str, tuple[tuple[str, str], ...]]
 DONE: Final[Verdict] = (Reason.SUCCESS, "", ())
+REFUSED: Final = {  # labels of `publishes_refused`
+    Reason.PAYLOAD_FORMAT_INVALID: "payload format",
+    Reason.TOPIC_NAME_INVALID: "topic limits",
+    Reason.NOT_AUTHORIZED: "not allowed",
+}
 
 
 class Intake:
@@ -55,7 +60,9 @@ class Intake:
         assert hub is not None
         assert session is not None
         topic, devno = packet.topic, session.devno
-        if devno < 0 and topic == PUSH_TOPIC:
+        if not _utf8_as_said(packet):
+            self._refuse(connection, packet, Reason.PAYLOAD_FORMAT_INVALID, "the payload is not UTF-8")
+        elif devno < 0 and topic == PUSH_TOPIC:
             self._start("push", connection, packet, self._push(hub, packet))
         elif devno >= 0 and topic == RECEIPT_TOPIC:
             self._start("receipt", connection, packet, self._receipt(hub, devno, packet))
@@ -63,25 +70,30 @@ class Intake:
             self._start("event", connection, packet, self._event(hub, devno, packet))
         elif devno >= 0 and topic == DEVICE_TOPIC:
             self._start("device", connection, packet, self._change(hub, connection.client_id, packet))
-        elif topic == PUSH_TOPIC or not self._exchange.allowed(connection):
-            self._metrics.inbound.labels("refused").value += 1
-            self._metrics.publishes_refused.labels("not allowed").value += 1
-            text = f"this device may not publish on {topic!r}"
-            self._answer(connection, session, packet, (Reason.NOT_AUTHORIZED, text, ()))
+        elif not self._exchange.fits(topic):
+            self._refuse(connection, packet, Reason.TOPIC_NAME_INVALID, "the topic is too long or too deep")
+        elif topic == PUSH_TOPIC or not hub.access.may_publish(*role_of(connection.key), topic):
+            self._refuse(connection, packet, Reason.NOT_AUTHORIZED, f"you may not publish on {topic!r}")
         else:
-            self._ordinary(connection, session, packet)
+            self._ordinary(connection, hub, session, packet)
 
-    def _ordinary(self, connection: Connection, session: Session, packet: Publish) -> None:
-        hub = connection.hub
-        assert hub is not None
-        reason, retaining = self._exchange.publish(hub, packet, session.mailbox)
-        if retaining is None:
-            self._metrics.inbound.labels("topic").value += 1
-            if reason is Reason.QUOTA_EXCEEDED:
-                self._metrics.publishes_refused.labels("retained full").value += 1
-            self._answer(connection, session, packet, (reason, "", ()))
-        else:
-            self._start("topic", connection, packet, _then(retaining, reason))
+    def _refuse(self, connection: Connection, packet: Publish, reason: Reason, text: str) -> None:
+        session = connection.session
+        assert session is not None
+        self._metrics.inbound.labels("refused").value += 1
+        self._metrics.publishes_refused.labels(REFUSED[reason]).value += 1
+        self._answer(connection, session, packet, (reason, text, ()))
+
+    def _ordinary(self, connection: Connection, hub: Hub, session: Session, packet: Publish) -> None:
+        exchange, key = self._exchange, connection.key
+        reason, saving = exchange.publish(hub, packet, key, session)
+        if saving:
+            self._start("topic", connection, packet, _then(exchange.saved(hub, packet, key), reason))
+            return
+        self._metrics.inbound.labels("topic").value += 1
+        if reason is Reason.QUOTA_EXCEEDED:
+            self._metrics.publishes_refused.labels("retained full").value += 1
+        self._answer(connection, session, packet, (reason, "", ()))
 
     def _start(
         self, kind: str, connection: Connection, packet: Publish, work: Coroutine[Any, Any, Verdict]
@@ -137,9 +149,20 @@ class Intake:
         return DONE
 
 
-async def _then(retaining: Coroutine[Any, Any, None], reason: Reason) -> Verdict:
-    await retaining
+async def _then(saving: Coroutine[Any, Any, None], reason: Reason) -> Verdict:
+    await saving
     return reason, "", ()
+
+
+def _utf8_as_said(packet: Publish) -> bool:
+    """MQTT5-3.3.2.3.2: a payload that is said to be UTF-8 is, or goes to nobody."""
+    if not packet.properties.get("payload_format_indicator"):
+        return True
+    try:
+        packet.payload.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _reason(error: ApiError) -> Reason:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from gateway.connection import Connection
 from gateway.node import Node
-from gateway.websocket import WebSocketFactory
+from gateway.websocket import SAME_ORIGIN, WebSocketFactory
 
 BACKLOG: Final = 4096  # connections the kernel holds for us in a reconnect storm; it may allow fewer
 
@@ -52,9 +52,13 @@ async def listen_tcp(
     )
 
 
-async def listen_websocket(node: Node, host: str, port: int) -> asyncio.Server:
+async def listen_websocket(node: Node, host: str, port: int, origins: str = SAME_ORIGIN) -> asyncio.Server:
+    """`origins`: the pages that may connect, as `mqtt.ws_origins` has it."""
     factory = WebSocketFactory(
-        lambda: Connection(node, "ws"), node.settings.max_packet_size, node.count_refusal
+        lambda: Connection(node, "ws"),
+        node.settings.max_packet_size,
+        node.count_refusal,
+        origins=origins,
     )
     return await _listen(factory, host, port, None)
 

@@ -7,8 +7,7 @@ distinct byte strings (architecture, decision 7): `Frames` makes each at most on
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 import msgpack
@@ -16,7 +15,7 @@ import orjson
 from pyroaring import BitMap
 
 from broker.model import StoredBroadcast, StoredMessage
-from gateway.mqtt import Properties, publish_frame
+from gateway.mqtt import publish_frame
 
 PUSH_TOPIC: Final = "push"
 RECEIPT_TOPIC: Final = "receipt"
@@ -26,6 +25,7 @@ FRAMES_KEPT: Final = (
     1024  # byte strings a message keeps for one encoding; more packet ids than this share nothing
 )
 DUP: Final = 0x08
+QOS: Final = 0x06  # bits of a PUBLISH's first byte
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,7 +53,7 @@ class Frames(dict[int, bytes]):
         super().__init__()
         self.head = head
         self.tail = tail
-        self.size = len(head) + 2 + len(tail)
+        self.size = len(head) + len(tail) + (2 if head[0] & QOS else 0)  # of the packet
 
     def __missing__(self, packet_id: int) -> bytes:
         if len(self) >= FRAMES_KEPT:
@@ -128,16 +128,3 @@ def merge_notification(notification: dict[str, Any], platform: str) -> Any:
         return {"alert": notification["alert"]} if "alert" in notification else notification
     part = own if isinstance(own, dict) else {"alert": own}
     return {"alert": notification["alert"], **part} if "alert" in notification else part
-
-
-@dataclass(frozen=True, slots=True)
-class TopicMessage:
-    """An ordinary MQTT message inside an app, as its subscribers get it."""
-
-    topic: str
-    payload: bytes
-    qos: int
-    retain: bool = False
-    properties: Properties | None = None  # passed on from the publisher
-    expires_at: float | None = None  # MQTT 5 message expiry
-    subscription_ids: Sequence[int] = field(default=())

@@ -43,6 +43,9 @@ class NodeMetrics:
         self.settle_errors = metrics.counter(
             "settle_errors", "Batches of receipts the store did not take; they are tried again."
         )
+        self.session_errors = metrics.counter(
+            "session_errors", "Batches of session changes the store did not take; they are tried again."
+        )
         self.skipped = metrics.counter("fanout_skipped", "Devices skipped by a broadcast: socket too slow.")
         self.acked_targeted = self.acked.labels("targeted")
         self.acked_broadcast = self.acked.labels("broadcast")

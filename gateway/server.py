@@ -6,7 +6,7 @@ import asyncio
 import gc
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from aiohttp import web
@@ -15,7 +15,7 @@ from broker.admin import AdminListener, Health, LocalActions, describe_app
 from broker.apps import Apps
 from broker.bus_local import LocalBus
 from broker.command import make_store
-from broker.config import Config
+from broker.config import Config, is_loopback
 from broker.devices import Devices
 from broker.http_api import build_api
 from broker.logs import log_event
@@ -25,9 +25,10 @@ from broker.pushes import Pushes
 from broker.reports import Reports
 from broker.store import StoreError
 from gateway.carriers import Carriers
+from gateway.doorkeeper import DoorLimits
 from gateway.listeners import Certificate, TlsError, address_of, format_address, listen_tcp, listen_websocket
+from gateway.mailbox import MailboxLimits
 from gateway.node import Node, NodeSettings
-from gateway.session import MailboxLimits
 
 DEMO_APP: Final = "demo"
 UPKEEP_PAUSE: Final = 5.0  # seconds between looks for expired data
@@ -50,6 +51,7 @@ class Listening:
     http: str
     admin: str
     demo_app: App | None
+    anonymous_app: App | None
 
     def as_json(self, config: Config) -> dict[str, object]:
         return {
@@ -62,6 +64,7 @@ class Listening:
             "node": config.server.node_id,
             "data_dir": str(config.server.data_dir),
             "demo_app": describe_app(self.demo_app) if self.demo_app else None,
+            "anonymous_app": describe_app(self.anonymous_app) if self.anonymous_app else None,
         }
 
 
@@ -107,6 +110,7 @@ class Service:
     async def open(self) -> Listening:
         """Raises StoreError, TlsError, OSError (an address in use) or StartError; call close after any."""
         config = self._config
+        _check_anonymous(config)
         config.server.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         if config.mqtt.tls_port is not None:
             assert config.mqtt.certificate is not None  # config.py checks that
@@ -114,6 +118,7 @@ class Service:
             self._certificate = Certificate(config.mqtt.certificate, config.mqtt.private_key)
         await self._store.open()
         demo_app = await self._demo_app()
+        anonymous_app = await self._anonymous_app()
         actions = LocalActions(self._store, self._apps, self._devices, config.push.offline_limit)
         self._admin = AdminListener(config, actions, self.metrics, self.health, self._lag)
         admin = await self._admin.open()
@@ -128,6 +133,7 @@ class Service:
             http=format_address(self._api.addresses[0]),
             admin=admin.removeprefix("http://"),
             demo_app=demo_app,
+            anonymous_app=anonymous_app,
         )
         self._upkeep = asyncio.get_running_loop().create_task(self._keep_up())
         self.health.state = "ready"
@@ -136,19 +142,38 @@ class Service:
 
     async def _demo_app(self) -> App | None:
         """The app of the first steps: open, so it must not be reachable from outside."""
-        found = next(
-            (app for app in await self._store.list_apps() if app.name == DEMO_APP and app.open), None
-        )
+        found = await self._find_open_app(DEMO_APP)
         if self._config.on_loopback and self._config.server.demo_app:
-            return found or await self._apps.create(
-                DEMO_APP, open=True, offline_limit=self._config.push.offline_limit
-            )
+            return found or await self._create_open_app(DEMO_APP)
         if found is not None and not self._config.on_loopback:
             raise StartError(
                 f"the data directory {self._config.server.data_dir} holds the demo app, which anybody may join; "
                 f"remove it with `holdfast app delete {found.key}`, or listen on a loopback address only"
             )
         return None
+
+    async def _anonymous_app(self) -> App | None:
+        """The app of those who bring no credentials; the node is told before it listens."""
+        name = self._config.mqtt.anonymous_app
+        if name is None:
+            return None
+        app = await self._find_open_app(name) or await self._create_open_app(name)
+        self.node.settings = replace(self.node.settings, anonymous_app=app.key)
+        log_event(log, logging.WARNING, "connections without credentials are taken in", app=app.key)
+        return app
+
+    async def _find_open_app(self, name: str) -> App | None:
+        """The oldest of that name."""
+        last = 0
+        while page := await self._store.list_apps(last):
+            for app in page:
+                if app.name == name and app.open:
+                    return app
+            last = page[-1].app_id
+        return None
+
+    async def _create_open_app(self, name: str) -> App:
+        return await self._apps.create(name, open=True, offline_limit=self._config.push.offline_limit)
 
     async def _listen_tcp(self, port: int | None, certificate: Certificate | None) -> str | None:
         if port is None:
@@ -159,7 +184,8 @@ class Service:
     async def _listen_websocket(self, port: int | None) -> str | None:
         if port is None:
             return None
-        self._servers.append(await listen_websocket(self.node, self._config.server.host, port))
+        mqtt, host = self._config.mqtt, self._config.server.host
+        self._servers.append(await listen_websocket(self.node, host, port, mqtt.ws_origins))
         return address_of(self._servers[-1])
 
     async def _keep_up(self) -> None:
@@ -203,6 +229,17 @@ class Service:
             await self._admin.close()
 
 
+def _check_anonymous(config: Config) -> None:
+    """Raises StartError where strangers could reach what asks for no credentials."""
+    name, host = config.mqtt.anonymous_app, config.server.host
+    if name is not None and not is_loopback(host) and not config.mqtt.anonymous_anywhere:
+        raise StartError(
+            f"mqtt.anonymous_app = {name!r} takes in everybody without credentials, and server.host = {host!r} is "
+            "open to others than this machine; set server.host to a loopback address, mqtt.anonymous_app to off, or "
+            "mqtt.anonymous_anywhere to true if that is meant"
+        )
+
+
 def tune_interpreter() -> None:
     """For one busy event loop beside the store's threads.
 
@@ -228,5 +265,19 @@ def _node_settings(config: Config) -> NodeSettings:
         keep_alive_max=mqtt.keep_alive_max,
         session_expiry_max=mqtt.session_expiry_max,
         window=mqtt.max_inflight,
-        mailbox=MailboxLimits(subscriptions=mqtt.max_subscriptions, queued_messages=mqtt.max_queued),
+        receive_maximum=mqtt.receive_maximum,
+        max_retained=mqtt.max_retained,
+        max_retained_bytes=mqtt.max_retained_bytes,
+        max_sessions=mqtt.max_sessions,
+        max_topic_length=mqtt.max_topic_length,
+        max_topic_levels=mqtt.max_topic_levels,
+        keep_alive_min=mqtt.keep_alive_min,
+        topic_alias_maximum=mqtt.topic_alias_maximum,
+        sys_interval=mqtt.sys_interval,
+        doors=DoorLimits(mqtt.max_connections_per_address, mqtt.connect_rate, mqtt.connect_rate_per_address),
+        mailbox=MailboxLimits(
+            subscriptions=mqtt.max_subscriptions,
+            queued_messages=mqtt.max_queued,
+            queued_bytes=mqtt.max_queued_bytes,
+        ),
     )

@@ -12,18 +12,22 @@ Theory. A session sends two kinds of thing through one window of packet ids:
   outlives its connection: subscriptions, queue, and the QoS 2 state of both directions.
 
 What must always hold: at most `window` packet ids are in flight; an id is in use by one message only; answers to
-inbound QoS 1 and 2 messages leave in the order the messages came (MQTT5-4.6.0-2).
+inbound QoS 1 and 2 messages leave in the order the messages came (MQTT5-4.6.0-2). Packets that rely on a change
+of a durable session are *held*: the connection sends them when the change is saved (decision 0008).
 """
 
 from __future__ import annotations
 
 import enum
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Final, Protocol, cast
 
-from gateway.live import Encoding, LivePush, TopicMessage
+from pyroaring import BitMap
+
+from gateway.live import Encoding, LivePush
+from gateway.mailbox import Mailbox, MailboxLimits
+from gateway.messages import TopicCopy
 from gateway.mqtt import (
     NO_PROPERTIES,
     Auth,
@@ -40,14 +44,14 @@ from gateway.mqtt import (
     Pubrel,
     Reason,
     Subscribe,
-    Subscription,
     Unsubscribe,
     encode,
 )
 from gateway.mqtt.errors import TopicAliasInvalid
 
 MAX_PACKET_ID: Final = 65_535
-TOPIC_ALIAS_MAXIMUM: Final = 16  # aliases a peer may set; each keeps one topic name alive
+ALIASES_SENT: Final = 32  # topics that one peer gets by alias at most, whatever it would take
+ALIAS_WORTH: Final = 3  # bytes a topic alias takes: a shorter name is sent as it is
 SUCCESS_PUBACK: Final = b"\x40\x02"
 PUBACK_SIZE: Final = 4
 PUBACK_BYTES: Final = 0x40
@@ -93,6 +97,13 @@ class Unsubscribed:
 
 
 @dataclass(frozen=True, slots=True)
+class Authenticating:
+    """The peer wants to prove again who it is (MQTT5-4.12.1)."""
+
+    packet: Auth
+
+
+@dataclass(frozen=True, slots=True)
 class Closed:
     """The peer said goodbye."""
 
@@ -100,7 +111,7 @@ class Closed:
     session_expiry: int | None  # seconds, if it changed its mind
 
 
-Action = Send | Published | Acked | Subscribed | Unsubscribed | Closed
+Action = Send | Published | Acked | Subscribed | Unsubscribed | Authenticating | Closed
 
 
 class Member(Protocol):
@@ -112,115 +123,52 @@ class Member(Protocol):
 
     def send(self, data: bytes) -> None: ...
 
+    def send_held(self) -> None: ...
+
     def catch_up(self) -> None: ...
 
     def close(self, label: str, reason: Reason | None = None, text: str = "") -> None: ...
 
 
-class Outgoing:
-    """An ordinary message on its way to one subscriber."""
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """What one peer may make the node keep (G6)."""
 
-    __slots__ = ("message", "qos", "received")
-
-    def __init__(self, message: TopicMessage, qos: int) -> None:
-        self.message = message
-        self.qos = qos
-        self.received = False  # PUBREC came: what is resent is PUBREL
+    receive_maximum: int = 256  # its unanswered QoS 1 messages and unreleased QoS 2 ids
+    topic_alias_maximum: int = 16  # each keeps one topic name alive
+    mailbox: MailboxLimits = field(default_factory=MailboxLimits)
 
 
 @dataclass(frozen=True, slots=True)
-class MailboxLimits:
-    """What one session may make the node keep (G6)."""
+class Manners:
+    """What the peer said in CONNECT about what it may be sent. A few of these serve all sessions."""
 
-    subscriptions: int = 1000
-    queued_messages: int = 1000
-    queued_bytes: int = 1_048_576
+    maximum_packet: int = 0  # bytes of a packet; 0: no limit
+    alias_maximum: int = 0  # topic aliases it accepts
+    problem_information: bool = True  # whether acknowledgements may say more than a code
 
 
-class Mailbox:
-    """What an MQTT session has besides pushes, and keeps while its client is away."""
-
-    __slots__ = (
-        "dropped",
-        "expires_at",
-        "in_flight",
-        "limits",
-        "member",
-        "next_id",
-        "queue",
-        "queued_bytes",
-        "received",
-        "session",
-        "subscriptions",
-    )
-
-    def __init__(self, limits: MailboxLimits) -> None:
-        self.limits = limits
-        self.session: Session | None = None  # of the live connection
-        self.member: Member | None = None  # that connection
-        self.subscriptions: dict[
-            str, tuple[Subscription, int]
-        ] = {}  # filter -> options, subscription id (0: none)
-        self.queue: deque[Outgoing] = deque()
-        self.queued_bytes = 0
-        self.in_flight: dict[int, Outgoing] = {}  # of the last connection, until sent again
-        self.received: set[int] = set()  # inbound QoS 2 ids between PUBLISH and PUBREL
-        self.next_id = 1
-        self.expires_at: float | None = None  # while away
-        self.dropped = 0  # messages that found no room
-
-    @property
-    def waiting(self) -> bool:
-        """Something here is to be sent."""
-        return bool(self.queue or self.in_flight)
-
-    @property
-    def empty(self) -> bool:
-        """Nothing here that a new session would not have."""
-        return not (self.subscriptions or self.queue or self.in_flight or self.received)
-
-    def put(self, item: Outgoing) -> None:
-        """Queue a message; with no room left the newcomer is dropped and counted."""
-        size = len(item.message.payload) + len(item.message.topic)
-        if (
-            len(self.queue) >= self.limits.queued_messages
-            or self.queued_bytes + size > self.limits.queued_bytes
-        ):
-            self.dropped += 1
-            return
-        self.queue.append(item)
-        self.queued_bytes += size
-
-    def put_for_later(self, message: TopicMessage, qos: int) -> None:
-        """Queue a message for an absent client."""
-        self.put(Outgoing(message, qos))
-
-    def take(self, now: float) -> Outgoing | None:
-        """The next message that has not expired."""
-        while self.queue:
-            item = self.queue.popleft()
-            self.queued_bytes -= len(item.message.payload) + len(item.message.topic)
-            if item.message.expires_at is None or item.message.expires_at > now:
-                return item
-        return None
+PLAIN: Final = Manners()
+DEFAULT_LIMITS: Final = SessionLimits()
 
 
 class Session:
-    """One connection's session. `version`, `window` and the rest are fixed at CONNECT."""
+    """One connection's session. `encoding`, `window` and the rest are fixed at CONNECT."""
 
     __slots__ = (
         "aliases",
+        "aliases_sent",
         "behind",
         "cursor",
         "devno",
         "encoding",
         "fetch",
+        "held",
         "inbound",
-        "inbound_maximum",
         "inbox",
         "limits",
         "mailbox",
-        "maximum_packet",
+        "manners",
         "next_id",
         "resend",
         "seen",
@@ -236,20 +184,18 @@ class Session:
         *,
         devno: int = -1,
         window: int = 32,
-        maximum_packet: int = 0,
-        inbound_maximum: int = 256,
-        limits: MailboxLimits = MailboxLimits(),
+        manners: Manners = PLAIN,
+        limits: SessionLimits = DEFAULT_LIMITS,
     ) -> None:
         self.encoding = encoding
+        self.manners = manners
         self.limits = limits
-        self.devno = devno  # -1: a publisher, which receives no pushes
+        self.devno = devno  # -1: not a registered device, receives no pushes
         self.window = (
             window  # packet ids in flight at most: the peer's Receive Maximum and the carrier's window
         )
-        self.maximum_packet = maximum_packet  # bytes the peer accepts; 0 = no limit
-        self.inbound_maximum = inbound_maximum  # unanswered inbound QoS 1 and 2 messages
         self.next_id = 1
-        self.unacked: dict[int, LivePush | Outgoing] | None = (
+        self.unacked: dict[int, LivePush | TopicCopy] | None = (
             None  # None when empty: idle sessions own no dict
         )
         self.waiting_since = (
@@ -263,7 +209,9 @@ class Session:
         self.fetch = Inbox.EMPTY
         self.behind = False  # something is owed that found no room
         self.inbound: dict[int, bytes | None] | None = None  # packet id -> its answer, None while undecided
-        self.aliases: dict[int, str] | None = None
+        self.aliases: dict[int, str] | None = None  # that the peer set
+        self.aliases_sent: dict[str, int] | None = None  # that we set
+        self.held: list[bytes] | None = None  # packets that wait until the session's changes are saved
         self.mailbox: Mailbox | None = None
 
     @property
@@ -297,14 +245,17 @@ class Session:
         return push.frames(self.encoding)[packet_id]
 
     def _free_id(self) -> int:
-        packet_id = self.next_id
-        reserved = {*(self.resend or {}).values(), *(self.mailbox.in_flight if self.mailbox else ())}
-        while (self.unacked and packet_id in self.unacked) or packet_id in reserved:
+        packet_id, mailbox = self.next_id, self.mailbox
+        if self.resend or (mailbox is not None and mailbox.in_flight):
+            reserved = {*(self.resend or {}).values(), *(mailbox.in_flight if mailbox else ())}
+        else:
+            reserved = None
+        while (self.unacked and packet_id in self.unacked) or (reserved and packet_id in reserved):
             packet_id = packet_id % MAX_PACKET_ID + 1
         self.next_id = packet_id % MAX_PACKET_ID + 1
         return packet_id
 
-    def _enter(self, packet_id: int, item: LivePush | Outgoing, now: float) -> None:
+    def _enter(self, packet_id: int, item: LivePush | TopicCopy, now: float) -> None:
         if self.unacked is None:
             self.unacked = {}
             self.waiting_since = now
@@ -312,52 +263,87 @@ class Session:
 
     def fits(self, size: int) -> bool:
         """Whether the peer accepts a packet of so many bytes (MQTT5-3.1.2-24)."""
-        return not self.maximum_packet or size <= self.maximum_packet
+        most = self.manners.maximum_packet
+        return not most or size <= most
 
     def own_mailbox(self) -> Mailbox:
         """The session's mailbox, made on first use: most devices only receive pushes and never need one."""
         if self.mailbox is None:
-            self.mailbox = Mailbox(self.limits)
+            self.mailbox = Mailbox(self.limits.mailbox)
             self.mailbox.session = self
         return self.mailbox
 
-    def send_message(self, message: TopicMessage, qos: int, now: float) -> bytes | None:
-        """An ordinary message for this subscriber: its packet, or None if it was queued or dropped."""
-        if qos == 0:
-            return self._publish_frame(Outgoing(message, 0), 0, now, dup=False)
+    def send_copy(self, copy: TopicCopy, now: float) -> bytes | None:
+        """An ordinary message for this subscriber: its packet, or None if it was queued, held or dropped."""
         mailbox = self.own_mailbox()
-        if mailbox.waiting or not self.room:
-            mailbox.put(Outgoing(message, qos))
+        if copy.qos == 0:
+            frame = self._frame(copy, 0, now)
+            if frame is None:
+                mailbox.drop(copy)
+            return frame
+        if mailbox.queue or mailbox.in_flight or not self.room:
+            mailbox.put(copy)
             return None
-        return self._send_outgoing(Outgoing(message, qos), now)
+        return self._send_copy(mailbox, copy, now)
 
-    def _send_outgoing(self, item: Outgoing, now: float) -> bytes | None:
+    def _send_copy(self, mailbox: Mailbox, copy: TopicCopy, now: float) -> bytes | None:
+        if copy.qos == 0:
+            return self.send_copy(copy, now)
         packet_id = self._free_id()
-        frame = self._publish_frame(item, packet_id, now, dup=False)
-        if frame is not None:
-            self._enter(packet_id, item, now)
+        frame = self._frame(copy, packet_id, now)
+        if frame is None:
+            mailbox.drop(copy)
+            return None
+        self._enter(packet_id, copy, now)
+        if (
+            copy.qos == 2 and mailbox.log is not None
+        ):  # exactly once: the client must know it by this id for ever
+            mailbox.log.sent(packet_id, copy, released=False)
+            self._hold(frame)
+            return None
         return frame
 
-    def _publish_frame(self, item: Outgoing, packet_id: int, now: float, *, dup: bool) -> bytes | None:
-        message = item.message
-        packet = Publish(
-            topic=message.topic,
-            payload=message.payload,
-            qos=item.qos,
-            retain=message.retain,
-            dup=dup,
-            packet_id=packet_id,
-            properties=_outgoing_properties(message, now) if self.encoding.version == 5 else NO_PROPERTIES,
-        )
+    def _hold(self, frame: bytes) -> None:
+        if self.held is None:
+            self.held = []
+        self.held.append(frame)
+
+    def _frame(self, copy: TopicCopy, packet_id: int, now: float, *, dup: bool = False) -> bytes | None:
+        """The PUBLISH; None if the peer would not accept it."""
+        if self.manners.alias_maximum:
+            return self._aliased(copy, packet_id, now, dup=dup)
+        frames = copy.frames(self.encoding.version, now)
+        if not self.fits(frames.size):
+            return None
+        if copy.qos == 0:
+            return frames.head + frames.tail
+        return frames.again(packet_id) if dup else frames[packet_id]
+
+    def _aliased(self, copy: TopicCopy, packet_id: int, now: float, *, dup: bool) -> bytes | None:
+        """Where the peer takes topic aliases, a topic's name goes out once (MQTT5-3.3.2-3). The packet that sets one
+        is not one of QoS 2, which may be held: others would overtake it."""
+        packet = copy.packet(packet_id, now, dup=dup)
+        known = self.aliases_sent or {}
+        alias = known.get(packet.topic, 0)
+        fresh = not alias and len(known) < self.manners.alias_maximum and len(packet.topic) > ALIAS_WORTH
+        if fresh and copy.qos < 2:
+            alias = len(known) + 1
+        if alias:
+            properties = cast("Properties", {**packet.properties, "topic_alias": alias})
+            packet = replace(packet, topic=packet.topic if fresh else "", properties=properties)
         frame = encode(packet, self.encoding.version)
-        return frame if self.fits(len(frame)) else None
+        if not self.fits(len(frame)):
+            return None
+        if alias and fresh:
+            self.aliases_sent = known | {copy.message.topic: alias}
+        return frame
 
     def drain_mailbox(self, now: float) -> list[bytes]:
         """Ordinary messages that fit the window now: those to be sent again, then the queue."""
         frames = self._send_again(now)
         mailbox = self.mailbox
-        while mailbox is not None and self.room and (item := mailbox.take(now)) is not None:
-            frame = self._send_outgoing(item, now)
+        while mailbox is not None and self.room and (copy := mailbox.take(now)) is not None:
+            frame = self._send_copy(mailbox, copy, now)
             if frame is not None:
                 frames.append(frame)
         return frames
@@ -374,25 +360,28 @@ class Session:
     def _send_again(self, now: float) -> list[bytes]:
         """As many as fit: the window may be smaller than that of the connection before (MQTT5-3.3.4-9)."""
         frames: list[bytes] = []
-        in_flight = self.mailbox.in_flight if self.mailbox else {}
-        while in_flight and self.room:
-            packet_id = next(iter(in_flight))
-            item = in_flight.pop(packet_id)
+        mailbox = self.mailbox
+        while mailbox is not None and mailbox.in_flight and self.room:
+            packet_id = next(iter(mailbox.in_flight))
+            copy = mailbox.in_flight.pop(packet_id)
             frame = (
                 encode(Pubrel(packet_id), self.encoding.version)
-                if item.received
-                else self._publish_frame(item, packet_id, now, dup=True)
+                if packet_id in mailbox.released
+                else self._frame(copy, packet_id, now, dup=True)
             )
-            if frame is not None:
-                self._enter(packet_id, item, now)
-                frames.append(frame)
+            if frame is None:  # larger than this connection's Maximum Packet Size
+                mailbox.drop(copy)
+                self._forget_id(mailbox, packet_id)
+                continue
+            self._enter(packet_id, copy, now)
+            frames.append(frame)
         return frames
 
     def suspend(self) -> dict[int, int]:
         """The connection is gone. Leaves the ordinary part in the mailbox and returns the pushes in flight,
         msg_id -> packet id, for `resend` of the next session."""
         pushes: dict[int, int] = {}
-        messages: dict[int, Outgoing] = {}
+        messages: dict[int, TopicCopy] = {}
         for packet_id, item in (self.unacked or {}).items():
             if isinstance(item, LivePush):
                 pushes[item.msg_id] = packet_id
@@ -405,7 +394,7 @@ class Session:
             self.mailbox.in_flight = messages | self.mailbox.in_flight
             self.mailbox.session = self.mailbox.member = None
             self.mailbox.next_id = self.next_id
-        self.unacked = None
+        self.unacked = self.held = None
         return pushes
 
     # Receiving
@@ -422,9 +411,18 @@ class Session:
         self.waiting_since = now
         if type(item) is LivePush:
             return item
-        if isinstance(item, Outgoing) and item.qos == 2:
-            raise ProtocolError(f"PUBACK for packet id {packet_id}, which has QoS 2")
+        if type(item) is TopicCopy:
+            self._acked_copy(item, packet_id)
         return None
+
+    def _acked_copy(self, copy: TopicCopy, packet_id: int) -> None:
+        if copy.qos == 2:
+            self.unacked = {packet_id: copy, **(self.unacked or {})}  # still unacknowledged, and comes again
+            raise ProtocolError(f"PUBACK for packet id {packet_id}, which has QoS 2")
+        mailbox = self.mailbox
+        if mailbox is not None and mailbox.log is not None:
+            mailbox.done(copy)
+            mailbox.log.completed(packet_id)
 
     def receive(self, packet: Packet, now: float) -> list[Action]:
         """One packet from the peer. Raises MQTTError for what it must not send."""
@@ -437,9 +435,9 @@ class Session:
             case Publish():
                 return self._receive_publish(packet)
             case Pubrel():
-                return [Send(self._release(packet.packet_id))]
+                return self._release(packet.packet_id)
             case Pubrec():
-                return [Send(self._received(packet, now))]
+                return self._received(packet, now)
             case Pubcomp():
                 return self._complete(packet, now)
             case Subscribe():
@@ -450,7 +448,7 @@ class Session:
                 expiry = packet.properties.get("session_expiry_interval")
                 return [Closed(packet.reason == Reason.DISCONNECT_WITH_WILL_MESSAGE, expiry)]
             case Auth():
-                raise ProtocolError("AUTH without an authentication method in CONNECT")  # MQTT5-4.12.0-6
+                return [Authenticating(packet)]
             case _:
                 raise ProtocolError(f"{type(packet).__name__.upper()} is not for a client to send")
 
@@ -463,21 +461,46 @@ class Session:
             inbound = self.inbound = {}
         if packet.packet_id in inbound:
             return []  # still being decided; one answer serves both
-        if len(inbound) >= self.inbound_maximum and self.encoding.version == 5:
-            raise ProtocolError(
-                f"more than {self.inbound_maximum} unanswered messages", Reason.RECEIVE_MAXIMUM_EXCEEDED
-            )  # MQTT5-3.3.4-7
+        if packet.qos == 2:
+            received = self._received_ids()
+            if packet.packet_id in received:
+                inbound[packet.packet_id] = None
+                return [Send(self.answer(packet))]  # MQTT5-4.3.3-10: seen before, PUBREC again
+            self._check_quota(inbound)
+            received.add(packet.packet_id)
+            self._note_received()
+        else:
+            self._check_quota(inbound)
         inbound[packet.packet_id] = None
-        if packet.qos == 2 and packet.packet_id in self.own_mailbox().received:
-            return [Send(self.answer(packet))]  # MQTT5-4.3.3-10: seen before, PUBREC again
         return [Published(packet)]
+
+    def _received_ids(self) -> BitMap:
+        mailbox = self.own_mailbox()
+        if mailbox.received is None:
+            mailbox.received = BitMap()
+        return mailbox.received
+
+    def _note_received(self) -> None:
+        mailbox = self.mailbox
+        if mailbox is not None and mailbox.log is not None:
+            mailbox.log.received(mailbox.received or BitMap())
+
+    def _check_quota(self, inbound: dict[int, bytes | None]) -> None:
+        """MQTT5-3.3.4-7: QoS 1 until PUBACK, QoS 2 until PUBCOMP. 3.1.1 knows no such limit; there the ids themselves
+        are one, and reading stops while too much is unanswered."""
+        most = self.limits.receive_maximum
+        received = self.mailbox.received if self.mailbox else None
+        if self.encoding.version != 5 or len(inbound) + len(received or ()) < most:
+            return
+        if len(BitMap(inbound) | (received or BitMap())) >= most:
+            raise ProtocolError(f"more than {most} unanswered messages", Reason.RECEIVE_MAXIMUM_EXCEEDED)
 
     def _resolve_alias(self, packet: Publish) -> Publish:
         alias = packet.properties.get("topic_alias")
         if alias is None:
             return packet
-        if alias > TOPIC_ALIAS_MAXIMUM:  # MQTT5-3.3.2-9
-            raise TopicAliasInvalid(f"topic alias {alias} is over {TOPIC_ALIAS_MAXIMUM}")
+        if alias > self.limits.topic_alias_maximum:  # MQTT5-3.3.2-9
+            raise TopicAliasInvalid(f"topic alias {alias} is over {self.limits.topic_alias_maximum}")
         if self.aliases is None:
             self.aliases = {}
         if packet.topic:
@@ -486,9 +509,7 @@ class Session:
         topic = self.aliases.get(alias)
         if topic is None:
             raise ProtocolError(f"topic alias {alias} was never set")
-        return Publish(
-            topic, packet.payload, packet.qos, packet.retain, packet.dup, packet.packet_id, packet.properties
-        )
+        return replace(packet, topic=topic)
 
     def answer(
         self,
@@ -514,60 +535,90 @@ class Session:
     def _verdict(
         self, packet: Publish, reason: Reason, text: str, user_properties: Sequence[tuple[str, str]]
     ) -> bytes:
+        if self.encoding.version != 5:
+            reason = Reason.SUCCESS  # 3.1.1 has no other answer, and no answer would mean a resend for ever
+        if (
+            packet.qos == 2 and reason >= Reason.UNSPECIFIED_ERROR
+        ):  # MQTT5-4.3.3-9: a refused id is free again
+            self._received_ids().discard(packet.packet_id)
+            self._note_received()
+        if packet.qos == 1 and reason == Reason.SUCCESS and not text and not user_properties:
+            return SUCCESS_PUBACK + packet.packet_id.to_bytes(2)
+        return self._acknowledge(
+            Puback if packet.qos == 1 else Pubrec, packet.packet_id, reason, text, user_properties
+        )
+
+    def _acknowledge(
+        self,
+        kind: type[Puback | Pubrec],
+        packet_id: int,
+        reason: Reason,
+        text: str,
+        user_properties: Sequence[tuple[str, str]],
+    ) -> bytes:
+        """With an explanation, where the peer wants one (MQTT5-3.1.2-29) and takes it (MQTT5-3.4.2-2)."""
         version = self.encoding.version
-        properties: Properties = {}
-        if version == 5:
+        if version == 5 and self.manners.problem_information and (text or user_properties):
+            properties: Properties = {}
             if text:
                 properties["reason_string"] = text
             if user_properties:
                 properties["user_properties"] = tuple(user_properties)
-        else:
-            reason = Reason.SUCCESS  # 3.1.1 has no other answer, and no answer would mean a resend for ever
-        if packet.qos == 1:
-            if not properties and reason == Reason.SUCCESS:
-                return SUCCESS_PUBACK + packet.packet_id.to_bytes(2)
-            return encode(Puback(packet.packet_id, reason, properties or NO_PROPERTIES), version)
-        if reason < Reason.UNSPECIFIED_ERROR:  # MQTT5-4.3.3-9: a refused id is free again
-            self.own_mailbox().received.add(packet.packet_id)
-        return encode(Pubrec(packet.packet_id, reason, properties or NO_PROPERTIES), version)
+            frame = encode(kind(packet_id, reason, properties), version)
+            if self.fits(len(frame)):
+                return frame
+        return encode(kind(packet_id, reason, NO_PROPERTIES), version)
 
-    def _release(self, packet_id: int) -> bytes:
-        received = self.own_mailbox().received
-        known = packet_id in received
-        received.discard(packet_id)
-        reason = Reason.SUCCESS if known else Reason.PACKET_IDENTIFIER_NOT_FOUND
-        return encode(Pubcomp(packet_id, reason), self.encoding.version)
+    def _say(self, packet: Packet) -> list[Action]:
+        """A step of QoS 2, which waits for the one before to be saved."""
+        frame = encode(packet, self.encoding.version)
+        if self.mailbox is not None and self.mailbox.log is not None:
+            self._hold(frame)
+            return []
+        return [Send(frame)]
 
-    def _received(self, packet: Pubrec, now: float) -> bytes:
-        item = self.unacked.get(packet.packet_id) if self.unacked else None
-        if not isinstance(item, Outgoing) or item.qos != 2:
-            return encode(Pubrel(packet.packet_id, Reason.PACKET_IDENTIFIER_NOT_FOUND), self.encoding.version)
+    def _release(self, packet_id: int) -> list[Action]:
+        mailbox = self.mailbox
+        if mailbox is None or mailbox.received is None or packet_id not in mailbox.received:
+            answer = Pubcomp(packet_id, Reason.PACKET_IDENTIFIER_NOT_FOUND)
+            return [Send(encode(answer, self.encoding.version))]
+        mailbox.received.discard(packet_id)
+        self._note_received()
+        return self._say(Pubcomp(packet_id))
+
+    def _received(self, packet: Pubrec, now: float) -> list[Action]:
+        packet_id, mailbox = packet.packet_id, self.mailbox
+        item = self.unacked.get(packet_id) if self.unacked else None
+        if type(item) is not TopicCopy or item.qos != 2 or mailbox is None:
+            answer = Pubrel(packet_id, Reason.PACKET_IDENTIFIER_NOT_FOUND)
+            return [Send(encode(answer, self.encoding.version))]
         self.waiting_since = now
-        if packet.reason >= Reason.UNSPECIFIED_ERROR:
-            self._leave(packet.packet_id)
-            return b""
-        item.received = True
-        return encode(Pubrel(packet.packet_id), self.encoding.version)
+        if packet.reason >= Reason.UNSPECIFIED_ERROR:  # MQTT5-4.3.3-4: it does not want it
+            self._leave(mailbox, packet_id, item)
+            return []
+        mailbox.released.add(packet_id)
+        if mailbox.log is not None:
+            mailbox.log.sent(packet_id, item, released=True)
+        return self._say(Pubrel(packet_id))
 
     def _complete(self, packet: Pubcomp, now: float) -> list[Action]:
-        item = self.unacked.get(packet.packet_id) if self.unacked else None
-        if isinstance(item, Outgoing) and item.received:
+        packet_id, mailbox = packet.packet_id, self.mailbox
+        item = self.unacked.get(packet_id) if self.unacked else None
+        if type(item) is TopicCopy and mailbox is not None and packet_id in mailbox.released:
             self.waiting_since = now
-            self._leave(packet.packet_id)
+            self._leave(mailbox, packet_id, item)
         return []
 
-    def _leave(self, packet_id: int) -> None:
+    def _leave(self, mailbox: Mailbox, packet_id: int, copy: TopicCopy) -> None:
         assert self.unacked is not None
         del self.unacked[packet_id]
         if not self.unacked:
             self.unacked = None
+        mailbox.done(copy)
+        self._forget_id(mailbox, packet_id)
 
-
-def _outgoing_properties(message: TopicMessage, now: float) -> Properties:
-    properties = cast("Properties", dict(message.properties or {}))
-    properties.pop("topic_alias", None)  # MQTT5-3.3.2-7: an alias belongs to one connection
-    if message.expires_at is not None:  # MQTT5-3.3.2-6: what is left of it
-        properties["message_expiry_interval"] = max(0, int(message.expires_at - now))
-    if message.subscription_ids:
-        properties["subscription_identifiers"] = tuple(message.subscription_ids)
-    return properties or NO_PROPERTIES
+    @staticmethod
+    def _forget_id(mailbox: Mailbox, packet_id: int) -> None:
+        mailbox.released.discard(packet_id)
+        if mailbox.log is not None:
+            mailbox.log.completed(packet_id)

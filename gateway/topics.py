@@ -7,14 +7,14 @@ subscriptions that do not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Final, Generic, TypeVar
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final, Generic, NamedTuple, TypeVar
 
-from gateway.live import TopicMessage
-from gateway.mqtt import Subscription
-from gateway.session import Mailbox
+from gateway.mailbox import Entry, Mailbox
+from gateway.messages import TopicMessage
+from gateway.mqtt import split_share
 
-Entry = tuple[Subscription, int]  # options, subscription identifier (0: none)
 Value = TypeVar("Value")
 
 
@@ -44,6 +44,15 @@ class _Trie(Generic[Value]):
             level = following
         return level
 
+    def find(self, path: str) -> _Level[Value] | None:
+        """The same if it is there."""
+        level: _Level[Value] | None = self.root
+        for word in path.split("/"):
+            level = level.children.get(word) if level is not None and level.children else None
+            if level is None:
+                return None
+        return level
+
     def prune(self, path: str) -> None:
         """Forget the levels on the way to `path` that lead to nothing any more."""
         way: list[tuple[_Level[Value], str]] = []
@@ -64,47 +73,138 @@ class _Trie(Generic[Value]):
                 parent.children = None
 
 
+class SharedGroup:
+    """The members of one shared subscription (MQTT5-4.8.2): each message goes to one of them."""
+
+    __slots__ = ("filter", "members", "turn")
+
+    def __init__(self, topic_filter: str) -> None:
+        self.filter = topic_filter  # as subscribed: $share/group/filter
+        self.members: dict[Mailbox, Entry] = {}
+        self.turn: deque[Mailbox] = deque()  # the same, in the order of their turns
+
+    def choose(self, *, qos: int, other_than: Mailbox | None = None, live: bool = False) -> Mailbox | None:
+        """The next member in turn that has room; else one that is connected; else, for a message that can wait and
+        unless `live`, one that is away."""
+        connected = away = None
+        for mailbox in self.turn:
+            if mailbox is other_than:
+                continue
+            session, member = mailbox.session, mailbox.member
+            if session is None or member is None:
+                away = away or mailbox
+            elif not member.blocked and not mailbox.queue and session.room:
+                return self._turn_of(mailbox)
+            else:
+                connected = connected or mailbox
+        if connected is None and (not qos or live):
+            return None
+        chosen = connected or away
+        return self._turn_of(chosen) if chosen is not None else None
+
+    def _turn_of(self, mailbox: Mailbox) -> Mailbox:
+        if self.turn[0] is mailbox:
+            self.turn.rotate(-1)
+        else:
+            self.turn.remove(mailbox)
+            self.turn.append(mailbox)
+        return mailbox
+
+
+class _Subscribers:
+    """Of one filter."""
+
+    __slots__ = ("groups", "members")
+
+    def __init__(self) -> None:
+        self.members: dict[Mailbox, Entry] = {}
+        self.groups: dict[str, SharedGroup] | None = None
+
+
+class Found(NamedTuple):
+    """The subscriptions a message meets."""
+
+    members: Mapping[Mailbox, Sequence[Entry]]
+    groups: Sequence[SharedGroup]
+
+
 class SubscriptionIndex:
     """Topic name -> the mailboxes subscribed to it."""
 
     __slots__ = ("_trie", "count")
 
     def __init__(self) -> None:
-        self._trie: _Trie[dict[Mailbox, Entry]] = _Trie()
+        self._trie: _Trie[_Subscribers] = _Trie()
         self.count = 0
 
-    def add(self, subscription: Subscription, subscription_id: int, mailbox: Mailbox) -> bool:
-        """Subscribe, or change the options of a subscription (MQTT5-3.8.4-3). True if it is new."""
-        level = self._trie.at(subscription.filter)
+    def add(self, entry: Entry, mailbox: Mailbox) -> None:
+        """Subscribe, or change the options of a subscription (MQTT5-3.8.4-3)."""
+        share, plain = _split(entry[0].filter)
+        level = self._trie.at(plain)
         if level.value is None:
-            level.value = {}
-        new = mailbox not in level.value
-        level.value[mailbox] = (subscription, subscription_id)
-        self.count += new
-        return new
+            level.value = _Subscribers()
+        if share is None:
+            members = level.value.members
+        else:
+            level.value.groups = level.value.groups or {}
+            group = level.value.groups.setdefault(share, SharedGroup(entry[0].filter))
+            if mailbox not in group.members:
+                group.turn.append(mailbox)
+            members = group.members
+        self.count += mailbox not in members
+        members[mailbox] = entry
 
     def remove(self, topic_filter: str, mailbox: Mailbox) -> bool:
         """False if there was no such subscription."""
-        level = self._trie.at(topic_filter)
-        found = level.value is not None and level.value.pop(mailbox, None) is not None
-        if not level.value:
-            level.value = None
-            self._trie.prune(topic_filter)
+        share, plain = _split(topic_filter)
+        level = self._trie.find(plain)
+        if level is None or level.value is None:
+            return False
+        found = self._remove(level.value, share, mailbox)
         self.count -= found
+        if not level.value.members and not level.value.groups:
+            level.value = None
+            self._trie.prune(plain)
         return found
 
-    def match(self, topic: str) -> dict[Mailbox, list[Entry]]:
+    @staticmethod
+    def _remove(subscribers: _Subscribers, share: str | None, mailbox: Mailbox) -> bool:
+        if share is None:
+            return subscribers.members.pop(mailbox, None) is not None
+        groups = subscribers.groups or {}
+        group = groups.get(share)
+        if group is None or group.members.pop(mailbox, None) is None:
+            return False
+        group.turn.remove(mailbox)
+        if not group.members:
+            del groups[share]
+        return True
+
+    def group(self, topic_filter: str) -> SharedGroup | None:
+        """A shared subscription that has members."""
+        share, plain = _split(topic_filter)
+        level = self._trie.find(plain)
+        groups = level.value.groups if level is not None and level.value is not None else None
+        return groups.get(share) if groups and share is not None else None
+
+    def match(self, topic: str) -> Found:
         """The subscriptions a message on this topic meets, by subscriber."""
-        found: dict[Mailbox, list[Entry]] = {}
-        for entries in self._matching(topic):
-            for mailbox, entry in entries.items():
-                found.setdefault(mailbox, []).append(entry)
-        return found
+        members: dict[Mailbox, list[Entry]] = {}
+        groups: list[SharedGroup] = []
+        for subscribers in self._matching(topic):
+            if subscribers.groups:
+                groups.extend(subscribers.groups.values())
+            if not members:  # most often the only filter that matches
+                members = {mailbox: [entry] for mailbox, entry in subscribers.members.items()}
+                continue
+            for mailbox, entry in subscribers.members.items():
+                members.setdefault(mailbox, []).append(entry)
+        return Found(members, groups)
 
-    def _matching(self, topic: str) -> Iterator[dict[Mailbox, Entry]]:
+    def _matching(self, topic: str) -> Iterator[_Subscribers]:
         words = topic.split("/")
         hidden = topic.startswith("$")  # MQTT5-4.7.2-1: wildcards at the first level do not meet $ topics
-        stack: list[tuple[_Level[dict[Mailbox, Entry]], int]] = [(self._trie.root, 0)]
+        stack: list[tuple[_Level[_Subscribers], int]] = [(self._trie.root, 0)]
         while stack:
             level, depth = stack.pop()
             children = level.children
@@ -118,6 +218,11 @@ class SubscriptionIndex:
             if children:
                 wanted = (words[depth], "+") if wild else (words[depth],)
                 stack.extend((children[word], depth + 1) for word in wanted if word in children)
+
+
+def _split(topic_filter: str) -> tuple[str | None, str]:
+    """(group, filter) of a shared subscription, (None, filter) of any other."""
+    return split_share(topic_filter) or (None, topic_filter)
 
 
 class RetainedMessages:
@@ -156,7 +261,7 @@ class RetainedMessages:
             level, depth = stack.pop()
             word = words[depth] if 0 <= depth < len(words) else ""
             meant = depth in (len(words), BELOW) or word == "#"
-            if meant and level.value is not None and not _expired(level.value, now):
+            if meant and level.value is not None and not level.value.expired(now):
                 found.append(level.value)
             if depth != len(words):
                 stack.extend(_following(level, word, depth))
@@ -179,8 +284,4 @@ def _following(
 
 
 def _size(message: TopicMessage | None) -> int:
-    return len(message.payload) + len(message.topic) if message else 0
-
-
-def _expired(message: TopicMessage, now: float) -> bool:
-    return message.expires_at is not None and message.expires_at <= now
+    return message.size if message is not None else 0

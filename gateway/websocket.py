@@ -21,12 +21,14 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import re
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Any, Final, TypeAlias, cast
 
+from websockets.datastructures import Headers
 from websockets.exceptions import InvalidUpgrade, NegotiationError, PayloadTooBig, ProtocolError
 from websockets.frames import Close, CloseCode, Frame, Opcode
 from websockets.http11 import Request, Response
@@ -46,6 +48,8 @@ SUBPROTOCOLS: Final = (
     Subprotocol("mqtt"),
     Subprotocol("mqttv3.1"),
 )  # MQTT5-6.0.0-3; the second: MQTT 3.1 clients
+SAME_ORIGIN: Final = "same"
+ANY_ORIGIN: Final = "any"
 MAX_HANDSHAKE_SIZE: Final = 8192  # bytes of HTTP request: a peer that never ends its headers
 MAX_FIRST_FRAME_SIZE: Final = 65_536  # until CONNACK: a stranger that makes us hold frames of the full size
 MAX_FIRST_FRAMES: Final = (
@@ -74,6 +78,7 @@ class Refusal(enum.StrEnum):
 
     #                             what the peer gets
     PATH = "websocket path"  # 404
+    ORIGIN = "websocket origin"  # 403
     SUBPROTOCOL = "websocket subprotocol"  # 400
     NO_UPGRADE = "not a websocket"  # 426
     BAD_HANDSHAKE = "bad websocket handshake"  # 400, or 405 or 505 where the library tells them apart
@@ -106,6 +111,7 @@ class WebSocketFactory:
     max_frame_size: int  # bytes of payload: the largest MQTT packet allowed
     on_refused: Callable[[str], None]  # gets a Refusal, on the event loop
     path: str = PATH
+    origins: str = SAME_ORIGIN  # as mqtt.ws_origins has it: "same", "any", or a list with commas
     close_timeout: float = CLOSE_TIMEOUT
 
     def __call__(self) -> WebSocketTransport:
@@ -221,7 +227,7 @@ class WebSocketTransport(asyncio.Transport, asyncio.Protocol):
             self._unfinished = received
         else:
             self._unfinished = None
-            self._answer(*decide(received[:end], self._factory.path))
+            self._answer(*decide(received[:end], self._factory.path, self._factory.origins))
             if end < len(received) and self._phase is Phase.UPGRADED:
                 self._take_frames(received[end:])
 
@@ -323,7 +329,7 @@ _FrameParser: TypeAlias = Generator[None, None, Frame]
 _UnfinishedFrame: TypeAlias = tuple[StreamReader, _FrameParser]
 
 
-def decide(request: bytes, path: str) -> tuple[Response, Refusal | None]:
+def decide(request: bytes, path: str, origins: str = SAME_ORIGIN) -> tuple[Response, Refusal | None]:
     """The answer to a whole HTTP request: 101, or an error and the reason for it."""
     protocol = ServerProtocol(
         subprotocols=SUBPROTOCOLS, extensions=None
@@ -338,11 +344,39 @@ def decide(request: bytes, path: str) -> tuple[Response, Refusal | None]:
     assert isinstance(upgrade, Request)
     if upgrade.path.partition("?")[0] != path:
         return protocol.reject(HTTPStatus.NOT_FOUND, f"MQTT is at {path}\n"), Refusal.PATH
+    if not is_welcome(upgrade.headers, origins):
+        return protocol.reject(HTTPStatus.FORBIDDEN, "this page may not connect\n"), Refusal.ORIGIN
     response = protocol.accept(upgrade)
     if response.status_code == HTTPStatus.SWITCHING_PROTOCOLS:
         return response, None
     response.headers["Sec-WebSocket-Version"] = "13"  # RFC 6455 4.2.2
     return response, _refusal(protocol.handshake_exc)
+
+
+def is_welcome(headers: Headers, origins: str) -> bool:
+    """Whether the page that asks may connect (RFC 6455 10.2). Browsers let any page open a WebSocket to any server,
+    and say in Origin which it is; who says nothing is no browser."""
+    told = headers.get_all("Origin")
+    if not told or origins == ANY_ORIGIN:
+        return True
+    if len(told) > 1:
+        return False
+    if origins != SAME_ORIGIN:
+        return told[0] in _listed(origins)
+    origin, host = _ORIGIN.fullmatch(told[0]), _HOST.fullmatch(", ".join(headers.get_all("Host")))
+    return origin is not None and host is not None and origin[1].lower() == host[1].lower()
+
+
+_NAME: Final = (
+    r"([\w.-]+|\[[0-9A-Fa-f:.]+\])(?::\d+)?"  # the port is another one: pages are not served on ours
+)
+_HOST: Final = re.compile(_NAME, re.ASCII)
+_ORIGIN: Final = re.compile(rf"[A-Za-z][\w+.-]*://{_NAME}", re.ASCII)
+
+
+@lru_cache(maxsize=4)
+def _listed(origins: str) -> frozenset[str]:
+    return frozenset(origin.strip() for origin in origins.split(","))
 
 
 def _refusal(error: Exception | None) -> Refusal:

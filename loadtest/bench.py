@@ -1,4 +1,5 @@
-"""`python -m loadtest.bench`: measure the server against what it must reach."""
+"""`python -m loadtest.bench`: measure the server against what it must reach, or against the server of another
+checkout (`--against`): each scenario in turns of one run, so that a machine that changes its speed changes both."""
 
 from __future__ import annotations
 
@@ -13,19 +14,35 @@ from typing import Final
 
 import click
 
-from loadtest.report import Row, machine, table, write_block
+from loadtest.report import Contest, Row, contest_table, contests, machine, table, write_block
 from loadtest.scenarios.accepts import accepts
 from loadtest.scenarios.broadcast import broadcast
 from loadtest.scenarios.ceiling import ceiling
+from loadtest.scenarios.churn import churn
 from loadtest.scenarios.connects import connects
 from loadtest.scenarios.idle import idle
 from loadtest.scenarios.offline import offline
+from loadtest.scenarios.subscriptions import subscriptions
 from loadtest.scenarios.targeted import targeted
+from loadtest.scenarios.topics import topics
 from loadtest.stage import QUICK, Plan, Stage
 
-SCENARIOS: Final[Mapping[str, Callable[[Stage], list[Row]]]] = {
+Scenario = Callable[[Stage], list[Row]]
+
+SCENARIOS: Final[Mapping[str, Scenario]] = {
     scenario.__name__: scenario
-    for scenario in (ceiling, idle, connects, broadcast, targeted, accepts, offline)
+    for scenario in (
+        ceiling,
+        idle,
+        connects,
+        broadcast,
+        targeted,
+        accepts,
+        offline,
+        topics,
+        subscriptions,
+        churn,
+    )
 }
 NUMBERS: Final = Path("docs/numbers.md")
 WORK: Final = Path(".bench")
@@ -37,8 +54,14 @@ WORK: Final = Path(".bench")
 @click.option("--runs", type=click.IntRange(min=1), help="Runs of each measurement.")
 @click.option("--devices", type=click.IntRange(min=1200), help="Devices online at once.")
 @click.option("--registered", type=click.IntRange(min=1200), help="Devices of accepts and offline.")
+@click.option("--cycles", type=click.IntRange(min=1000), help="Connects and disconnects of churn.")
 @click.option("--log-level", default="info", show_default=True, help="Of the server; its log goes to a file.")
 @click.option("--profile", type=click.Path(path_type=Path), help="Write py-spy stacks of the server there.")
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A checkout of Holdfast: measure its server too, in turns, and print the ratios.",
+)
 @click.option("--write", is_flag=True, help=f"Put the tables into {NUMBERS}.")
 def main(
     names: Sequence[str],
@@ -46,39 +69,65 @@ def main(
     runs: int | None,
     devices: int | None,
     registered: int | None,
+    cycles: int | None,
     log_level: str,
     profile: Path | None,
+    against: Path | None,
     write: bool,
 ) -> None:
     """Run the named scenarios, or all, and print a table for each."""
-    plan = make_plan(quick=quick, runs=runs, devices=devices, registered=registered)
+    plan = make_plan(quick=quick, runs=runs, devices=devices, registered=registered, cycles=cycles)
     directory = WORK / str(os.getpid())
-    stage = Stage(plan, directory, settings={"HOLDFAST_SERVER_LOG_LEVEL": log_level}, profile=profile)
+    settings = {"HOLDFAST_SERVER_LOG_LEVEL": log_level}
+    here = plan if against is None else replace(plan, runs=1)
+    stage = Stage(here, directory / "here", settings=settings, profile=profile)
+    rival = None
+    if against is not None:
+        rival = Stage(here, directory / "there", settings=settings, source=against)
     if not stage.two_cores:
         stage.say("only one core: server and generator share it, and the numbers show that")
     try:
         for name in names or SCENARIOS:
-            block = _as_block(SCENARIOS[name](stage))
+            block = _measure(SCENARIOS[name], stage, rival, plan.runs)
             click.echo(f"\n{block}\n")
             if write:
-                write_block(NUMBERS, name, block)
+                write_block(NUMBERS, name if rival is None else f"{name} against", block)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def make_plan(*, quick: bool, runs: int | None, devices: int | None, registered: int | None) -> Plan:
+def make_plan(
+    *, quick: bool, runs: int | None, devices: int | None, registered: int | None, cycles: int | None
+) -> Plan:
     plan = QUICK if quick else Plan()
     return replace(
         plan,
         runs=runs or plan.runs,
         devices=devices or plan.devices,
         registered=registered or plan.registered,
+        cycles=cycles or plan.cycles,
     )
 
 
-def _as_block(rows: Sequence[Row]) -> str:
+def _measure(scenario: Scenario, stage: Stage, rival: Stage | None, turns: int) -> str:
+    """The scenario's table, under what it was measured on and with."""
     command = " ".join(["python -m loadtest.bench", *sys.argv[1:]])
-    return f"{time.strftime('%Y-%m-%d')}, {machine()}, `{command}`:\n\n{table(rows)}"
+    if rival is None or rival.source is None:
+        numbers = table(scenario(stage))
+    else:
+        name = rival.source.resolve().name  # docs/numbers.md need not know where it was
+        command = command.replace(str(rival.source), name)
+        numbers = contest_table(in_turns(scenario, stage, rival, turns), name)
+    return f"{time.strftime('%Y-%m-%d')}, {machine()}, `{command}`:\n\n{numbers}"
+
+
+def in_turns(scenario: Scenario, ours: Stage, theirs: Stage, turns: int) -> list[Contest]:
+    """Whoever was second is first in the next turn."""
+    rows: dict[Stage, list[list[Row]]] = {ours: [], theirs: []}
+    for turn in range(turns):
+        for stage in (ours, theirs) if turn % 2 == 0 else (theirs, ours):
+            rows[stage].append(scenario(stage))
+    return contests(rows[ours], rows[theirs])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Thousands of simulated MQTT devices in one thread: each costs a file descriptor and two table entries.
 
-A device here does what a device must (CONNECT, PUBACK for each PUBLISH, DISCONNECT), in the fewest steps: one
-read, a look at the fixed header and the serial, one write of a ready-made PUBACK. It knows no subscriptions of
-its own, so every PUBLISH is a push at QoS 1.
+A device here does what a device must (CONNECT, SUBSCRIBE, PUBACK for each PUBLISH, DISCONNECT), in the fewest
+steps: one read, a look at the fixed header and the serial, one write of a ready-made PUBACK. All that a fleet
+receives is on topics of one length, at QoS 0 or 1, and ends as a push does.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
-from gateway.mqtt import Connect, Disconnect, Puback, encode
+from gateway.mqtt import Connect, Disconnect, Puback, Suback, decode, encode
 from loadtest.ledger import SERIAL_DIGITS
 from loadtest.reactor import Reactor
 from loadtest.server import Address
@@ -22,7 +22,6 @@ READ_SIZE: Final = 4096
 AT_ONCE: Final = 256  # connections between SYN and CONNACK
 KEEP_ALIVE: Final = 1200
 CONNACK: Final = 0x20
-PUSH_HEAD: Final = 2 + len("push")  # topic length and topic
 ALERT_TAIL: Final = len('"}}')
 SOURCES: Final = (
     8  # addresses of one wave: with most of one's 28,000 ports taken, Linux searches 100 µs for one
@@ -39,17 +38,30 @@ class FleetError(Exception):
     """A device was refused or dropped, or got what it cannot read."""
 
 
-def connect_packet(app_key: str, registration_id: str, token: str, version: int = 4) -> bytes:
-    """CONNECT of a device that keeps its session."""
+def connect_packet(
+    app_key: str, registration_id: str, token: str, version: int = 4, *, clean_start: bool = False
+) -> bytes:
+    """CONNECT of a device; one that keeps its session, unless `clean_start`."""
     packet = Connect(
         registration_id,
-        clean_start=False,
+        clean_start=clean_start,
         keep_alive=KEEP_ALIVE,
         username=app_key,
         password=token.encode(),
         version=version,
     )
     return encode(packet, version)
+
+
+def open_socket(address: Address, source: str) -> int:
+    """The fd of a connection that is being made, from the loopback address `source`; nothing blocks."""
+    opened = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    # PUBACKs are small writes: Nagle's algorithm would hold them back for up to 40 ms.
+    opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    opened.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+    opened.bind((source, 0))
+    opened.connect_ex(address)
+    return opened.detach()
 
 
 class Fleet:
@@ -63,18 +75,22 @@ class Fleet:
         take: Take,
         *,
         urgent: frozenset[int] = frozenset(),
+        topic: str = "push",
     ) -> None:
+        """`topic`: one as long as those of all messages."""
         self._reactor = reactor
         self._address = address
         self._packets = packets
         self._take = take
         self._urgent = urgent
+        self._head = 2 + len(topic)
         self._device: dict[int, int] = {}  # fd -> index
         self._fd: dict[int, int] = {}  # and back
         self._partial: dict[int, bytes] = {}  # fd -> the beginning of a packet
         self._todo: Iterator[int] = iter(())
         self._wave = 0
         self._opening = 0
+        self._ungranted = 0
         self.acked = 0
 
     @property
@@ -91,6 +107,33 @@ class Fleet:
             self._begin_next()
         self._reactor.run_until(lambda: not self._opening, "all devices online")
         return time.perf_counter() - started
+
+    def subscribe(self, packets: Mapping[int, bytes]) -> None:
+        """Have each device send its SUBSCRIBE (3.1.1); all is granted when this returns."""
+        todo = list(packets.items())
+        for first in range(0, len(todo), AT_ONCE):
+            for device, packet in todo[first : first + AT_ONCE]:
+                fd = self._fd[device]
+                self._reactor.rewatch(fd, self._answered, urgent=device in self._urgent)
+                self._ungranted += 1
+                os.write(fd, packet)
+            self._reactor.run_until(lambda: not self._ungranted, "all subscriptions granted")
+
+    def _answered(self, fd: int) -> None:
+        """SUBACK came, perhaps with messages behind it."""
+        data = self._partial.pop(fd, b"") + self._read(fd)
+        found = decode(data, 0, 4, READ_SIZE)
+        if found is None:
+            self._partial[fd] = data
+            return
+        packet, end = found
+        device = self._device[fd]
+        if not isinstance(packet, Suback) or max(packet.reasons) > 2:
+            raise FleetError(f"device {device} was not granted its subscriptions: {packet}")
+        self._ungranted -= 1
+        self._reactor.rewatch(fd, self._readable, urgent=device in self._urgent)
+        if len(data) > end:
+            self._take_packets(fd, data[end:])
 
     def disconnect(self, devices: Iterable[int]) -> None:
         """Say DISCONNECT and close."""
@@ -114,7 +157,7 @@ class Fleet:
         device = next(self._todo, None)
         if device is None:
             return
-        fd = self._open_socket(f"127.1.{self._wave}.{1 + device % SOURCES}")
+        fd = open_socket(self._address, f"127.1.{self._wave}.{1 + device % SOURCES}")
         self._device[fd], self._fd[device] = device, fd
         self._opening += 1
         try:
@@ -123,15 +166,6 @@ class Fleet:
             self._reactor.watch(fd, self._connected, writable=True, urgent=device in self._urgent)
         else:
             self._reactor.watch(fd, self._welcomed, urgent=device in self._urgent)
-
-    def _open_socket(self, source: str) -> int:
-        opened = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        # PUBACKs are small writes: Nagle's algorithm would hold them back for up to 40 ms.
-        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        opened.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
-        opened.bind((source, 0))
-        opened.connect_ex(self._address)
-        return opened.detach()
 
     def _connected(self, fd: int) -> None:
         device = self._device[fd]
@@ -173,7 +207,7 @@ class Fleet:
 
     def _take_packets(self, fd: int, data: bytes) -> None:
         """The hot path: whole PUBLISH packets, one PUBACK each, in one write."""
-        device, take, size = self._device[fd], self._take, len(data)
+        device, take, head, size = self._device[fd], self._take, self._head, len(data)
         acks = []
         start = 0
         while size - start > 2:
@@ -185,8 +219,9 @@ class Fleet:
                 break
             if data[start] & 0xF0 != 0x30:
                 raise FleetError(f"device {device} got something else: {data[start:end].hex()}")
-            at = body + PUSH_HEAD
-            acks.append(_PUBACKS[data[at] << 8 | data[at + 1]])
+            if data[start] & 6:  # QoS
+                at = body + head
+                acks.append(_PUBACKS[data[at] << 8 | data[at + 1]])
             tail = end - ALERT_TAIL
             take(device, int(data[tail - SERIAL_DIGITS : tail]))
             start = end

@@ -22,15 +22,19 @@ class Population:
     directory: Path  # a data directory that no server uses
     app_key: str
     master_secret: str
+    device_key: str
     names: tuple[str, ...]  # registration ids
     tokens: tuple[str, ...]
 
     def copy_to(self, data_dir: Path) -> None:
         shutil.copytree(self.directory, data_dir)
 
-    def connect_packets(self, count: int, version: int = 4) -> list[bytes]:
+    def connect_packets(self, count: int, version: int = 4, *, clean_start: bool = False) -> list[bytes]:
         pairs = zip(self.names[:count], self.tokens[:count], strict=True)
-        return [connect_packet(self.app_key, name, token, version) for name, token in pairs]
+        return [
+            connect_packet(self.app_key, name, token, version, clean_start=clean_start)
+            for name, token in pairs
+        ]
 
     def pool(self, reactor: Reactor, server: Server, connections: int) -> HttpPool:
         """HTTP connections that speak for the app."""
@@ -43,10 +47,19 @@ class Population:
         )
 
 
-def register(directory: Path, count: int, *, core: int | None = None) -> Population:
-    """An app that is not open, with `count` devices, in the new data directory `directory`."""
-    app = run_holdfast("app", "create", "bench", "--data-dir", str(directory))
-    server = Server(directory, core=core, settings={"HOLDFAST_SERVER_LOG_LEVEL": "warning"})
+def register(
+    directory: Path,
+    count: int,
+    *,
+    is_open: bool = False,
+    core: int | None = None,
+    source: Path | None = None,
+) -> Population:
+    """An app with `count` devices, in the new data directory `directory`."""
+    flags = ["--open"] if is_open else []
+    app = run_holdfast("app", "create", "bench", *flags, "--data-dir", str(directory), source=source)
+    settings = {"HOLDFAST_SERVER_LOG_LEVEL": "warning"}
+    server = Server(directory, core=core, settings=settings, source=source)
     server.start()
     try:
         answers = _register_all(server, app["app_key"], app["master_secret"], count)
@@ -54,7 +67,7 @@ def register(directory: Path, count: int, *, core: int | None = None) -> Populat
         server.stop()
     names = tuple(answer["registration_id"] for answer in answers)
     tokens = tuple(answer["token"] for answer in answers)
-    return Population(directory, app["app_key"], app["master_secret"], names, tokens)
+    return Population(directory, app["app_key"], app["master_secret"], app["device_key"], names, tokens)
 
 
 def _register_all(server: Server, key: str, secret: str, count: int) -> list[dict[str, str]]:

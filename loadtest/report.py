@@ -18,6 +18,10 @@ HEAD: Final = (
     "|---|---|---|---|---|---|---|---|"
 )
 
+CONTEST_HEAD: Final = (
+    "| what | here | {} | here / there | least … most of a turn | turns | |\n|---|---|---|---|---|---|---|"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -86,6 +90,50 @@ class Row:
         return "; ".join(remarks)
 
 
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """One number of two servers, measured in turns: `ours` and `theirs` have a row from each turn."""
+
+    ours: Sequence[Row]
+    theirs: Sequence[Row]
+
+    @property
+    def ratio(self) -> float:
+        """Of the medians, ours to theirs."""
+        theirs = median(_values(self.theirs))
+        return median(_values(self.ours)) / theirs if theirs else float("nan")
+
+    def as_markdown(self) -> str:
+        cells = (
+            self.ours[0].what,
+            self._shown(self.ours),
+            self._shown(self.theirs),
+            f"{self.ratio:.3f}",
+            self._spread(),
+            str(len(self.ours)),
+            "; ".join(sorted({row.note for row in (*self.ours, *self.theirs) if row.note})),
+        )
+        return f"| {' | '.join(cells)} |"
+
+    def _shown(self, rows: Sequence[Row]) -> str:
+        return f"{show(median(_values(rows)))} {rows[0].unit}"
+
+    def _spread(self) -> str:
+        """Of the ratios turn by turn: a machine that changes its speed does that to both of a turn."""
+        pairs = zip(self.ours, self.theirs, strict=True)
+        ratios = [mine.median / other.median for mine, other in pairs if other.median]
+        return f"{min(ratios):.3f} … {max(ratios):.3f}" if len(ratios) > 1 else ""
+
+
+def contests(ours: Sequence[Sequence[Row]], theirs: Sequence[Sequence[Row]]) -> list[Contest]:
+    """`ours` and `theirs`: the rows of each turn, the same ones in all."""
+    return [Contest(*rows) for rows in zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True)]
+
+
+def _values(rows: Sequence[Row]) -> list[float]:
+    return [value for row in rows for value in row.values]
+
+
 def show(value: float) -> str:
     """Three digits, and all before the point."""
     if value and abs(value) < 10:
@@ -99,6 +147,11 @@ def _percent(shares: Sequence[float]) -> str:
 
 def table(rows: Sequence[Row]) -> str:
     return "\n".join([HEAD, *(row.as_markdown() for row in rows)])
+
+
+def contest_table(rows: Sequence[Contest], rival: str) -> str:
+    """`rival`: what to call the other server."""
+    return "\n".join([CONTEST_HEAD.format(rival), *(row.as_markdown() for row in rows)])
 
 
 def machine() -> str:

@@ -40,23 +40,34 @@ class Usage:
         return (self.cpu - before.cpu) / max(self.at - before.at, 1e-9)
 
 
-def run_holdfast(*arguments: str) -> Any:
+def run_holdfast(*arguments: str, source: Path | None = None) -> Any:
     """Run one command to its end and return the JSON it prints."""
-    done = subprocess.run([HOLDFAST, *arguments], capture_output=True, check=False)
+    command: list[str | Path] = [HOLDFAST, *arguments]
+    done = subprocess.run(command, capture_output=True, check=False, env=os.environ | running(source))
     if done.returncode:
         raise ServerError(f"holdfast {arguments[0]}: {done.stderr.decode().strip()}")
     return orjson.loads(done.stdout)
+
+
+def running(source: Path | None) -> dict[str, str]:
+    """The environment in which `holdfast` is that of the checkout `source`; None: the installed one."""
+    return {} if source is None else {"PYTHONPATH": str(source.resolve())}
 
 
 class Server:
     """`start`, then `stop`. Logs go to `log` in the parent of the data directory."""
 
     def __init__(
-        self, data_dir: Path, *, core: int | None = None, settings: Mapping[str, str] | None = None
+        self,
+        data_dir: Path,
+        *,
+        core: int | None = None,
+        settings: Mapping[str, str] | None = None,
+        source: Path | None = None,
     ) -> None:
         self._data_dir = data_dir
         self._core = core
-        self._settings = {"HOLDFAST_SERVER_DEMO_APP": "false", **(settings or {})}
+        self._settings = {"HOLDFAST_SERVER_DEMO_APP": "false", **(settings or {}), **running(source)}
         self.log = data_dir.parent / "server.log"
         self._process: subprocess.Popen[bytes] | None = None
         self.addresses: dict[str, Any] = {}
@@ -74,6 +85,7 @@ class Server:
         line = self._process.stdout.readline()  # ends with the process, if that gives up
         if not line:
             self._process.wait(START_LIMIT)
+            self._process.stdout.close()
             raise ServerError(f"the server did not start:\n{self._last_words()}")
         self.addresses = orjson.loads(line)
 

@@ -39,6 +39,11 @@ class Plan:
     broadcasts: int = 20  # in one run
     seconds: float = 5.0  # of one open-loop or closed-loop run
     targeted_waiting: int = 10  # pushes that wait for each offline device
+    subscribers: int = 10_000  # of one ordinary topic
+    subscriptions: int = 100_000  # in one app
+    sessions: int = 400  # that hold them
+    cycles: int = 1_000_000  # of connecting and disconnecting
+    churn_limit: float = 3600.0  # seconds, after which those that were done must do
 
 
 QUICK: Final = Plan(
@@ -51,6 +56,11 @@ QUICK: Final = Plan(
     broadcasts=12,
     seconds=2.0,
     targeted_waiting=3,
+    subscribers=1_500,
+    subscriptions=10_000,
+    sessions=200,
+    cycles=4_000,
+    churn_limit=60.0,
 )
 
 
@@ -83,7 +93,8 @@ class Meter:
 
 
 class Stage:
-    """Made once for a command; `directory` is emptied at the end."""
+    """Made once for a command; `directory` is emptied at the end. `source`: a checkout whose server is measured,
+    instead of the installed one."""
 
     def __init__(
         self,
@@ -92,12 +103,14 @@ class Stage:
         *,
         settings: Mapping[str, str] | None = None,
         profile: Path | None = None,
+        source: Path | None = None,
     ) -> None:
         self.plan = plan
+        self.source = source
         self._directory = directory
         self._settings = settings or {}
         self._profile = profile
-        self._populations: dict[int, Population] = {}
+        self._populations: dict[str, Population] = {}
         self._servers = 0
         self.two_cores = len(os.sched_getaffinity(0)) > 1 or (os.cpu_count() or 1) > 1
         if self.two_cores:
@@ -109,17 +122,20 @@ class Stage:
 
     def say(self, text: str) -> None:
         """Progress, for whoever waits."""
-        sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+        whose = "" if self.source is None else f" [{self.source}]"
+        sys.stderr.write(f"{time.strftime('%H:%M:%S')}{whose} {text}\n")
         sys.stderr.flush()
 
-    def population(self, count: int) -> Population:
-        """`count` registered devices, made on first use."""
-        found = self._populations.get(count)
+    def population(self, count: int, *, is_open: bool = False) -> Population:
+        """An app with `count` registered devices, made on first use."""
+        name = f"population-{count}{'-open' if is_open else ''}"
+        found = self._populations.get(name)
         if found is None:
             started = time.perf_counter()
-            directory = self._directory / f"population-{count}" / "data"
+            directory = self._directory / name / "data"
             directory.parent.mkdir(parents=True)
-            found = self._populations[count] = register(directory, count, core=self.server_core)
+            found = register(directory, count, is_open=is_open, core=self.server_core, source=self.source)
+            self._populations[name] = found
             self.say(f"registered {count:,} devices in {time.perf_counter() - started:.1f} s")
         return found
 
@@ -130,7 +146,8 @@ class Stage:
         home = self._directory / f"server-{self._servers}"
         home.mkdir(parents=True)
         population.copy_to(home / "data")
-        server = Server(home / "data", core=self.server_core, settings={**self._settings, **(settings or {})})
+        both = {**self._settings, **(settings or {})}
+        server = Server(home / "data", core=self.server_core, settings=both, source=self.source)
         server.start()
         try:
             yield server
@@ -179,11 +196,16 @@ class Cast:
 
 @contextmanager
 def cast(
-    server: Server, population: Population, devices: int, *, urgent: frozenset[int] = frozenset()
+    server: Server,
+    population: Population,
+    devices: int,
+    *,
+    urgent: frozenset[int] = frozenset(),
+    clean_start: bool = False,
 ) -> Iterator[Cast]:
     """Devices 0 to `devices`-1 of the population, none connected yet."""
     reactor, ledger = Reactor(), Ledger(devices)
-    packets = population.connect_packets(devices)
+    packets = population.connect_packets(devices, clean_start=clean_start)
     fleet = Fleet(reactor, server.address("mqtt"), packets, ledger.take, urgent=urgent)
     pool = population.pool(reactor, server, HTTP_CONNECTIONS)
     try:

@@ -6,11 +6,13 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import replace
 
 import pytest
 from pyroaring import BitMap
 
 from broker.model import (
+    AccessRule,
     App,
     BehaviourEvent,
     Claim,
@@ -21,6 +23,7 @@ from broker.model import (
     OwedRequest,
     Receipt,
     Retained,
+    SessionItem,
     Settled,
     Term,
 )
@@ -110,6 +113,30 @@ class StoreContract:
         assert rotated.signing_key == app.signing_key
         assert await store.find_app(app.key) == rotated
         assert await store.rotate_secret("no such key") is None
+
+    async def test_access_rules_are_replaced_and_kept(
+        self, make_store: MakeStore, store: Store, app: App, other: App
+    ) -> None:
+        rules = [
+            AccessRule(False, "all", "a/secret/#", "everyone"),
+            AccessRule(True, "publish", 'ü/"\\/{registration_id}', "devices"),
+        ]
+        assert app.access == ()
+        changed = replace(app, access=tuple(rules))
+        assert await store.set_access(app.key, [rules[1]]) == replace(app, access=(rules[1],))
+        assert await store.set_access(app.key, rules) == changed
+        rotated = await store.rotate_secret(app.key)
+        assert rotated is not None
+        assert rotated.access == changed.access
+        assert await store.list_apps() == [rotated, other]
+        await store.close()
+        again = await make_store()
+        assert await again.find_app(app.key) == rotated
+        assert await again.set_access(app.key, []) == replace(rotated, access=())
+        assert await again.set_access("no such key", rules) is None
+        await again.delete_app(app.key)
+        assert await again.set_access(app.key, rules) is None
+        await again.close()
 
     # Devices
 
@@ -356,7 +383,7 @@ class StoreContract:
         self, store: Store, app: App, other: App, clock: Clock
     ) -> None:
         def kept(topic: str, payload: bytes, expires_at: float | None = None) -> Retained:
-            return Retained(app.app_id, topic, payload, 1, b"", expires_at)
+            return Retained(app.app_id, topic, payload, 1, b"", expires_at, f"d/{topic}")
 
         await store.retain([kept("a", b"1"), kept("b", b"1"), kept("c", b"1", START + 5), kept("a", b"2")])
         await store.retain([kept("b", b"")])
@@ -364,6 +391,74 @@ class StoreContract:
         assert await store.list_retained(other.app_id) == []
         clock.now += 5
         assert await store.list_retained(app.app_id) == [kept("a", b"2")]
+
+    # Durable MQTT sessions
+
+    async def test_s11_the_last_value_of_an_item_counts(
+        self, make_store: MakeStore, store: Store, app: App, other: App
+    ) -> None:
+        def item(session: int, kind: str, name: int | str, value: bytes | None) -> SessionItem:
+            return SessionItem(app.app_id, session, kind, name, value)
+
+        theirs = SessionItem(other.app_id, 1, "s", "a", b"theirs")
+        await store.save_session_items([item(1, "s", "a", b"old"), item(2, "q", 7, b"gone"), theirs])
+        await store.save_session_items(
+            [
+                item(1, "s", "a", None),
+                item(1, "s", "a", b"mine"),
+                item(2, "q", 8, b"never"),
+                item(2, "q", 8, None),
+                item(2, "q", 7, None),
+                item(9, "x", "not there", None),
+                item(1, "s", "", b""),
+            ]
+        )
+        kept = [item(1, "s", "", b""), item(1, "s", "a", b"mine")]
+        assert await store.list_session_items(app.app_id) == kept
+        assert await store.list_session_items(other.app_id) == [theirs]
+        await store.close()
+        again = await make_store()
+        assert await again.list_session_items(app.app_id) == kept
+        await again.close()
+
+    async def test_session_items_come_in_order_and_a_number_is_not_its_text(
+        self, store: Store, app: App
+    ) -> None:
+        names: list[int | str] = [
+            -1,
+            0,
+            7,
+            10,
+            (1 << 63) - 1,
+            "",
+            "0",
+            "10",
+            "7",
+            "a\0b",
+            "é",
+            "\uffff",
+            "😀",
+        ]
+        items = [
+            SessionItem(app.app_id, session, kind, name, repr(name).encode())
+            for session in (0, 1, 300)
+            for kind in "Mas"
+            for name in names
+        ]
+        shuffled = random.Random(1).sample(items, len(items))
+        await store.save_session_items(shuffled)
+        assert await store.list_session_items(app.app_id) == items
+        await store.save_session_items([SessionItem(app.app_id, 1, "a", 7, None)])
+        left = [item for item in items if (item.session, item.kind, item.item) != (1, "a", 7)]
+        assert await store.list_session_items(app.app_id) == left
+
+    async def test_s11_calls_made_at_once_count_in_their_order(self, store: Store, app: App) -> None:
+        def calls(n: int) -> list[SessionItem]:
+            return [SessionItem(app.app_id, s, "p", "state", b"%d" % n) for s in range(n % 5, 700)]
+
+        await asyncio.gather(*[store.save_session_items(calls(n)) for n in range(30)])
+        newest = [b"25", b"26", b"27", b"28", *[b"29"] * 696]
+        assert [item.value for item in await store.list_session_items(app.app_id)] == newest
 
     # Routes
 
@@ -459,10 +554,16 @@ class StoreContract:
             await store.register(one.app_id, [NewDevice("a", tags=frozenset({"x"}))])
             await store.append([push(one, [0], cid="c"), push(one, [0], broadcast=True)])
             await store.retain([Retained(one.app_id, "t", b"1", 0, b"", None)])
+            await store.save_session_items([SessionItem(one.app_id, 1, "s", "a", b"1")])
         assert await store.delete_app(app.key)
         with pytest.raises(StoreError):
             await store.append([push(app, [0])])
+        late = [SessionItem(one.app_id, 2, "s", "a", b"1") for one in (app, other)]
+        await store.save_session_items(late)
         await expire_all(store, START)
+        await store.save_session_items(late)
+        assert await store.list_session_items(app.app_id) == []
+        assert len(await store.list_session_items(other.app_id)) == 2
         assert await store.find_devices(app.app_id, ["a"]) == {}
         assert await store.live_broadcasts(app.app_id) == []
         assert await owed(store, app, 0) == []

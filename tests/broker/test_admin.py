@@ -17,6 +17,7 @@ import orjson
 import pytest
 
 from broker import tokens
+from broker.access import MAX_RULES
 from broker.admin import AdminFile, AdminListener, Health, LocalActions, read_admin_file, write_admin_file
 from broker.apps import Apps
 from broker.bus_local import LocalBus
@@ -116,6 +117,28 @@ async def test_a_token_is_issued_and_registers_the_device(server: Server) -> Non
     assert claims.devno == (await server.store.resolve(app.app_id, ["phone-1"]))["phone-1"]
 
 
+async def test_access_rules_are_replaced_as_a_whole(server: Server) -> None:
+    _, made = await server.call("POST", "/v1/app", {"name": "Shop"})
+    path = f"/v1/apps/{made['app_key']}/access"
+    assert await server.call("GET", path) == (200, [])
+    rules = [{"allow": "publish", "topic": "up/{registration_id}/#", "who": "devices"}]
+    assert await server.call("PUT", path, rules) == (200, rules)
+    assert await server.call("GET", path) == (200, rules)
+    status, refused = await server.call("PUT", path, [*rules, {"allow": "all", "topic": "a", "who": "me"}])
+    assert (status, refused["error"]["code"]) == (400, 1003)
+    assert refused["error"]["message"].startswith("rule 1: who = 'me': must be one of devices")
+    assert await server.call("GET", path) == (200, rules)
+    assert await server.call("PUT", path, []) == (200, [])
+    assert await server.call("GET", path) == (200, [])
+
+
+async def test_the_longest_list_of_access_rules_is_taken(server: Server) -> None:
+    _, made = await server.call("POST", "/v1/app", {"name": "Shop"})
+    path = f"/v1/apps/{made['app_key']}/access"
+    rules = [{"deny": "subscribe", "topic": "ü" * 512, "who": "publishers"}] * MAX_RULES
+    assert await server.call("PUT", path, rules) == (200, rules)
+
+
 REFUSED = [
     ("POST", "/v1/app", b"{", 400, 1003),
     ("POST", "/v1/app", b"{}", 400, 1003),
@@ -123,10 +146,15 @@ REFUSED = [
     ("POST", "/v1/app", b'{"name": "a", "opne": true}', 400, 1003),
     ("POST", "/v1/app", b'{"name": "a\\nb"}', 400, 1003),
     ("POST", "/v1/app", orjson.dumps({"name": "a" * 201}), 400, 1003),
-    ("POST", "/v1/app", b" " * 70_000, 413, 1003),
+    ("POST", "/v1/app", b" " * 530_000, 413, 1003),
     ("POST", "/v1/app/none/rotate-secret", b"", 404, 1008),
     ("POST", "/v1/app/none/delete", b"", 404, 1008),
     ("POST", "/v1/app/none/device-token", b'{"registration_id": "a"}', 404, 1008),
+    ("GET", "/v1/apps/none/access", b"", 404, 1008),
+    ("PUT", "/v1/apps/none/access", b"[]", 404, 1008),
+    ("PUT", "/v1/apps/none/access", b"", 400, 1003),
+    ("PUT", "/v1/apps/none/access", b'[{"allow": "all", "topic": "a#", "who": "everyone"}]', 400, 1003),
+    ("POST", "/v1/apps/none/access", b"[]", 405, 1001),
     ("GET", "/v1/app", b"", 405, 1001),
     ("GET", "/v1/nothing", b"", 404, 1003),
 ]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from broker.apps import Apps, read_basic
 from broker.bus import CredentialsChanged
 from broker.limits import Limits
+from broker.model import AccessRule
 
 
 def _basic(user: str, password: str) -> str:
@@ -77,6 +79,21 @@ async def test_a_rotated_secret_stops_at_once_and_everywhere(service: Any) -> No
     assert elsewhere.peek(app.key) is None
     assert await elsewhere.login(old) is None
     assert await elsewhere.login(_basic(app.key, rotated.master_secret)) is not None
+    elsewhere.close()
+
+
+async def test_other_access_rules_hold_at_once_and_everywhere(service: Any) -> None:
+    app, elsewhere = service.app, Apps(service.store, service.bus)
+    rules = (AccessRule(True, "all", "a/{registration_id}", "devices"),)
+    assert await elsewhere.find(app.key) == app
+    assert await service.apps.set_access(app.key, rules) == replace(app, access=rules)
+    assert await service.apps.find(app.key) == replace(app, access=rules)
+    while not isinstance(bell := await service.doorbell(), CredentialsChanged) or bell.app_id != app.app_id:
+        pass
+    assert bell.devnos is None
+    assert elsewhere.peek(app.key) is None
+    assert await elsewhere.find(app.key) == replace(app, access=rules)
+    assert await service.apps.set_access("f" * 24, rules) is None
     elsewhere.close()
 
 

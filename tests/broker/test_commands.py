@@ -113,6 +113,43 @@ def test_tokens_of_a_stopped_server(data_dir: Path) -> None:
     assert first["registration_id"] == again["registration_id"] == "phone-1"
 
 
+RULES = [
+    {"deny": "all", "topic": "secret/#", "who": "devices"},
+    {"allow": "all", "topic": "ü/{registration_id}", "who": "everyone"},
+]
+
+
+def _set_access(data_dir: Path, key: str, content: bytes, source: str = "-") -> Result:
+    words = ["access", key, "--set", source, "--data-dir", str(data_dir)]
+    return CliRunner().invoke(app, words, input=content)
+
+
+def test_access_rules_of_a_stopped_server(data_dir: Path, tmp_path: Path) -> None:
+    key = _answer(data_dir, "app create Shop")["app_key"]
+    assert _answer(data_dir, f"app access {key}") == []
+    done = _set_access(data_dir, key, orjson.dumps(RULES))
+    assert (done.exit_code, orjson.loads(done.stdout)) == (0, RULES)
+    assert _answer(data_dir, f"app access {key}") == RULES
+    file = tmp_path / "rules.json"
+    file.write_text("[]")
+    assert _set_access(data_dir, key, b"", str(file)).exit_code == 0
+    assert _answer(data_dir, f"app access {key}") == []
+
+
+WRONG_RULES = [
+    (b"[", "Error: the access rules are not valid JSON: "),
+    (b"null", "Error: access rules = None: must be a list"),
+    (b"[5]", "Error: rule 0 = 5: must be an object"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), WRONG_RULES)
+def test_wrong_access_rules_are_refused_with_the_reason(data_dir: Path, content: bytes, message: str) -> None:
+    key = _answer(data_dir, "app create Shop")["app_key"]
+    done = _set_access(data_dir, key, content)
+    assert (done.exit_code, done.output[: len(message)]) == (1, message)
+
+
 def test_an_unknown_app_is_said(data_dir: Path) -> None:
     _answer(data_dir, "app create Shop")
     done = _run("app delete nope", "--data-dir", str(data_dir))
@@ -159,6 +196,13 @@ async def test_apps_and_tokens_of_a_running_server(running: Path) -> None:
     assert issued["registration_id"] == "phone-1"
     rotated = await asyncio.to_thread(_answer, running, f"app rotate-secret {key}")
     assert await asyncio.to_thread(_answer, running, "app list") == [rotated]
+    done = await asyncio.to_thread(_set_access, running, key, orjson.dumps(RULES))
+    assert (done.exit_code, orjson.loads(done.stdout)) == (0, RULES)
+    assert await asyncio.to_thread(_answer, running, f"app access {key}") == RULES
+    for content in (b"[5]", b"null"):
+        refused = await asyncio.to_thread(_set_access, running, key, content)
+        assert (refused.exit_code, refused.output.split(":")[0]) == (1, "Error")
+    assert await asyncio.to_thread(_answer, running, f"app access {key}") == RULES
     await asyncio.to_thread(_answer, running, f"app delete {key}")
     assert await asyncio.to_thread(_answer, running, "app list") == []
 

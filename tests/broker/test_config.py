@@ -56,6 +56,9 @@ def test_every_key_is_read_from_each_place(file: Path, path: str) -> None:
         "server.log_format": "json",
         "store.kind": "sqlite",
         "server.demo_app": "false",
+        "mqtt.anonymous_anywhere": "false",
+        "mqtt.keep_alive_min": "7",
+        "mqtt.ws_origins": "https://app.example.com, null",
         "push.default_ttl": "7",
         "push.max_ttl": "90000",
         "admin.key": "0123456789abcdef",
@@ -93,6 +96,10 @@ ROWS = [
     ("[server]\ndrain_limit = inf", ":2: server.drain_limit = inf: must be a number above 0"),
     ("[server]\ndrain_limit = nan", ":2: server.drain_limit = nan: must be a number above 0"),
     ("[server]\ndata_dir = ''", ":2: server.data_dir = '': must be a path"),
+    (
+        "[mqtt]\nanonymous_app = ''",
+        ":2: mqtt.anonymous_app = '': must be text of at least 1 character, or \"off\"",
+    ),
     ("[server]\nhost = 5", ":2: server.host = 5: must be text"),
     ("[admin]\nkey = 'short'", ':2: admin.key = (hidden): must be text of at least 16 characters, or "off"'),
     ("[mqtt", ": not valid TOML: "),
@@ -145,6 +152,18 @@ def test_a_file_that_is_not_utf8_is_named(file: Path) -> None:
 CONFLICTS = [
     ({"mqtt.certificate": "c"}, "mqtt.certificate and mqtt.private_key: must be set together"),
     ({"mqtt.tls_port": "0"}, "mqtt.tls_port = 0: needs mqtt.certificate and mqtt.private_key"),
+    *(
+        (
+            {"mqtt.ws_origins": wrong},
+            f"mqtt.ws_origins = {wrong!r}: must be same, any, or origins such as https://app.example.com "
+            "with commas between",
+        )
+        for wrong in ("*", "any, https://a", "https://a/", "app.example.com", "")
+    ),
+    (
+        {"mqtt.keep_alive_max": "9", "mqtt.keep_alive_min": "10"},
+        "mqtt.keep_alive_min = 10: must be at most mqtt.keep_alive_max = 9",
+    ),
     ({"push.max_ttl": "1"}, "push.default_ttl = 86400: must be at most push.max_ttl = 1"),
 ]
 

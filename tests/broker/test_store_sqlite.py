@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from broker.model import App, NewDevice, NewMessage, Settled, Term
-from broker.store import Store, StoreFull, StoreUnavailable
+from broker.model import App, NewDevice, NewMessage, Retained, SessionItem, Settled, Term
+from broker.store import Store, StoreError, StoreFull, StoreUnavailable
 from broker.store_sqlite import SqliteStore
 from tests.broker.store_contract import (
     START,
@@ -132,6 +132,33 @@ async def test_a_file_we_cannot_use_is_refused_with_the_reason(
         await SqliteStore(path).open()
 
 
+VERSION_1 = """
+ALTER TABLE apps DROP COLUMN access;
+ALTER TABLE retained DROP COLUMN source;
+DROP TABLE session_items;
+PRAGMA user_version = 1;
+"""  # what version 2 brought, taken back
+
+
+async def test_a_file_of_schema_version_1_is_brought_up_to_date(path: Path) -> None:
+    store = SqliteStore(path, clock=Clock())
+    await store.open()
+    app = await store.create_app("old")
+    retained = Retained(app.app_id, "t", b"1", 1, b"", None)
+    await store.retain([retained])
+    await store.close()
+    connection = sqlite3.connect(path)
+    connection.executescript(VERSION_1)
+    connection.close()
+    for _ in range(2):  # the second time it is done
+        await store.open()
+        assert await store.find_app(app.key) == app
+        assert await store.list_retained(app.app_id) == [retained]
+        await store.save_session_items([SessionItem(app.app_id, 1, "s", 1, b"1")])
+        assert len(await store.list_session_items(app.app_id)) == 1
+        await store.close()
+
+
 async def test_a_directory_that_cannot_be_made_is_refused_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StoreUnavailable, match="--data-dir"):
@@ -214,6 +241,19 @@ async def test_only_the_culprit_of_a_group_fails(path: Path) -> None:
     )
     assert [index for index, result in enumerate(results) if isinstance(result, Exception)] == [20]
     assert await owed(store, app, 1) == []
+    await store.close()
+
+
+async def test_s11_a_call_with_an_item_that_cannot_be_stored_stores_nothing(path: Path) -> None:
+    store = SqliteStore(path, clock=Clock())
+    await store.open()
+    app = await store.create_app("atomic")
+    before = [SessionItem(app.app_id, 1, "s", n, b"old") for n in range(600)]
+    await store.save_session_items(before)
+    bad = SessionItem(app.app_id, 1, None, 9, b"")  # type: ignore[arg-type]
+    with pytest.raises(StoreError):
+        await store.save_session_items([*[replace(item, value=None) for item in before], bad])
+    assert await store.list_session_items(app.app_id) == before
     await store.close()
 
 

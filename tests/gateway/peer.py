@@ -119,10 +119,16 @@ class Peer:
     """A connection on which nothing happens by itself."""
 
     def __init__(
-        self, address: tuple[str, int], *, version: int = 5, tls: ssl.SSLContext | None = None
+        self,
+        address: tuple[str, int],
+        *,
+        version: int = 5,
+        tls: ssl.SSLContext | None = None,
+        source: str = "",
     ) -> None:
+        """`source`: the address to come from, if it matters."""
         self.version = version
-        self._socket = socket.create_connection(address, PATIENCE)
+        self._socket = socket.create_connection(address, PATIENCE, (source, 0) if source else None)
         if tls is not None:
             self._socket = tls.wrap_socket(self._socket, server_hostname="localhost")
         self._received = b""

@@ -124,7 +124,7 @@ async def test_a_device_that_comes_during_a_walk_gets_it_once(world: World, phon
 async def test_frames_are_forgotten_when_the_walk_is_over(world: World, phones: list[Phone]) -> None:
     await world.push(*EVERYONE)
     await world.calm()
-    hub = world.node._by_id[world.app.app_id]
+    hub = world.hub
     (push,) = hub.broadcasts()
     assert (len(phones), push._frames) == (DEVICES, {})
 

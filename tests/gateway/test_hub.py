@@ -19,7 +19,7 @@ from broker.requests import read_push
 from gateway.hub import FLEETING, Hub
 from gateway.live import LivePush, encoding
 from gateway.mqtt import Publish, decode
-from gateway.session import Inbox, Session
+from gateway.session import Inbox, Manners, Session
 from gateway.wheel import Clock
 
 NOW = Clock(now=5.0, wall=1000.0)
@@ -179,7 +179,7 @@ def test_a_push_over_the_maximum_packet_size_is_passed_over_and_counted() -> Non
     hub = make_hub()
     hub.add_broadcast(broadcast(1, size=500))
     hub.add_broadcast(broadcast(2))
-    session = connected(hub, maximum_packet=100)
+    session = connected(hub, manners=Manners(maximum_packet=100))
     assert sent(hub.collect(session, NOW)) == [2]
     assert hub.offer(session, targeted(3, size=500), NOW) == []
     assert sent(hub.offer(session, targeted(4), NOW)) == [4]

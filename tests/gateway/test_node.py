@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from pyroaring import BitMap
 
 import gateway.fanout
-import gateway.node
 import gateway.settler
 from broker import tokens
 from broker.apps import Apps
@@ -34,6 +33,7 @@ from broker.pushes import Pushes
 from broker.reports import Reports
 from broker.store_sqlite import SqliteStore
 from gateway.carriers import Carriers
+from gateway.hubs import HUB_REST
 from gateway.mqtt import Connect, Puback, Reason
 from gateway.node import Node, NodeSettings
 from tests.gateway.world import DAY, START, Phone, World
@@ -255,7 +255,7 @@ async def test_packet_ids_of_pushes_that_expired_meanwhile_are_forgotten(world: 
         await phone.pushed(3)
         phone.leave()
         world.later(20)
-    (kept,) = world.node._by_id[world.app.app_id].resend.values()
+    (kept,) = world.hub.resend.values()
     assert len(kept.packet_ids) == 3
 
 
@@ -435,9 +435,9 @@ async def test_an_app_without_devices_is_unloaded_and_loaded_again(world: World)
     phone = await world.online(0, properties={})
     msg_id = await world.push(0, 1)
     phone.leave()
-    world.node.clock.now += gateway.node.HUB_REST + 1
-    world.node._upkeep()
-    assert world.node._by_id == {}
+    world.node.clock.now += HUB_REST + 1
+    world.node.hubs.upkeep()
+    assert len(world.node.hubs) == 0
     assert (await world.online(1)).got == [msg_id]
 
 
@@ -510,6 +510,10 @@ class ModelStore:
         ]
 
     async def list_retained(self, app_id: int) -> list[Any]:
+        del app_id
+        return []
+
+    async def list_session_items(self, app_id: int) -> list[Any]:
         del app_id
         return []
 
@@ -661,7 +665,7 @@ class Model:
         self.store.answer()
 
     def upkeep(self) -> None:
-        self.node._upkeep()
+        self.node.hubs.upkeep()
 
     async def settle(self) -> None:
         """Nothing is held up any more, until nothing more happens."""
@@ -679,7 +683,7 @@ class Model:
     def unlimited(self) -> set[int]:
         """Devices that are connected and take packets of any size."""
         live = [phone for phone in self.phones if phone is not None and phone.connection.session is not None]
-        return {phone.session.devno for phone in live if not phone.session.maximum_packet}
+        return {phone.session.devno for phone in live if not phone.session.manners.maximum_packet}
 
 
 DEVICES: Final = 3

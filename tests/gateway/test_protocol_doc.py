@@ -15,6 +15,7 @@ from broker.limits import Limits
 from broker.model import StoredMessage
 from gateway import admission, connection, intake, node, session
 from gateway.carriers import Carriers
+from gateway.doorkeeper import TurnedAway
 from gateway.live import encoding, render
 from gateway.mqtt import (
     CONNACK_RETURN_CODES,
@@ -31,7 +32,16 @@ from gateway.websocket import Refusal as WebSocketRefusal
 
 PAGE = (Path(__file__).parents[2] / "docs/protocol.md").read_text()
 SOURCES = [Path(str(module.__file__)) for module in (admission, connection, intake, node)]
-NOT_A_LIMIT = {"mqtt.port", "mqtt.tls_port", "mqtt.ws_port", "mqtt.certificate", "mqtt.private_key"}
+NOT_A_LIMIT = {
+    "mqtt.port",
+    "mqtt.tls_port",
+    "mqtt.ws_port",
+    "mqtt.ws_origins",
+    "mqtt.certificate",
+    "mqtt.private_key",
+    "mqtt.anonymous_app",
+    "mqtt.anonymous_anywhere",
+}
 
 
 def section(heading: str) -> str:
@@ -102,6 +112,7 @@ def errors() -> set[Reason]:
 
 def test_every_refusal_is_told() -> None:
     in_code = set(refusals()) | labels("count_refusal")
+    in_code |= {reason.value for reason in TurnedAway}
     in_code |= {"bad CONNECT", PacketTooLarge.reason.name.lower().replace("_", " ")}  # Connection.fail
     assert in_code | {refusal.value for refusal in WebSocketRefusal} == set(rows("Refused connections"))
 
@@ -133,7 +144,8 @@ def test_every_limit_is_told_with_its_default() -> None:
     table = rows("Limits")
     assert {f"mqtt.{key.name}" for key in KEYS.values() if key.section == "mqtt"} - NOT_A_LIMIT <= set(table)
     for path, (default, _) in table.items():
-        assert int(default.split()[0].replace(",", "")) == KEYS[path].default, path
+        told = default.split()[0].rstrip(";").replace(",", "")
+        assert (None if told == "off" else int(told)) == KEYS[path].default, path
 
 
 def test_limits_that_are_no_setting_have_the_values_of_the_code() -> None:

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.model import StoredMessage
-from gateway.live import LivePush, TopicMessage, encoding
+from gateway.live import LivePush, encoding
+from gateway.mailbox import Mailbox, MailboxLimits
+from gateway.messages import TopicCopy, TopicMessage
 from gateway.mqtt import (
     Disconnect,
     Pingreq,
@@ -28,12 +30,11 @@ from gateway.mqtt import (
 from gateway.session import (
     Acked,
     Closed,
-    Mailbox,
-    MailboxLimits,
-    Outgoing,
+    Manners,
     Published,
     Send,
     Session,
+    SessionLimits,
     Subscribed,
 )
 
@@ -180,7 +181,7 @@ def test_pubrel_of_nothing_is_told_so() -> None:
 
 
 def test_more_unanswered_messages_than_announced_is_an_error_in_5_and_allowed_in_311() -> None:
-    new, old = session(5, inbound_maximum=1), session(4, inbound_maximum=1)
+    new, old = session(5, limits=SessionLimits(1)), session(4, limits=SessionLimits(1))
     for device in (new, old):
         device.receive(Publish("a", b"", 1, packet_id=1), 0.0)
     with pytest.raises(ProtocolError) as error:
@@ -212,16 +213,16 @@ def test_goodbye_says_whether_the_will_is_sent(reason: Reason, with_will: bool) 
 # Ordinary messages
 
 
-def message(payload: bytes = b"x", **values: Any) -> TopicMessage:
-    return TopicMessage("a/b", payload, 1, **values)
+def copy(payload: bytes = b"x", qos: int = 1, **values: Any) -> TopicCopy:
+    return TopicCopy(TopicMessage("a/b", payload, qos, **values), qos)
 
 
 def test_a_full_window_queues_ordinary_messages_and_an_ack_lets_them_out() -> None:
     device = session(window=1)
-    frame = device.send_message(message(b"1"), 1, now=0.0)
+    frame = device.send_copy(copy(b"1"), now=0.0)
     assert frame is not None
     assert read(frame).payload == b"1"
-    assert device.send_message(message(b"2"), 1, now=0.0) is None
+    assert device.send_copy(copy(b"2"), now=0.0) is None
     device.acked(1, now=0.0)
     [frame] = device.drain_mailbox(now=0.0)
     assert read(frame).payload == b"2"
@@ -229,7 +230,7 @@ def test_a_full_window_queues_ordinary_messages_and_an_ack_lets_them_out() -> No
 
 def test_qos_2_towards_the_subscriber() -> None:
     device = session()
-    frame = device.send_message(message(), 2, now=0.0)
+    frame = device.send_copy(copy(qos=2), now=0.0)
     assert frame is not None
     assert read(frame).qos == 2
     [action] = device.receive(Pubrec(1), 0.0)
@@ -242,7 +243,7 @@ def test_qos_2_towards_the_subscriber() -> None:
 
 def test_puback_for_a_qos_2_message_is_an_error() -> None:
     device = session()
-    device.send_message(message(), 2, now=0.0)
+    device.send_copy(copy(qos=2), now=0.0)
     with pytest.raises(ProtocolError):
         device.receive(Puback(1), 0.0)
 
@@ -250,7 +251,7 @@ def test_puback_for_a_qos_2_message_is_an_error() -> None:
 def test_what_was_in_flight_is_sent_again_in_order_when_the_session_is_taken_up() -> None:
     before = session()
     for payload, qos in ((b"1", 1), (b"2", 2), (b"3", 1)):
-        before.send_message(message(payload), qos, now=0.0)
+        before.send_copy(copy(payload, qos), now=0.0)
     before.receive(Pubrec(2), 0.0)
     mailbox = before.own_mailbox()
     before.suspend()
@@ -266,17 +267,17 @@ def test_mailbox_is_bounded_in_number_and_bytes_and_counts_what_it_drops() -> No
     few = Mailbox(MailboxLimits(queued_messages=2))
     small = Mailbox(MailboxLimits(queued_bytes=10))
     for _ in range(3):
-        few.put(Outgoing(message(b"x"), 1))
-        small.put(Outgoing(message(b"xxxx"), 1))
+        few.put(copy(b"x"))
+        small.put(copy(b"xxxx"))
     assert (len(few.queue), few.dropped) == (2, 1)
     assert (len(small.queue), small.dropped) == (1, 2)
 
 
 def test_expiry_is_counted_down_and_an_expired_message_is_not_sent() -> None:
     device = session(window=1)
-    device.send_message(message(b"1"), 1, now=0.0)
-    device.send_message(message(b"gone", expires_at=5.0), 1, now=0.0)
-    device.send_message(message(b"kept", expires_at=60.0), 1, now=0.0)
+    device.send_copy(copy(b"1"), now=0.0)
+    device.send_copy(copy(b"gone", expires_at=5.0), now=0.0)
+    device.send_copy(copy(b"kept", expires_at=60.0), now=0.0)
     device.acked(1, now=0.0)
     [frame] = device.drain_mailbox(now=20.0)
     packet = read(frame)
@@ -285,6 +286,6 @@ def test_expiry_is_counted_down_and_an_expired_message_is_not_sent() -> None:
 
 
 def test_a_message_over_the_peers_maximum_packet_size_is_not_sent() -> None:
-    device = session(maximum_packet=50)
-    assert device.send_message(message(b"x" * 100), 1, now=0.0) is None
+    device = session(manners=Manners(maximum_packet=50))
+    assert device.send_copy(copy(b"x" * 100), now=0.0) is None
     assert device.room == device.window

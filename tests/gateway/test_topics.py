@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.live import TopicMessage
+from gateway.mailbox import Mailbox, MailboxLimits
+from gateway.messages import TopicMessage
 from gateway.mqtt import Subscription, valid_filter
-from gateway.session import Mailbox, MailboxLimits
 from gateway.topics import RetainedMessages, SubscriptionIndex
 
 MATCHES = [  # filter, topic, matches (MQTT5-4.7.1 and its examples)
@@ -46,8 +46,8 @@ def mailbox() -> Mailbox:
 @pytest.mark.parametrize(("topic_filter", "topic", "expected"), MATCHES)
 def test_filters_meet_topics(topic_filter: str, topic: str, expected: bool, mailbox: Mailbox) -> None:
     index = SubscriptionIndex()
-    index.add(Subscription(topic_filter), 0, mailbox)
-    assert (mailbox in index.match(topic)) is expected
+    index.add((Subscription(topic_filter), 0), mailbox)
+    assert (mailbox in index.match(topic).members) is expected
 
 
 @pytest.mark.parametrize(("topic_filter", "topic", "expected"), MATCHES)
@@ -89,18 +89,18 @@ def test_index_agrees_with_the_definition(all_filters: list[str], topic: str) ->
     index = SubscriptionIndex()
     boxes = {topic_filter: Mailbox(MailboxLimits()) for topic_filter in all_filters}
     for topic_filter, box in boxes.items():
-        index.add(Subscription(topic_filter), 0, box)
+        index.add((Subscription(topic_filter), 0), box)
     expected = {
         box
         for topic_filter, box in boxes.items()
         if naive_match(topic_filter, topic)
         or (topic_filter.endswith("/#") and naive_match(topic_filter[:-2], topic))
     }
-    assert set(index.match(topic)) == expected
+    assert set(index.match(topic).members) == expected
     for topic_filter, box in boxes.items():
         assert index.remove(topic_filter, box)
     assert index.count == 0
-    assert index.match(topic) == {}
+    assert index.match(topic).members == {}
     assert index._trie.root.children is None  # no level left behind
 
 
@@ -124,24 +124,24 @@ def test_retained_agrees_with_the_definition(names: list[str], topic_filter: str
 
 def test_one_subscriber_with_two_matching_filters_is_found_once_with_both(mailbox: Mailbox) -> None:
     index = SubscriptionIndex()
-    index.add(Subscription("a/#", qos=0), 1, mailbox)
-    index.add(Subscription("a/b", qos=1), 2, mailbox)
-    assert sorted(identifier for _, identifier in index.match("a/b")[mailbox]) == [1, 2]
+    index.add((Subscription("a/#", qos=0), 1), mailbox)
+    index.add((Subscription("a/b", qos=1), 2), mailbox)
+    assert sorted(identifier for _, identifier in index.match("a/b").members[mailbox]) == [1, 2]
 
 
 def test_resubscribing_replaces_options_and_counts_once(mailbox: Mailbox) -> None:
     index = SubscriptionIndex()
-    assert index.add(Subscription("a", qos=0), 0, mailbox)
-    assert not index.add(Subscription("a", qos=1), 0, mailbox)
+    index.add((Subscription("a", qos=0), 0), mailbox)
+    index.add((Subscription("a", qos=1), 0), mailbox)
     assert index.count == 1
-    assert index.match("a")[mailbox][0][0].qos == 1
+    assert index.match("a").members[mailbox][0][0].qos == 1
 
 
 def test_a_topic_of_sixty_thousand_levels_is_walked_without_recursion(mailbox: Mailbox) -> None:
     deep = "/" * 60_000
     index, retained = SubscriptionIndex(), RetainedMessages(10, 100_000)
-    index.add(Subscription(deep), 0, mailbox)
-    assert mailbox in index.match(deep)
+    index.add((Subscription(deep), 0), mailbox)
+    assert mailbox in index.match(deep).members
     assert index.remove(deep, mailbox)
     assert retained.set(TopicMessage(deep, b"x", 0))
     assert len(retained.match("#", 0)) == 1

@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from websockets.exceptions import ConnectionClosedError, ConnectionClosedOK, InvalidStatus
 from websockets.frames import Close, Frame, Opcode
-from websockets.typing import Subprotocol
+from websockets.typing import Origin, Subprotocol
 
 import gateway.websocket
 from gateway.websocket import (
@@ -32,6 +32,7 @@ from gateway.websocket import (
     MAX_FIRST_FRAMES,
     MAX_HANDSHAKE_SIZE,
     MAX_PONG_BACKLOG,
+    SAME_ORIGIN,
     SUBPROTOCOLS,
     Refusal,
     WebSocketFactory,
@@ -112,6 +113,7 @@ class Listening:
 
     make_protocol: Callable[[], Echo] = Echo
     close_timeout: float = 5.0
+    origins: str = SAME_ORIGIN
     tls: ssl.SSLContext | None = None
     echoes: list[Echo] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
@@ -144,7 +146,11 @@ class Listening:
 async def listening(**options: Any) -> AsyncIterator[Listening]:
     where = Listening(**options)
     factory = WebSocketFactory(
-        where.make, MAX_FRAME_SIZE, where.refusals.append, close_timeout=where.close_timeout
+        where.make,
+        MAX_FRAME_SIZE,
+        where.refusals.append,
+        origins=where.origins,
+        close_timeout=where.close_timeout,
     )
     loop = asyncio.get_running_loop()
     server = await loop.create_server(factory, "127.0.0.1", 0, ssl=where.tls)
@@ -407,6 +413,80 @@ def test_close_before_the_request_closes_the_socket_and_a_write_is_lost(run: Run
             at.echoes[0].transport.close()
             assert await reader.read() == b""
             await at.echoes[0].lost.wait()
+
+    run(story())
+
+
+# Pages
+
+LISTED = "https://app.example.com, https://b.example:8443,null"
+TWICE = "https://app.example.com\r\nOrigin: https://app.example.com"
+ORIGINS = [
+    # setting, Host, Origin, let in
+    ("same", "localhost", None, True),  # no browser
+    ("same", "localhost", "http://localhost", True),
+    ("same", "localhost:8083", "https://localhost:3000", True),  # a page has a port of its own
+    ("same", "Push.Example.com:8083", "https://push.example.COM", True),
+    ("same", "[2001:db8::1]:8083", "https://[2001:DB8::1]", True),
+    ("same", "push.example.com", "https://example.com", False),
+    ("same", "push.example.com", "https://evil-push.example.com", False),
+    ("same", "push.example.com", "https://push.example.com.evil.org", False),
+    ("same", "push.example.com", "https://evil.org/?push.example.com", False),
+    ("same", "push.example.com", "https://push.example.com@evil.org", False),
+    ("same", "push.example.com", "https://push.example.com https://evil.org", False),
+    ("same", "push.example.com", "null", False),  # a sandboxed page
+    ("same", "push.example.com", "", False),
+    ("same", "push.example.com", "push.example.com", False),
+    ("same", "p\xe4.example", "https://p\xf6.example", False),  # both are `?` to the library
+    ("same", "", "https://", False),
+    ("same", None, "https://push.example.com", False),
+    ("same", "app.example.com", TWICE, False),
+    ("same", "evil.org\r\nHost: push.example.com", "https://evil.org", False),
+    ("any", "push.example.com", "https://evil.org", True),
+    ("any", "push.example.com", "null", True),
+    (LISTED, "push.example.com", None, True),
+    (LISTED, "push.example.com", "https://app.example.com", True),
+    (LISTED, "push.example.com", "https://b.example:8443", True),
+    (LISTED, "push.example.com", "null", True),
+    (LISTED, "push.example.com", "https://b.example", False),
+    (LISTED, "push.example.com", "http://app.example.com", False),
+    (LISTED, "push.example.com", "https://push.example.com", False),  # itself is not listed
+    (LISTED, "push.example.com", "https://app.example.com, https://b.example:8443", False),
+    (LISTED, "push.example.com", TWICE, False),
+]
+
+
+@pytest.mark.parametrize(("origins", "host", "origin", "let_in"), ORIGINS)
+def test_a_page_is_let_in_by_its_origin(
+    run: Run, origins: str, host: str | None, origin: str | None, let_in: bool
+) -> None:
+    async def story() -> None:
+        async with listening(origins=origins) as at:
+            reader, writer = await at.connect()
+            writer.write(request(Host=host, Origin=origin))
+            if let_in:
+                assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
+                assert at.refusals == []
+            else:
+                assert (await reader.read()).startswith(b"HTTP/1.1 403 ")
+                assert at.refusals == [Refusal.ORIGIN]
+
+    run(story())
+
+
+def test_the_websockets_client_is_refused_with_a_strange_origin(run: Run) -> None:
+    async def story() -> None:
+        async with listening() as at:
+            own = Origin(f"http://localhost:{at.port}")
+            async with websockets.asyncio.client.connect(at.url, subprotocols=[MQTT], origin=own) as peer:
+                await peer.send(b"\xc0\x00")
+                assert await peer.recv() == b"\xc0\x00"
+            with pytest.raises(InvalidStatus) as refused:
+                await websockets.asyncio.client.connect(
+                    at.url, subprotocols=[MQTT], origin=Origin("https://evil.org")
+                )
+            assert refused.value.response.status_code == 403
+            assert at.refusals == [Refusal.ORIGIN]
 
     run(story())
 

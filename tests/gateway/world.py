@@ -28,6 +28,7 @@ from broker.store import Store
 from broker.store_sqlite import SqliteStore
 from gateway.carriers import Carriers
 from gateway.connection import Connection, Phase
+from gateway.hub import Hub
 from gateway.mqtt import Connack, Connect, Disconnect, Packet, Puback, Publish, decode, encode
 from gateway.node import Node, NodeSettings
 from gateway.session import Session
@@ -191,6 +192,12 @@ class World:
         self.node = self.new_node()
         self.node.start()
         return self
+
+    @property
+    def hub(self) -> Hub:
+        hub = self.node.hubs.get(self.app.app_id)
+        assert hub is not None
+        return hub
 
     def new_node(self, store: Store | None = None) -> Node:
         store = store or self.store

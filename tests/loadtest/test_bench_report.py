@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from loadtest.bench import SCENARIOS, main, make_plan
+from loadtest.bench import SCENARIOS, in_turns, main, make_plan
 from loadtest.http_pool import read_answer
 from loadtest.ledger import Ledger, alert
 from loadtest.publishing import quantile
-from loadtest.report import Load, Row, show, write_block
-from loadtest.server import ServerError, run_holdfast, sum_metric
-from loadtest.stage import Plan
+from loadtest.report import Contest, Load, Row, contest_table, contests, show, write_block
+from loadtest.server import Server, ServerError, run_holdfast, sum_metric
+from loadtest.stage import Plan, Stage
 from loadtest.transports import masked_frame
 
 
@@ -120,9 +121,10 @@ def test_a_websocket_frame_says_its_length(size: int, head: bytes) -> None:
 
 
 def test_what_is_given_goes_before_the_plan() -> None:
-    assert make_plan(quick=False, runs=None, devices=None, registered=None) == Plan()
-    plan = make_plan(quick=True, runs=3, devices=1300, registered=None)
-    assert (plan.runs, plan.devices, plan.registered) == (3, 1300, 3000)
+    none: dict[str, None] = dict.fromkeys(("runs", "devices", "registered", "cycles"))
+    assert make_plan(quick=False, **none) == Plan()
+    plan = make_plan(quick=True, **none | {"runs": 3, "devices": 1300, "cycles": 7})
+    assert (plan.runs, plan.devices, plan.registered, plan.cycles) == (3, 1300, 3000, 7)
 
 
 def test_an_unknown_scenario_names_those_there_are() -> None:
@@ -134,3 +136,55 @@ def test_an_unknown_scenario_names_those_there_are() -> None:
 def test_a_command_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(ServerError, match="no data directory"):
         run_holdfast("app", "list", "--data-dir", str(tmp_path / "none"))
+
+
+# Side by side
+
+
+def test_a_contest_tells_both_medians_and_their_ratio() -> None:
+    ours = [Row("idle", "KB", [1.0]), Row("idle", "KB", [3.0], note="odd")]
+    theirs = [Row("idle", "KB", [2.0]), Row("idle", "KB", [2.0])]
+    assert Contest(ours, theirs).as_markdown() == (
+        "| idle | 2.00 KB | 2.00 KB | 1.000 | 0.500 … 1.500 | 2 | odd |"
+    )
+    assert Contest(ours[:1], theirs[:1]).as_markdown() == "| idle | 1.00 KB | 2.00 KB | 0.500 |  | 1 |  |"
+
+
+def test_a_number_that_was_nothing_has_no_ratio() -> None:
+    assert "| nan |" in Contest([Row("lost", "", [0.0])], [Row("lost", "", [0.0])]).as_markdown()
+
+
+def test_contests_hold_the_same_rows_of_all_turns_together() -> None:
+    def turn(*values: float) -> list[Row]:
+        return [Row(str(place), "", [value]) for place, value in enumerate(values)]
+
+    found = contests([turn(1, 2), turn(3, 4)], [turn(5, 6), turn(7, 8)])
+    assert [[row.values for row in contest.ours] for contest in found] == [[[1], [3]], [[2], [4]]]
+    assert [contest.ratio for contest in found] == [2 / 6, 3 / 7]
+    assert contest_table(found, "before").startswith("| what | here | before |")
+
+
+def test_turns_begin_with_one_and_then_with_the_other(tmp_path: Path) -> None:
+    affinity = os.sched_getaffinity(0)
+    ours, theirs = Stage(Plan(), tmp_path / "a"), Stage(Plan(), tmp_path / "b", source=tmp_path)
+    os.sched_setaffinity(0, affinity)
+    order: list[Stage] = []
+
+    def scenario(stage: Stage) -> list[Row]:
+        order.append(stage)
+        return [Row("turns", "", [float(len(order))])]
+
+    [contest] = in_turns(scenario, ours, theirs, 3)
+    assert order == [ours, theirs, theirs, ours, ours, theirs]
+    assert [row.values for row in contest.ours] == [[1.0], [4.0], [5.0]]
+
+
+def test_the_server_of_another_checkout_is_started(tmp_path: Path) -> None:
+    package = tmp_path / "checkout" / "clients"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "command.py").write_text("def main():\n    raise SystemExit('another checkout')\n")
+    with pytest.raises(ServerError, match="another checkout"):
+        Server(tmp_path / "data", source=tmp_path / "checkout").start()
+    with pytest.raises(ServerError, match="another checkout"):
+        run_holdfast("app", "list", source=tmp_path / "checkout")

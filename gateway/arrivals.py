@@ -1,0 +1,351 @@
+"""From accept to CONNACK: who comes in, as whom, and with which session.
+
+Everything here runs on the event loop's thread. What may take long (unknown apps, first sight of an open app's
+device, a login) is a task or a callback of the store; an authenticated device that is owed nothing costs none of
+these (architecture, decision 4: claim the route, then fetch).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from secrets import token_hex
+from typing import TYPE_CHECKING, Any, Final
+
+from broker.devices import Devices
+from broker.errors import ApiError
+from broker.logs import log_event
+from broker.model import Claim
+from broker.store import Store, StoreError
+from gateway.admission import (
+    NO_CREDENTIALS,
+    OVERTAKEN,
+    STORE_AWAY,
+    UNKNOWN_APP,
+    UNKNOWN_METHOD,
+    WILL_NOT_ALLOWED,
+    Guest,
+    KnownDevice,
+    Limits,
+    OpenDevice,
+    Publisher,
+    Refusal,
+    admit,
+    agree,
+    connack,
+    manners,
+    welcome,
+)
+from gateway.connection import OPENING_CHECK, Connection, Phase
+from gateway.doorkeeper import Doorkeeper, source_of
+from gateway.exchange import DEVICE, PUBLISHER
+from gateway.hub import Hub
+from gateway.live import encoding
+from gateway.logins import Login, Logins
+from gateway.mqtt import Auth, Connect, Properties, Reason
+from gateway.scram import METHOD
+from gateway.session import Member, Session, SessionLimits
+
+if TYPE_CHECKING:
+    from gateway.node import Node
+
+FORMAT_PROPERTY: Final = ("format", "msgpack")  # user property of a CONNECT that wants MessagePack payloads
+MAX_RECEIVE: Final = 65_535
+
+log = logging.getLogger(__name__)
+
+
+class Arrivals:
+    def __init__(
+        self,
+        node: Node,
+        *,
+        store: Store,
+        devices: Devices,
+        doorkeeper: Doorkeeper | None,
+        wall: Callable[[], float],
+    ) -> None:
+        self._node = node
+        self._store = store
+        self._devices = devices
+        self._doorkeeper = doorkeeper
+        self._wall = wall
+        self._sources: dict[Connection, str] = {}  # what the doorkeeper counts them as
+        self.opening: set[Connection] = set()
+        self.logins = Logins(admitted=self._logged_in, refused=self._login_failed, spawn=node.spawn)
+        settings = node.settings
+        self._session_limits = SessionLimits(
+            settings.receive_maximum, settings.topic_alias_maximum, settings.mailbox
+        )
+        self._limits = Limits(
+            settings.receive_maximum, settings.max_packet_size, settings.topic_alias_maximum
+        )
+
+    # Accept
+
+    def opened(self, connection: Connection) -> None:
+        node = self._node
+        node.metrics.accepted.labels(connection.listener).value += 1
+        label = self._turned_away(connection)
+        if label is not None:
+            node.count_refusal(label)
+            connection.transport.abort()
+            return
+        self.opening.add(connection)
+        node.watch(connection, OPENING_CHECK)
+
+    def _turned_away(self, connection: Connection) -> str | None:
+        node = self._node
+        if node.draining:
+            return "draining"
+        if (
+            len(self.opening) >= node.settings.max_connecting
+            or node.live + len(self.opening) >= node.settings.max_connections
+        ):
+            return "too many connections"
+        if self._doorkeeper is None:
+            return None
+        source = source_of(connection.transport.get_extra_info("peername"))
+        refused = self._doorkeeper.admit(source, node.clock.now)
+        if refused is None:
+            self._sources[connection] = source
+        return refused
+
+    def left(self, connection: Connection) -> None:
+        """A connection is over, in whatever phase."""
+        self.opening.discard(connection)
+        self.logins.forget(connection)
+        if self._doorkeeper is not None and (source := self._sources.pop(connection, None)) is not None:
+            self._doorkeeper.left(source, self._node.clock.now)
+
+    # CONNECT
+
+    def join(self, connection: Connection, connect: Connect) -> None:
+        """A CONNECT came. Ends, at once or later, in CONNACK; until then nothing more is read."""
+        method = connect.properties.get("authentication_method")
+        if method is not None and method != METHOD:
+            self._refuse(connection, connect, UNKNOWN_METHOD)
+            return
+        key = self._app_key(connect, method)
+        if key is None:
+            self._refuse(connection, connect, NO_CREDENTIALS)
+            return
+        hub = self._node.hubs.find(key)
+        if hub is None:
+            self._node.hubs.load(key, functools.partial(self._loaded, connection, connect))
+        else:
+            self._enter(connection, connect, hub)
+
+    def _app_key(self, connect: Connect, method: str | None) -> str | None:
+        """Of the app that the peer wants in to."""
+        if connect.username is None:
+            return self._node.settings.anonymous_app if connect.password is None and method is None else None
+        return connect.username if connect.password is not None or method is not None else None
+
+    def _loaded(self, connection: Connection, connect: Connect, hub: Hub | None, away: bool) -> None:
+        if connection.phase is Phase.CLOSED:
+            return
+        if hub is None:
+            self._refuse(connection, connect, STORE_AWAY if away else UNKNOWN_APP)
+        else:
+            self._enter(connection, connect, hub)
+
+    def _enter(self, connection: Connection, connect: Connect, hub: Hub) -> None:
+        hub.touched = self._node.clock.now
+        if "authentication_method" in connect.properties:
+            connection.phase = Phase.PROVING
+            self.logins.begin(connection, connect, hub)
+            connection.resume_reading()
+        else:
+            self._admit(connection, connect, hub)
+
+    def authenticate(self, connection: Connection, packet: Auth) -> None:
+        """An AUTH came, before CONNACK or after. Raises ProtocolError."""
+        self.logins.take(connection, packet)
+
+    def _logged_in(self, connection: Connection, login: Login) -> None:
+        hub = login.hub
+        if connection.session is None:
+            connection.phase = Phase.JOINING
+            self._admit(connection, login.connect, hub)
+            return
+        generations = self._store.token_generations(hub.app.app_id)
+        again = admit(hub.app, hub.access, login.connect, generations, self._wall())
+        if isinstance(again, Refusal):
+            connection.close("authentication failed", again.reason, again.text)
+        else:
+            self.logins.confirm(connection, login)
+
+    def _login_failed(self, connection: Connection, login: Login, why: str) -> None:
+        if connection.session is None:
+            refusal = Refusal(Reason.NOT_AUTHORIZED, f"authentication failed: {why}", "authentication failed")
+            self._refuse(connection, login.connect, refusal)
+        else:
+            connection.close("authentication failed", Reason.NOT_AUTHORIZED)
+
+    def _admit(self, connection: Connection, connect: Connect, hub: Hub) -> None:
+        if connect.will is not None and not self._node.exchange.fits(connect.will.topic):
+            self._refuse(connection, connect, WILL_NOT_ALLOWED)
+            return
+        generations = self._store.token_generations(hub.app.app_id)
+        anonymous = connect.username is None and hub.app.key == self._node.settings.anonymous_app
+        match admit(hub.app, hub.access, connect, generations, self._wall(), anonymous=anonymous):
+            case KnownDevice(devno, platform):
+                self._claim(connection, connect, hub, devno, platform)
+            case OpenDevice():
+                self._node.spawn(self._admit_open(connection, connect, hub))
+            case Guest():
+                self._welcome_other(connection, connect, hub, "guest", DEVICE)
+            case Publisher():
+                self._welcome_other(connection, connect, hub, "publisher", PUBLISHER)
+            case Refusal() as refusal:
+                self._refuse(connection, connect, refusal)
+
+    async def _admit_open(self, connection: Connection, connect: Connect, hub: Hub) -> None:
+        try:
+            device = await self._devices.register_open(hub.app, connect.client_id)
+        except ApiError as error:
+            refusal = Refusal(Reason.CLIENT_IDENTIFIER_NOT_VALID, error.message, "bad client id")
+            self._refuse(connection, connect, STORE_AWAY if error.http_status >= 500 else refusal)
+        except StoreError as error:
+            log.warning("device not registered: %s", error)
+            self._refuse(connection, connect, STORE_AWAY)
+        else:
+            if connection.phase is not Phase.CLOSED:
+                self._claim(connection, connect, hub, device.devno, device.platform)
+
+    def _claim(self, connection: Connection, connect: Connect, hub: Hub, devno: int, platform: str) -> None:
+        done = functools.partial(self._welcome_device, connection, connect, hub, devno, platform)
+        self._store.claim_route(hub.app.app_id, devno, self._node.settings.node_id, done)
+
+    # CONNACK
+
+    def _welcome_device(
+        self, connection: Connection, connect: Connect, hub: Hub, devno: int, platform: str, claim: Claim
+    ) -> None:
+        if connection.phase is Phase.CLOSED:
+            self._store.release_route(hub.app.app_id, devno, claim.epoch, self._wall())
+            return
+        if self._node.hubs.get(hub.app.app_id) is not hub:  # the app was deleted meanwhile
+            self._store.release_route(hub.app.app_id, devno, claim.epoch, self._wall())
+            self._refuse(connection, connect, UNKNOWN_APP)
+            return
+        old = hub.members.get(devno)
+        if old is not None and old.epoch > claim.epoch:
+            self._refuse(connection, connect, OVERTAKEN)  # it has come back since, and the newer wins (G5)
+            return
+        self._take_over(old)
+        self._take_over(hub.others.get(DEVICE + connect.client_id))  # a guest of that name
+        packed = FORMAT_PROPERTY in connect.properties.get("user_properties", ())
+        session = self._session(connection, connect, platform, devno=devno, packed=packed)
+        connection.epoch = claim.epoch
+        hub.members[devno] = connection
+        hub.online.add(devno)
+        for push in hub.start(session, may_owe=claim.may_owe):
+            self._node.settler.note_evicted(push)
+        self._welcome(connection, connect, hub, session, role="device", prefix=DEVICE)
+
+    def _welcome_other(
+        self, connection: Connection, connect: Connect, hub: Hub, role: str, prefix: str
+    ) -> None:
+        """A publisher or a guest, which is no device and has no route."""
+        assigned = None if connect.client_id else token_hex(10)
+        key = prefix + (connect.client_id or str(assigned))
+        self._take_over(hub.others.get(key))
+        session = self._session(connection, connect, "other")
+        hub.others[key] = connection
+        self._welcome(connection, connect, hub, session, role=role, prefix=prefix, assigned=assigned)
+
+    def _take_over(self, old: Member | None) -> None:
+        if old is not None:
+            self._node.metrics.takeovers.value += 1
+            old.close("taken over", Reason.SESSION_TAKEN_OVER)  # MQTT5-3.1.4-3
+
+    def _session(
+        self,
+        connection: Connection,
+        connect: Connect,
+        platform: str,
+        *,
+        devno: int = -1,
+        packed: bool = False,
+    ) -> Session:
+        return Session(
+            encoding(connect.version, platform, packed),
+            devno=devno,
+            window=min(
+                connect.properties.get("receive_maximum", MAX_RECEIVE),
+                connection.profile.window,
+                self._node.settings.window,
+            ),
+            manners=manners(connect),
+            limits=self._session_limits,
+        )
+
+    def _welcome(
+        self,
+        connection: Connection,
+        connect: Connect,
+        hub: Hub,
+        session: Session,
+        *,
+        role: str,
+        prefix: str,
+        assigned: str | None = None,
+    ) -> None:
+        node, settings = self._node, self._node.settings
+        terms = agree(
+            connect,
+            keep_alive_min=settings.keep_alive_min,
+            keep_alive_max=min(connection.profile.keep_alive_max, settings.keep_alive_max),
+            session_expiry_max=settings.session_expiry_max,
+        )
+        connection.client_id = assigned or connect.client_id
+        connection.prefix = prefix
+        connection.hub = hub
+        connection.session = session
+        connection.will = connect.will
+        connection.last_seen = node.clock.now
+        connection.keep_alive = 1.5 * terms.keep_alive  # MQTT5-3.1.2-22, MQTT311-3.1.2-24
+        connection.session_expiry = terms.session_expiry
+        connection.transport.set_write_buffer_limits(high=connection.profile.write_buffer)
+        resumed, present = node.keeper.resume(connection, hub, session, clean_start=connect.clean_start)
+        self.opening.discard(connection)
+        connection.phase = Phase.LIVE
+        node.count_live(connection, str(connect.version), 1)
+        more: Properties = self.logins.proof_for(connection)
+        if assigned is not None:
+            more["assigned_client_identifier"] = assigned
+        if more:
+            connection.send(connack(connect.version, present, terms, self._limits, more))
+        else:
+            connection.send(welcome(connect.version, present, terms, self._limits))
+        node.metrics.connects.labels(connection.listener, str(connect.version), role).value += 1
+        self._log(
+            logging.INFO,
+            f"{role} connected",
+            hub.app.key,
+            connection.client_id,
+            transport=connection.listener,
+            version=connect.version,
+            keep_alive=terms.keep_alive,
+        )
+        if resumed:
+            connection.send(b"".join(resumed))
+        connection.catch_up()
+        connection.read_on()
+
+    def _refuse(self, connection: Connection, connect: Connect, refusal: Refusal) -> None:
+        app = (connect.username or "")[:64]
+        self._log(logging.INFO, "connect refused", app, connect.client_id[:64], reason=refusal.label)
+        connection.refuse(
+            connect.version,
+            refusal.reason,
+            refusal.text,
+            refusal.label,
+            maximum_packet=connect.properties.get("maximum_packet_size", 0),
+        )
+
+    def _log(self, level: int, event: str, app: str, device: str, **more: Any) -> None:
+        log_event(log, level, event, app=app, device=device, node=self._node.settings.node_id, **more)

@@ -1,0 +1,151 @@
+"""The apps that this node has something to do with: loaded from the store when somebody connects, unloaded when idle.
+
+There may be hundreds of thousands. A hub is loaded once, however many of its devices wait for it; doorbells that ring
+meanwhile are heard again when it is there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from broker.apps import Apps
+from broker.bus import Broadcast, Doorbell
+from broker.store import Store, StoreError
+from gateway.exchange import Exchange
+from gateway.fanout import Fanout
+from gateway.hub import Hub
+from gateway.keeper import Keeper
+from gateway.metrics import NodeMetrics
+from gateway.wheel import Clock
+
+HUB_REST: Final = 60.0  # seconds without a CONNECT or anybody there before an app is unloaded
+UPKEEP_SLICE: Final = 500  # apps looked after in one tick
+
+Loaded = Callable[
+    [Hub | None, bool], None
+]  # the hub, None if there is no such app or (True) the store is away
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Load:
+    """An app's hub on its way from the store, and what came meanwhile."""
+
+    heard: list[Doorbell] = field(default_factory=list)
+    waiting: list[Loaded] = field(default_factory=list)  # in the order they came (G5)
+
+
+class Hubs:
+    def __init__(
+        self,
+        *,
+        store: Store,
+        apps: Apps,
+        exchange: Exchange,
+        keeper: Keeper,
+        fanout: Fanout,
+        clock: Clock,
+        metrics: NodeMetrics,
+        max_retained: int,
+        max_retained_bytes: int,
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
+    ) -> None:
+        self._store = store
+        self._apps = apps
+        self._exchange = exchange
+        self._keeper = keeper
+        self._fanout = fanout
+        self._clock = clock
+        self._metrics = metrics
+        self._max_retained = max_retained
+        self._max_retained_bytes = max_retained_bytes
+        self._spawn = spawn
+        self._by_key: dict[str, Hub] = {}
+        self._by_id: dict[int, Hub] = {}
+        self._loading: dict[str, _Load] = {}
+        self._upkeep_todo: list[Hub] = []
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __iter__(self) -> Iterator[Hub]:
+        return iter(list(self._by_id.values()))
+
+    def get(self, app_id: int) -> Hub | None:
+        return self._by_id.get(app_id)
+
+    def find(self, key: str) -> Hub | None:
+        """If it is loaded."""
+        return self._by_key.get(key)
+
+    def remove(self, hub: Hub) -> None:
+        self._by_key.pop(hub.app.key, None)
+        self._by_id.pop(hub.app.app_id, None)
+
+    # Loading
+
+    def load(self, key: str, then: Loaded) -> None:
+        load = self._loading.get(key)
+        if load is None:
+            load = self._loading[key] = _Load()
+            self._spawn(self._load(key, load))
+        load.waiting.append(then)
+
+    def heard(self, doorbells: Sequence[Doorbell]) -> None:
+        """For the hubs that are on their way."""
+        for load in self._loading.values():
+            load.heard += doorbells
+
+    async def _load(self, key: str, load: _Load) -> None:
+        hub, away = None, False
+        try:
+            hub = await self._load_hub(key, load)
+        except StoreError as error:
+            log.warning("app not read: %s", error)
+            away = True
+        except Exception:  # whatever it is, those who wait get an answer
+            log.exception("app not loaded")
+            away = True
+        del self._loading[key]
+        for then in load.waiting:  # at once: whoever comes from now on is newer
+            then(hub, away)
+
+    async def _load_hub(self, key: str, load: _Load) -> Hub | None:
+        app = await self._apps.find(key)
+        if app is None:
+            return None
+        hub = Hub(
+            app,
+            max_retained=self._max_retained,
+            max_retained_bytes=self._max_retained_bytes,
+            too_large=self._metrics.too_large,
+        )
+        for row in await self._store.live_broadcasts(app.app_id):
+            hub.add_broadcast(row)
+        retained = await self._store.list_retained(app.app_id)
+        items = await self._store.list_session_items(app.app_id)
+        self._exchange.load_retained(hub, retained)
+        self._keeper.load(hub, items)
+        self._by_key[key] = self._by_id[app.app_id] = hub
+        for doorbell in load.heard:  # accepted after the rows were read; known ones are ignored
+            if isinstance(doorbell, Broadcast) and doorbell.broadcast.message.app_id == app.app_id:
+                self._fanout.broadcast(hub, doorbell)
+        return hub
+
+    # Upkeep
+
+    def upkeep(self) -> None:
+        """Look after the next apps, a slice at a time."""
+        if not self._upkeep_todo:
+            self._upkeep_todo = list(self._by_id.values())
+        now, wall = self._clock.now, self._clock.wall
+        for hub in self._upkeep_todo[-UPKEEP_SLICE:]:
+            hub.drop_finished(wall)
+            self._keeper.expire(hub)
+            if hub.idle(now) and now > hub.touched + HUB_REST and not self._fanout.walking:
+                self.remove(hub)
+        del self._upkeep_todo[-UPKEEP_SLICE:]

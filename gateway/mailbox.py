@@ -1,0 +1,141 @@
+"""What an MQTT session has besides pushes, and keeps while its client is away: subscriptions, waiting messages, and
+the QoS 2 state of both directions. No I/O: what must survive a restart is told to a `SessionLog` as it changes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from pyroaring import BitMap
+
+from gateway.messages import TopicCopy
+from gateway.mqtt import Subscription
+
+if TYPE_CHECKING:
+    from gateway.session import Member, Session
+
+Entry = tuple[Subscription, int]  # options, subscription identifier (0: none)
+
+
+class SessionLog(Protocol):
+    """Where a durable session's changes go (decision 0008). `number` is the session's within its app."""
+
+    number: int
+
+    def subscribed(self, entry: Entry) -> None: ...
+
+    def unsubscribed(self, topic_filter: str) -> None: ...
+
+    def sent(self, packet_id: int, copy: TopicCopy, *, released: bool) -> None:
+        """This packet id stands for that copy; `released`: PUBREC came."""
+
+    def completed(self, packet_id: int) -> None:
+        """The packet id is free again."""
+
+    def received(self, packet_ids: BitMap) -> None:
+        """These are the inbound QoS 2 ids between PUBLISH and PUBREL."""
+
+    def done(self, copy: TopicCopy) -> None:
+        """The session has the copy, or will never get it."""
+
+    def will(self, value: bytes | None) -> None:
+        """This will waits for its delay; None: not any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class MailboxLimits:
+    """What one session may make the node keep (G6)."""
+
+    subscriptions: int = 100
+    queued_messages: int = 1000
+    queued_bytes: int = 1_048_576
+
+
+class Mailbox:
+    __slots__ = (
+        "dropped",
+        "expires_at",
+        "in_flight",
+        "key",
+        "limits",
+        "log",
+        "member",
+        "next_id",
+        "over",
+        "queue",
+        "queued_bytes",
+        "received",
+        "released",
+        "session",
+        "subscriptions",
+    )
+
+    def __init__(self, limits: MailboxLimits, key: str = "") -> None:
+        self.key = key  # of its session within the app
+        self.limits = limits
+        self.log: SessionLog | None = None  # None: the session does not outlive its connection, or the server
+        self.session: Session | None = None  # of the live connection
+        self.member: Member | None = None  # that connection
+        self.subscriptions: dict[str, Entry] = {}  # by filter
+        self.queue: deque[TopicCopy] = deque()
+        self.queued_bytes = 0
+        self.in_flight: dict[int, TopicCopy] = {}  # of the last connection, until sent again
+        self.released: set[int] = set()  # outbound QoS 2 ids after PUBREC: what is resent is PUBREL
+        self.received: BitMap | None = None  # inbound QoS 2 ids between PUBLISH and PUBREL: at most 8 KB
+        self.next_id = 1
+        self.over = False  # the session has ended
+        self.expires_at: float | None = None  # while away, monotonic
+        self.dropped = 0  # messages that found no room, expired, or were too large
+
+    @property
+    def waiting(self) -> bool:
+        """Something here is to be sent."""
+        return bool(self.queue or self.in_flight)
+
+    @property
+    def empty(self) -> bool:
+        """Nothing here that a new session would not have."""
+        return not (self.subscriptions or self.queue or self.in_flight or self.received)
+
+    def put(self, copy: TopicCopy) -> bool:
+        """Queue a message; with no room left the newcomer is dropped and counted."""
+        size = copy.message.size
+        if (
+            len(self.queue) >= self.limits.queued_messages
+            or self.queued_bytes + size > self.limits.queued_bytes
+        ):
+            self.drop(copy)
+            return False
+        self.queue.append(copy)
+        self.queued_bytes += size
+        return True
+
+    def take(self, now: float) -> TopicCopy | None:
+        """The next message that has not expired."""
+        while self.queue:
+            copy = self.queue.popleft()
+            self.queued_bytes -= copy.message.size
+            if not copy.message.expired(now):
+                return copy
+            self.drop(copy)
+        return None
+
+    def drop(self, copy: TopicCopy) -> None:
+        """The session will not get this one."""
+        self.dropped += 1
+        self.done(copy)
+
+    def done(self, copy: TopicCopy) -> None:
+        """The session has it, or will never get it."""
+        if self.log is not None and copy.left is not None:
+            self.log.done(copy)
+
+    def remove(self, unwanted: Callable[[TopicCopy], bool]) -> list[TopicCopy]:
+        """Take these out of the queue; the caller decides what becomes of them."""
+        removed = [copy for copy in self.queue if unwanted(copy)]
+        if removed:
+            self.queue = deque(copy for copy in self.queue if not unwanted(copy))
+            self.queued_bytes -= sum(copy.message.size for copy in removed)
+        return removed

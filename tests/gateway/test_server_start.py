@@ -1,0 +1,143 @@
+"""What a start does before anybody can connect: the app for those without credentials, and the node's settings."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from broker.config import Config, load_config
+from broker.store_sqlite import SqliteStore
+from gateway.mailbox import MailboxLimits
+from gateway.node import NodeSettings
+from gateway.server import Listening, Service, StartError, _check_anonymous, _node_settings
+
+ANY_PORT = {f"{key}": "0" for key in ("mqtt.port", "mqtt.ws_port", "http.port", "admin.port")}
+
+
+@pytest.fixture(autouse=True)
+def _interpreter_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.server.tune_interpreter", lambda: None)
+
+
+async def _started(directory: Path, **mqtt: str) -> tuple[Listening, str | None, dict[str, object]]:
+    """Where it listened, the app its node was told, and the line that `serve` prints."""
+    flags = {"server.data_dir": str(directory), **ANY_PORT}
+    config = load_config(None, None, flags | {f"mqtt.{key}": value for key, value in mqtt.items()})
+    service = Service(config)
+    try:
+        listening = await service.open()
+        return listening, service.node.settings.anonymous_app, listening.as_json(config)
+    finally:
+        await service.close()
+
+
+async def _apps(directory: Path) -> list[tuple[str, bool]]:
+    store = SqliteStore(directory / "holdfast.db")
+    await store.open()
+    apps = await store.list_apps()
+    await store.close()
+    return [(app.name, app.open) for app in apps]
+
+
+async def test_there_is_no_anonymous_app_unless_it_is_asked_for(tmp_path: Path) -> None:
+    listening, told, line = await _started(tmp_path)
+    assert (listening.anonymous_app, told, line["anonymous_app"]) == (None, None, None)
+    assert await _apps(tmp_path) == [("demo", True)]
+
+
+async def test_the_anonymous_app_is_made_once_and_found_again(tmp_path: Path) -> None:
+    keys = set()
+    for _ in range(2):
+        listening, told, line = await _started(tmp_path, anonymous_app="lab")
+        app = listening.anonymous_app
+        assert app is not None
+        assert (app.name, app.open, app.key) == ("lab", True, told)
+        assert isinstance(line["anonymous_app"], dict)
+        assert line["anonymous_app"]["app_key"] == told
+        keys.add(told)
+    assert len(keys) == 1
+    assert await _apps(tmp_path) == [("demo", True), ("lab", True)]
+
+
+async def test_an_app_that_is_not_open_never_takes_in_strangers(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "holdfast.db")
+    await store.open()
+    closed = await store.create_app("lab")
+    for n in range(1000):  # the page of apps is full of others
+        await store.create_app(f"app {n}")
+    wanted = await store.create_app("lab", open=True)
+    await store.close()
+    _, told, _ = await _started(tmp_path, anonymous_app="lab")
+    assert told == wanted.key != closed.key
+
+
+OUTSIDE = {"server.host": "0.0.0.0", "mqtt.anonymous_app": "lab"}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"server.host": "0.0.0.0"},
+        {"mqtt.anonymous_app": "lab"},
+        {"mqtt.anonymous_app": "lab", "server.host": "::1"},
+        OUTSIDE | {"mqtt.anonymous_anywhere": "true"},
+        OUTSIDE | {"mqtt.anonymous_app": "off"},
+    ],
+)
+def test_who_may_reach_the_anonymous_app_is_this_machine_or_said_so(flags: dict[str, str]) -> None:
+    _check_anonymous(load_config(None, None, flags))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "push.example.org"])
+async def test_an_anonymous_app_in_reach_of_others_is_refused_with_what_to_do(
+    tmp_path: Path, host: str
+) -> None:
+    directory = tmp_path / "data"
+    flags = OUTSIDE | {"server.host": host, "server.data_dir": str(directory)}
+    service = Service(load_config(None, None, flags))
+    with pytest.raises(StartError) as refused:
+        await service.open()
+    await service.close()
+    for part in ("mqtt.anonymous_app = 'lab'", f"server.host = '{host}'", "mqtt.anonymous_anywhere to true"):
+        assert part in str(refused.value)
+    assert not directory.exists()
+
+
+def test_every_setting_of_the_node_comes_from_the_configuration() -> None:
+    """Each is a number of its own, and arrives."""
+    mqtt = {
+        "connect_timeout": "11",
+        "max_packet_size": "2001",
+        "max_connections": "2002",
+        "max_connecting": "2003",
+        "keep_alive_max": "2004",
+        "keep_alive_min": "12",
+        "session_expiry_max": "2005",
+        "max_inflight": "13",
+        "receive_maximum": "14",
+        "max_retained": "2006",
+        "max_retained_bytes": "2007",
+        "max_sessions": "2008",
+        "max_topic_length": "2009",
+        "max_topic_levels": "15",
+        "topic_alias_maximum": "17",
+        "sys_interval": "18",
+        "max_subscriptions": "19",
+        "max_queued": "20",
+        "max_queued_bytes": "2010",
+    }
+    settings = _node_settings(load_config(None, None, {f"mqtt.{key}": value for key, value in mqtt.items()}))
+    assert settings.mailbox == MailboxLimits(19, 20, 2010)
+    same = {field.name for field in fields(NodeSettings)} & mqtt.keys()
+    assert {name: str(getattr(settings, name)).removesuffix(".0") for name in same} == {
+        name: mqtt[name] for name in same
+    }
+    assert settings.window == 13
+    assert mqtt.keys() - same == {"max_inflight", "max_subscriptions", "max_queued", "max_queued_bytes"}
+
+
+def test_the_defaults_of_node_and_configuration_are_the_same() -> None:
+    assert _node_settings(Config()) == NodeSettings(node_id=Config().server.node_id)
