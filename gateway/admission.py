@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 from broker import tokens
 from broker.access import Access, Role
 from broker.model import App
-from gateway.live import DEVICE_TOPIC, EVENT_PREFIX, PUSH_TOPIC, RECEIPT_TOPIC
+from gateway.live import DEVICE_TOPIC, EVENT_PREFIX, PUSH_TOPIC, RECEIPT_TOPIC, SYS
 from gateway.mqtt import Connack, Connect, Properties, Reason, Will, encode
 from gateway.session import ALIASES_SENT, Manners
 
@@ -108,6 +108,8 @@ def admit(
 
 def _check_will(access: Access, peer: Admission, client_id: str, will: Will) -> Refusal | None:
     """A will is an ordinary message, under the same rules."""
+    if will.topic.startswith(SYS):
+        return None  # dropped, see arrivals.py
     if will.topic == PUSH_TOPIC:
         return WILL_NOT_ALLOWED
     if not isinstance(peer, Publisher) and (
@@ -189,12 +191,13 @@ def manners(connect: Connect) -> Manners:
         properties.get("maximum_packet_size", 0),
         min(properties.get("topic_alias_maximum", 0), ALIASES_SENT),
         properties.get("request_problem_information", 1),
+        connect.bridge,
     )
 
 
 @functools.lru_cache(maxsize=1024)
-def _manners(maximum_packet: int, alias_maximum: int, problem_information: int) -> Manners:
-    return Manners(maximum_packet, alias_maximum, bool(problem_information))
+def _manners(maximum_packet: int, alias_maximum: int, problem_information: int, bridge: bool) -> Manners:
+    return Manners(maximum_packet, alias_maximum, bool(problem_information), bridge)
 
 
 @functools.lru_cache(maxsize=1024)

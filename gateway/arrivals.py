@@ -41,9 +41,9 @@ from gateway.connection import OPENING_CHECK, Connection, Phase
 from gateway.doorkeeper import Doorkeeper, source_of
 from gateway.exchange import DEVICE, PUBLISHER
 from gateway.hub import Hub
-from gateway.live import encoding
+from gateway.live import SYS, encoding
 from gateway.logins import Login, Logins
-from gateway.mqtt import Auth, Connect, Properties, Reason
+from gateway.mqtt import Auth, Connect, Properties, Reason, Will
 from gateway.scram import METHOD
 from gateway.session import Member, Session, SessionLimits
 
@@ -305,7 +305,7 @@ class Arrivals:
         connection.prefix = prefix
         connection.hub = hub
         connection.session = session
-        connection.will = connect.will
+        connection.will = None if _is_of_sys(connect.will) else connect.will
         connection.last_seen = node.clock.now
         connection.keep_alive = 1.5 * terms.keep_alive  # MQTT5-3.1.2-22, MQTT311-3.1.2-24
         connection.session_expiry = terms.session_expiry
@@ -314,13 +314,18 @@ class Arrivals:
         self.opening.discard(connection)
         connection.phase = Phase.LIVE
         node.count_live(connection, str(connect.version), 1)
+        node.blocked += connection.blocked
         more: Properties = self.logins.proof_for(connection)
         if assigned is not None:
             more["assigned_client_identifier"] = assigned
         if more:
-            connection.send(connack(connect.version, present, terms, self._limits, more))
+            frame = connack(connect.version, present, terms, self._limits, more)
         else:
-            connection.send(welcome(connect.version, present, terms, self._limits))
+            frame = welcome(connect.version, present, terms, self._limits)
+        if not session.fits(len(frame)):  # MQTT5-3.1.2-24: it cannot be told anything
+            connection.close("packet too large")
+            return
+        connection.send(frame)
         node.metrics.connects.labels(connection.listener, str(connect.version), role).value += 1
         self._log(
             logging.INFO,
@@ -349,3 +354,8 @@ class Arrivals:
 
     def _log(self, level: int, event: str, app: str, device: str, **more: Any) -> None:
         log_event(log, level, event, app=app, device=device, node=self._node.settings.node_id, **more)
+
+
+def _is_of_sys(will: Will | None) -> bool:
+    """A bridge of mosquitto has a will on `$SYS/broker/connection/…`, which is nobody's to set: it is dropped."""
+    return will is not None and will.topic.startswith(SYS)

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from pyroaring import BitMap
@@ -15,7 +16,7 @@ from broker.model import App, Retained
 from broker.store import Store
 from gateway.hub import Hub
 from gateway.journal import Journal
-from gateway.live import PUSH_TOPIC
+from gateway.live import PUSH_TOPIC, SYS
 from gateway.mailbox import Entry, Mailbox
 from gateway.messages import TopicCopy, TopicMessage, passed_on, stored_publish
 from gateway.metrics import NodeMetrics
@@ -32,6 +33,7 @@ from gateway.mqtt import (
 )
 from gateway.postman import Postman
 from gateway.session import Session
+from gateway.sys_topics import SysTopics
 from gateway.topics import SharedGroup
 from gateway.wheel import Clock
 
@@ -63,6 +65,7 @@ class Exchange:
         *,
         max_topic_length: int,
         max_topic_levels: int,
+        sys_topics: Callable[[Callable[[Hub, TopicMessage], Reason]], SysTopics],
     ) -> None:
         self._store = store
         self._journal = journal
@@ -71,6 +74,7 @@ class Exchange:
         self._metrics = metrics
         self._max_length = max_topic_length
         self._max_levels = max_topic_levels
+        self.sys_topics = sys_topics(self.route)
 
     def fits(self, topic: str) -> bool:
         """Whether a topic or filter is within the limits; each level costs a node of the index."""
@@ -121,6 +125,8 @@ class Exchange:
         known = subscription.filter in mailbox.subscriptions
         if not known and len(mailbox.subscriptions) >= mailbox.limits.subscriptions:
             return Reason.QUOTA_EXCEEDED, ()
+        if session.manners.bridge:  # 3.1.1 cannot ask for it; without it two brokers echo each message
+            subscription = replace(subscription, no_local=True, retain_as_published=True)
         entry = (subscription, identifier)
         mailbox.subscriptions[subscription.filter] = entry
         hub.subscriptions.add(entry, mailbox)
@@ -134,6 +140,8 @@ class Exchange:
 
     def _retained(self, hub: Hub, topic_filter: str) -> Iterable[TopicMessage]:
         """Those that match, and whose source may still publish there."""
+        if topic_filter.startswith(SYS):
+            return self.sys_topics.match(hub, topic_filter, self._clock.now)
         return (
             message
             for message in hub.retained.match(topic_filter, self._clock.now)
@@ -217,7 +225,7 @@ class Exchange:
         message = self._message(packet, origin)
         if packet.retain and not hub.retained.set(message):
             return Reason.QUOTA_EXCEEDED, False
-        reason = self._route(hub, message, origin)
+        reason = self.route(hub, message, origin)
         received = packet.qos == 2 and session is not None and _durable(session.mailbox)
         return reason, packet.retain or bool(message.number) or received
 
@@ -239,7 +247,7 @@ class Exchange:
             origin,
         )
 
-    def _route(self, hub: Hub, message: TopicMessage, origin: str) -> Reason:
+    def route(self, hub: Hub, message: TopicMessage, origin: str = "") -> Reason:
         found = hub.subscriptions.match(message.topic)
         copies: dict[tuple[int, bool, tuple[int, ...]], TopicCopy] = {}
         targets: list[tuple[Mailbox, TopicCopy]] = []

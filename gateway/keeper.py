@@ -33,6 +33,7 @@ from gateway.journal import (
 from gateway.mailbox import Mailbox, MailboxLimits
 from gateway.messages import TopicCopy, TopicMessage, stored_publish
 from gateway.metrics import NodeMetrics
+from gateway.mqtt import Will
 from gateway.session import Session
 from gateway.wheel import Clock
 from gateway.wills import Wills
@@ -130,10 +131,11 @@ class Keeper:
                 self.end(hub, mailbox)
         else:
             self._note_device(hub, session.devno, in_flight, expiry)
-            waits = connection.will is not None and "will_delay_interval" in connection.will.properties
-            if waits and mailbox is None:  # a delay is part of the session
+            # Of devices that hold nothing `session_ends` knows; a will's delay is part of the session, too.
+            kept = session.devno < 0 or _has_delay(connection.will)
+            if kept and mailbox is None:
                 mailbox = Mailbox(self._limits, connection.key)
-            if mailbox is not None and (waits or not mailbox.empty):
+            if mailbox is not None and (kept or not mailbox.empty):
                 self._keep(hub, mailbox, expiry)
             elif mailbox is not None:
                 self._forget(hub, mailbox)
@@ -322,6 +324,10 @@ class _Loading:
         mailbox.in_flight = dict(in_order)
         for _, copy in sorted(self._owed.pop(number, {}).items()):
             mailbox.put(copy)
+
+
+def _has_delay(will: Will | None) -> bool:
+    return will is not None and "will_delay_interval" in will.properties
 
 
 def _value(item: SessionItem) -> bytes:

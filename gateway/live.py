@@ -21,6 +21,7 @@ PUSH_TOPIC: Final = "push"
 RECEIPT_TOPIC: Final = "receipt"
 DEVICE_TOPIC: Final = "device"
 EVENT_PREFIX: Final = "event/"
+SYS: Final = "$SYS/"  # the server's own topics
 FRAMES_KEPT: Final = (
     1024  # byte strings a message keeps for one encoding; more packet ids than this share nothing
 )

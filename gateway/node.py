@@ -39,6 +39,7 @@ from gateway.mqtt import Reason
 from gateway.postman import Postman
 from gateway.session import Session
 from gateway.settler import Settler
+from gateway.sys_topics import SysTopics
 from gateway.wheel import Clock, Wheel
 from gateway.wills import Wills
 
@@ -99,6 +100,7 @@ class Node:
         self.clock = Clock(self._loop.time(), wall())
         self._wheel: Wheel[Connection] = Wheel(self.clock.now, TICK)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._started = self.clock.now
         self.live = 0  # connections after CONNECT
         self.live_by: dict[tuple[str, ...], float] = {}  # the same by listener and MQTT version
         self.blocked = 0  # of them, those whose socket is over the write buffer limit
@@ -116,6 +118,7 @@ class Node:
             self.metrics,
             max_topic_length=settings.max_topic_length,
             max_topic_levels=settings.max_topic_levels,
+            sys_topics=lambda route: SysTopics(self._counters, route, settings.sys_interval),
         )
         self.keeper = Keeper(
             self.journal,
@@ -222,6 +225,24 @@ class Node:
             for connection in due:
                 self._wheel.add(connection, clock.now)
         self.hubs.upkeep()
+        self.exchange.sys_topics.tick(clock.now)
+
+    def _counters(self) -> dict[str, float | str]:
+        """What `$SYS/broker` tells, under mosquitto's names."""
+        metrics, hubs = self.metrics, list(self.hubs)
+        kept = sum(len(hub.mailboxes) for hub in hubs)
+        pushes = sum(child.value for child in metrics.sent.children.values())
+        return {
+            "uptime": f"{int(self.clock.now - self._started)} seconds",
+            "clients/connected": self.live,
+            "clients/disconnected": kept,
+            "clients/total": self.live + kept,
+            "subscriptions/count": sum(hub.subscriptions.count for hub in hubs),
+            "retained messages/count": sum(hub.retained.count for hub in hubs),
+            "publish/messages/received": sum(int(child.value) for child in metrics.inbound.children.values()),
+            "publish/messages/sent": int(metrics.topic_messages.value + pushes),
+            "publish/messages/dropped": int(metrics.topic_dropped.value),
+        }
 
     # Doorbells
 

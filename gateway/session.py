@@ -146,6 +146,7 @@ class Manners:
     maximum_packet: int = 0  # bytes of a packet; 0: no limit
     alias_maximum: int = 0  # topic aliases it accepts
     problem_information: bool = True  # whether acknowledgements may say more than a code
+    bridge: bool = False  # a broker's: gets nothing back that it sent, and retained messages as retained
 
 
 PLAIN: Final = Manners()
@@ -403,16 +404,19 @@ class Session:
         """A PUBACK: the push it acknowledges, if it was one. Unknown ids are ignored: an acknowledgement may
         come twice."""
         unacked = self.unacked
-        if unacked is None:
-            return None
-        item = unacked.pop(packet_id, None)
-        if not unacked:
-            self.unacked = None
-        self.waiting_since = now
+        item = unacked.pop(packet_id, None) if unacked is not None else None
         if type(item) is LivePush:
+            if not unacked:
+                self.unacked = None
+            self.waiting_since = now
             return item
         if type(item) is TopicCopy:
+            if not unacked:
+                self.unacked = None
+            self.waiting_since = now
             self._acked_copy(item, packet_id)
+        elif not packet_id:
+            raise ProtocolError("packet id 0")  # MQTT5-2.2.1-3
         return None
 
     def _acked_copy(self, copy: TopicCopy, packet_id: int) -> None:
@@ -453,6 +457,8 @@ class Session:
                 raise ProtocolError(f"{type(packet).__name__.upper()} is not for a client to send")
 
     def _receive_publish(self, packet: Publish) -> list[Action]:
+        if "subscription_identifiers" in packet.properties:
+            raise ProtocolError("a subscription identifier from a client")  # MQTT5-3.3.4-6
         packet = self._resolve_alias(packet)
         if packet.qos == 0:
             return [Published(packet)]
@@ -589,11 +595,14 @@ class Session:
     def _received(self, packet: Pubrec, now: float) -> list[Action]:
         packet_id, mailbox = packet.packet_id, self.mailbox
         item = self.unacked.get(packet_id) if self.unacked else None
-        if type(item) is not TopicCopy or item.qos != 2 or mailbox is None:
+        refused = packet.reason >= Reason.UNSPECIFIED_ERROR
+        if item is None:
             answer = Pubrel(packet_id, Reason.PACKET_IDENTIFIER_NOT_FOUND)
-            return [Send(encode(answer, self.encoding.version))]
+            return [] if refused else [Send(encode(answer, self.encoding.version))]  # MQTT5-4.3.3-4
+        if type(item) is not TopicCopy or item.qos != 2 or mailbox is None:
+            raise ProtocolError(f"PUBREC for packet id {packet_id}, which has QoS 1")
         self.waiting_since = now
-        if packet.reason >= Reason.UNSPECIFIED_ERROR:  # MQTT5-4.3.3-4: it does not want it
+        if refused:  # it does not want it
             self._leave(mailbox, packet_id, item)
             return []
         mailbox.released.add(packet_id)
@@ -604,9 +613,12 @@ class Session:
     def _complete(self, packet: Pubcomp, now: float) -> list[Action]:
         packet_id, mailbox = packet.packet_id, self.mailbox
         item = self.unacked.get(packet_id) if self.unacked else None
-        if type(item) is TopicCopy and mailbox is not None and packet_id in mailbox.released:
-            self.waiting_since = now
-            self._leave(mailbox, packet_id, item)
+        if item is None:
+            return []
+        if type(item) is not TopicCopy or mailbox is None or packet_id not in mailbox.released:
+            raise ProtocolError(f"PUBCOMP for packet id {packet_id}, before PUBREC")
+        self.waiting_since = now
+        self._leave(mailbox, packet_id, item)
         return []
 
     def _leave(self, mailbox: Mailbox, packet_id: int, copy: TopicCopy) -> None:

@@ -180,6 +180,11 @@ class SubscriptionIndex:
             del groups[share]
         return True
 
+    def below(self, prefix: str) -> bool:
+        """Whether some filter begins with this word and a slash."""
+        children = self._trie.root.children
+        return children is not None and prefix.rstrip("/") in children
+
     def group(self, topic_filter: str) -> SharedGroup | None:
         """A shared subscription that has members."""
         share, plain = _split(topic_filter)
@@ -268,6 +273,7 @@ class RetainedMessages:
         return found
 
 
+LEVEL_SIZE: Final = 100  # bytes a level of a topic takes, shared with its neighbours or not
 BELOW: Final = -1  # below a `#`, where every level matches
 
 
@@ -284,4 +290,4 @@ def _following(
 
 
 def _size(message: TopicMessage | None) -> int:
-    return message.size if message is not None else 0
+    return message.size + LEVEL_SIZE * (message.topic.count("/") + 1) if message is not None else 0

@@ -111,7 +111,7 @@ class Contest:
             f"{self.ratio:.3f}",
             self._spread(),
             str(len(self.ours)),
-            "; ".join(sorted({row.note for row in (*self.ours, *self.theirs) if row.note})),
+            "; ".join([*_notes("here", self.ours), *_notes("there", self.theirs)]),
         )
         return f"| {' | '.join(cells)} |"
 
@@ -128,6 +128,10 @@ class Contest:
 def contests(ours: Sequence[Sequence[Row]], theirs: Sequence[Sequence[Row]]) -> list[Contest]:
     """`ours` and `theirs`: the rows of each turn, the same ones in all."""
     return [Contest(*rows) for rows in zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True)]
+
+
+def _notes(whose: str, rows: Sequence[Row]) -> list[str]:
+    return [f"{whose}: {note}" for note in dict.fromkeys(row.note for row in rows) if note]
 
 
 def _values(rows: Sequence[Row]) -> list[float]:

@@ -64,6 +64,7 @@ from .wire import (
 
 _CONNECT: Final = 0x10
 _PUBACK_HEADER: Final = 0x4002
+_BRIDGE_LEVEL: Final = 0x84  # 3.1.1 from a broker's bridge: mosquitto's convention, which other brokers share
 # Bits of the CONNECT flags (MQTT5-3.1.2.3); the will's QoS is 0x18 of them.
 _CLEAN_START, _WILL, _WILL_QOS, _WILL_RETAIN, _PASSWORD, _USERNAME = 0x02, 0x04, 0x18, 0x20, 0x40, 0x80
 
@@ -171,18 +172,21 @@ def _decode_connect(buffer: Buffer, pos: int, end: int, first: int, version: int
     body = bytes(buffer[pos:end])
     name, at = read_binary(body, 0)
     level, at = read_byte(body, at)
+    bridge = level == _BRIDGE_LEVEL
+    if bridge:
+        level = 4
     if name != b"MQTT" or level not in (4, 5):  # MQTT5-3.1.2-1, -2; "MQIsdp" 3 is MQTT 3.1
         raise UnsupportedVersion(f"protocol {name[:8]!r} level {level}")
     try:
         if level == 5 and not buffer[pos - 1]:  # MQTT5-1.5.5-1, unknowable in the header
             raise MalformedPacket("a remaining length longer than it needs to be")
-        return _connect(body, at, level)
+        return _connect(body, at, level, bridge)
     except MQTTError as error:
         error.version = level
         raise
 
 
-def _connect(body: bytes, pos: int, version: int) -> Connect:
+def _connect(body: bytes, pos: int, version: int, bridge: bool) -> Connect:
     flags, pos = read_byte(body, pos)
     _check_connect_flags(flags, version)
     keep_alive, pos = read_uint16(body, pos)
@@ -197,7 +201,7 @@ def _connect(body: bytes, pos: int, version: int) -> Connect:
         password, pos = read_binary(body, pos)
     _expect_end(body, pos)
     clean_start = flags & _CLEAN_START != 0
-    return Connect(client_id, clean_start, keep_alive, username, password, will, version, properties)
+    return Connect(client_id, clean_start, keep_alive, username, password, will, version, properties, bridge)
 
 
 def _check_connect_flags(flags: int, version: int) -> None:
@@ -523,7 +527,9 @@ def _encode_connect(packet: Connect, version: int) -> bytes:
         assert version == 5 or packet.username is not None, "3.1.1: a password without user name"
         flags |= _PASSWORD
         parts.append(binary(packet.password))
-    return _frame(0x10, b"\0\4MQTT", bytes((version, flags)), *parts)
+    assert version == 4 or not packet.bridge, "a bridge of MQTT 5"
+    level = _BRIDGE_LEVEL if packet.bridge else version
+    return _frame(0x10, b"\0\4MQTT", bytes((level, flags)), *parts)
 
 
 def _encode_connack(packet: Connack, version: int) -> bytes:

@@ -35,6 +35,7 @@ class Connect:
     will: Will | None = None
     version: int = 5
     properties: Properties = field(default_factory=no_properties, hash=False)
+    bridge: bool = False  # 3.1.1 only: see the codec
 
 
 @dataclass(frozen=True, slots=True)

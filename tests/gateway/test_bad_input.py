@@ -349,7 +349,7 @@ def test_an_app_retains_sixteen_megabytes(server: LocalServer) -> None:
         publisher(server, app=app) as backend,
     ):
         for i in range(65):
-            backend.send(Publish(f"page/{i}", bytes(262_000), 1, retain=True, packet_id=i + 1))
+            backend.send(Publish(f"page/{i}", bytes(261_800), 1, retain=True, packet_id=i + 1))
             expected = Reason.QUOTA_EXCEEDED if i == 64 else Reason.NO_MATCHING_SUBSCRIBERS
             assert backend.expect(Puback).reason is expected
     works(server)

@@ -308,6 +308,29 @@ class Client:
         if not self.expiry:
             self.new_session()
 
+    def outlive(self, world: World) -> None:
+        """The server is gone. It knows what it has answered, and QoS 2 ids; others may get a new meaning."""
+        self.may_close = True
+        if self.phone is not None:
+            self.look()
+        if self.phone is not None:
+            self.lost()
+        self.incoming = {n: item for n, item in self.incoming.items() if item.qos == 2}
+        if self.may_exist and not self.granted:  # an empty session is as good as a new one
+            self.may_exist = None
+
+
+async def abandon(world: World) -> None:
+    """The server is killed: what the store has not been given is lost."""
+    node = world.node
+    node._unsubscribe()
+    assert node._tick_timer is not None
+    node._tick_timer.cancel()
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+
 
 def fits(topic_filter: str, topic: str) -> bool:
     """MQTT5-4.7, said as simply as it can be; a shared subscription may always go to another member."""
@@ -432,6 +455,8 @@ class Sessions(RuleBasedStateMachine):
             client.send(Disconnect())
         await self.world.calm()
         assert left_behind(self.world) == {}
+        await self.world.node.journal.saved()
+        assert list(await self.world.store.list_session_items(self.world.app.app_id)) == []
 
     # Life
 
@@ -492,6 +517,22 @@ class Sessions(RuleBasedStateMachine):
                 else:
                     client.phone.drain()
 
+        self.run(story())
+
+    @rule(crash=st.booleans(), moment=pause)
+    def the_server_restarts(self, crash: bool, moment: str) -> None:
+        async def story() -> None:
+            if crash:
+                await abandon(self.world)
+            else:
+                await self.world.node.drain(1.0)
+                await self.world.node.close()
+            for client in self.clients:
+                client.outlive(self.world)
+            self.world.node = self.world.new_node()
+            self.world.node.start()
+
+        self.run(asyncio.sleep(0), moment)
         self.run(story())
 
     # Subscriptions and messages
@@ -634,21 +675,19 @@ class Sessions(RuleBasedStateMachine):
 
 def left_behind(world: World) -> dict[str, object]:
     """Everything that grows with clients, and is not empty."""
-    node = world.node
-    [hub] = node._by_id.values()
+    node, hub = world.node, world.hub
     kept: dict[str, Any] = {
         "live": node.live,
-        "opening": len(node._opening),
+        "opening": len(node.arrivals.opening),
         "blocked": node.blocked,
         "mailboxes": hub.mailboxes,
         "members": hub.members,
-        "publishers": hub.publishers,
+        "others": hub.others,
         "online": list(hub.online),
         "resend": hub.resend,
         "wills": hub.wills,
-        "retained": len(hub.retained._messages),
-        "subscriptions": hub.subscriptions._root.children,
-        "tasks": node._tasks,
+        "retained": hub.retained.count,
+        "subscriptions": hub.subscriptions.count,
     }
     return {name: value for name, value in kept.items() if value}
 

@@ -145,7 +145,7 @@ def test_a_contest_tells_both_medians_and_their_ratio() -> None:
     ours = [Row("idle", "KB", [1.0]), Row("idle", "KB", [3.0], note="odd")]
     theirs = [Row("idle", "KB", [2.0]), Row("idle", "KB", [2.0])]
     assert Contest(ours, theirs).as_markdown() == (
-        "| idle | 2.00 KB | 2.00 KB | 1.000 | 0.500 … 1.500 | 2 | odd |"
+        "| idle | 2.00 KB | 2.00 KB | 1.000 | 0.500 … 1.500 | 2 | here: odd |"
     )
     assert Contest(ours[:1], theirs[:1]).as_markdown() == "| idle | 1.00 KB | 2.00 KB | 0.500 |  | 1 |  |"
 

@@ -21,7 +21,16 @@ from gateway.mqtt import (
     Will,
     encode,
 )
-from tests.gateway.conformance.talk import ended, leave, nothing_waits, opened, publish, short, subscribe, take
+from tests.gateway.conformance.talk import (
+    ended,
+    leave,
+    nothing_waits,
+    opened,
+    publish,
+    short,
+    subscribe,
+    take,
+)
 from tests.gateway.peer import Peer, connect_packet, device
 
 # The header of a CONNECT up to its flags, then keep-alive 60, no properties, a client id. Flags: 0x80 user name,
@@ -74,7 +83,6 @@ def test_a_second_connect_ends_the_connection_and_gets_no_second_connack(
         pytest.param("00064d5149736470 03 02", "20 02 00 01", id="3.1"),
         pytest.param("00044d515454 03 02", "20 02 00 01", id="level 3"),
         pytest.param("00044d515454 06 02", "20 02 00 01", id="level 6"),
-        pytest.param("00044d515454 84 02", "20 02 00 01", id="a bridge's level"),
     ],
 )
 def test_another_protocol_is_refused(server: LocalServer, hello: str, answer: str | None) -> None:
@@ -300,13 +308,6 @@ def test_a_refusal_leaves_out_its_text_where_the_packet_would_be_too_large(
     with Peer(server.addresses.mqtt) as peer:
         peer.send(connect_packet(server.app, name, **wrong))
         assert peer.rest_of_bytes() == b"\x20\x03\x00\x86\x00"
-
-
-def test_the_keep_alive_asked_for_is_used_where_no_other_is_told(server: LocalServer, name: str) -> None:
-    """MQTT5-3.2.2-22, 3.1.2-22."""
-    with opened(server, name, keep_alive=1) as (peer, connack):
-        assert "server_keep_alive" not in connack.properties
-        assert peer.rest() == [Disconnect(Reason.KEEP_ALIVE_TIMEOUT)]
 
 
 def test_a_client_that_is_connected_is_cut_off_by_its_next_connection(

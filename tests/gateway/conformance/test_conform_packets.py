@@ -152,7 +152,9 @@ def test_packet_id_0_ends_the_connection(
     """MQTT311-2.3.1-1, MQTT5-2.2.1-3."""
     raw = encode(packet, version)
     with short(server, name, version=version) as peer:
-        peer.send(raw.replace(b"\0\1t\0\1", b"\0\1t\0\0") if b"\0\1t\0\1" in raw else raw[:2] + b"\0\0" + raw[4:])
+        peer.send(
+            raw.replace(b"\0\1t\0\1", b"\0\1t\0\0") if b"\0\1t\0\1" in raw else raw[:2] + b"\0\0" + raw[4:]
+        )
         peer.send(Pingreq())
         ended(peer, Reason.PROTOCOL_ERROR)
 

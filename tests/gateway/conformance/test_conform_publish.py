@@ -29,7 +29,7 @@ from tests.gateway.conformance.talk import (
     take_all,
     unsubscribe,
 )
-from tests.gateway.peer import Peer, device, eventually
+from tests.gateway.peer import device, eventually
 
 EVERYTHING: Any = {
     "payload_format_indicator": 1,
@@ -173,9 +173,7 @@ def test_a_publish_begins_with_a_topic_name(
         ended(peer, reason)
 
 
-def test_what_arrives_has_the_topic_it_was_published_on(
-    server: LocalServer, name: str, version: int
-) -> None:
+def test_what_arrives_has_the_topic_it_was_published_on(server: LocalServer, name: str, version: int) -> None:
     """MQTT311-3.3.2-3, MQTT5-3.3.2-3: not the filter, and nothing that does not match."""
     with short(server, name, version=version) as peer:
         subscribe(peer, f"{name}/+/z", qos=0)
@@ -247,11 +245,17 @@ def test_a_message_that_waited_too_long_is_not_sent_and_the_others_tell_what_is_
         eventually(lambda: time.monotonic() > expired)
         with device(server, name) as peer:
             message = take(peer)
-            assert (message.payload, message.properties["message_expiry_interval"] in (98, 99)) == (b"long", True)
+            assert (message.payload, message.properties["message_expiry_interval"] in (98, 99)) == (
+                b"long",
+                True,
+            )
             nothing_waits(peer)
             subscribe(peer, f"{name}/kept", f"{name}/soon")
             message = take(peer)
-            assert (message.payload, message.properties["message_expiry_interval"] in (98, 99)) == (b"long", True)
+            assert (message.payload, message.properties["message_expiry_interval"] in (98, 99)) == (
+                b"long",
+                True,
+            )
             nothing_waits(peer)
 
 
@@ -380,7 +384,9 @@ def test_overlapping_subscriptions_get_one_copy_with_the_best_qos(
 ) -> None:
     """MQTT311-3.3.5-1, MQTT5-3.3.4-2."""
     with short(server, f"{name}p") as sender, short(server, name, version=version) as peer:
-        subscribe(peer, Subscription(f"{name}/#", 0), Subscription(f"{name}/x", 2), Subscription(f"{name}/+", 1))
+        subscribe(
+            peer, Subscription(f"{name}/#", 0), Subscription(f"{name}/x", 2), Subscription(f"{name}/+", 1)
+        )
         for qos in (2, 1, 0):
             publish(sender, f"{name}/x", qos=qos)
             assert take(peer).qos == qos

@@ -187,7 +187,9 @@ def test_messages_of_a_topic_keep_the_order_of_their_publisher(
         short(server, name, version=version, properties={"receive_maximum": 3}) as peer,
     ):
         subscribe(peer, f"{name}/#")
-        sender.send(*[Publish(f"{name}/x", p, qos, packet_id=i * (qos > 0)) for i, p in enumerate(payloads, 1)])
+        sender.send(
+            *[Publish(f"{name}/x", p, qos, packet_id=i * (qos > 0)) for i, p in enumerate(payloads, 1)]
+        )
         assert [packet.payload for packet in take_all(peer, len(payloads))] == payloads
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -20,7 +19,16 @@ from gateway.mqtt import (
     Reason,
 )
 from tests.conftest import StartServer
-from tests.gateway.conformance.talk import leave, nothing_waits, opened, publish, short, subscribe, take, unsubscribe
+from tests.gateway.conformance.talk import (
+    leave,
+    nothing_waits,
+    opened,
+    publish,
+    short,
+    subscribe,
+    take,
+    unsubscribe,
+)
 from tests.gateway.peer import device
 
 
@@ -200,7 +208,7 @@ class Past:
 
 
 @pytest.fixture(scope="module")
-def past(start_server: StartServer) -> Iterator[Past]:
+def past(start_server: StartServer) -> Past:
     server = start_server()
     flying = {}
     with short(server, "sender") as sender:
@@ -220,7 +228,7 @@ def past(start_server: StartServer) -> Iterator[Past]:
                 subscribe(peer, f"keep{version}/#")
             publish(sender, f"keep{version}/while-away")
     server.restart()
-    yield Past(server, flying)
+    return Past(server, flying)
 
 
 durable = pytest.mark.xfail(strict=True, reason="sessions do not survive a restart of the server yet")
@@ -253,7 +261,9 @@ def test_a_subscription_survives_a_restart(past: Past, version: int) -> None:
         publish(sender, f"keep{version}/now", qos=0)
         peer.send(Pingreq())
         packets = list(iter(peer.receive, Pingresp()))
-        assert [packet.topic for packet in packets if isinstance(packet, Publish)][-1:] == [f"keep{version}/now"]
+        assert [packet.topic for packet in packets if isinstance(packet, Publish)][-1:] == [
+            f"keep{version}/now"
+        ]
 
 
 @durable

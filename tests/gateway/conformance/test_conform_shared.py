@@ -22,13 +22,24 @@ from gateway.mqtt import (
     Subscription,
     encode,
 )
-from tests.gateway.conformance.talk import ended, leave, nothing_waits, opened, publish, short, subscribe, take
+from tests.gateway.conformance.talk import (
+    ended,
+    leave,
+    nothing_waits,
+    opened,
+    publish,
+    short,
+    subscribe,
+    take,
+)
 from tests.gateway.peer import Peer, device
 
 shared = pytest.mark.xfail(strict=True, reason="there are no shared subscriptions yet")
 
 
-@pytest.mark.parametrize("bad", ["$share/", "$share/g", "$share/g/", "$share//t", "$share/+/t", "$share/g#/t", "$share/g/a#"])
+@pytest.mark.parametrize(
+    "bad", ["$share/", "$share/g", "$share/g/", "$share//t", "$share/+/t", "$share/g#/t", "$share/g/a#"]
+)
 def test_a_shared_subscription_names_a_group_and_a_filter(server: LocalServer, name: str, bad: str) -> None:
     """MQTT5-4.8.2-1, 4.8.2-2."""
     raw = encode(Subscribe(1, (Subscription("@" * len(bad)),)), 5).replace(b"@" * len(bad), bad.encode())

@@ -32,6 +32,7 @@ ROWS = [
     # CONNECT: "MQTT", level, flags, keep alive
     ("10 0c 00044d515454 04 02 003c 0000", Connect("", True, 60, version=4), 4),
     ("10 0c 00044d515454 04 00 0000 0000", Connect("", False, 0, version=4), 4),  # the caller refuses it
+    ("10 0d 00044d515454 84 02 003c 0001 62", Connect("b", True, 60, version=4, bridge=True), 4),
     (
         "10 15 00044d515454 04 c0 012c 000164 000161 0003746f6b",
         Connect("d", False, 300, "a", b"tok", version=4),
