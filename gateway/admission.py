@@ -71,7 +71,7 @@ UNKNOWN_METHOD = Refusal(
     "authentication method",
 )
 WRONG_PAYLOAD_FORMAT = Refusal(
-    Reason.PAYLOAD_FORMAT_INVALID, "the will's payload is said to be UTF-8 and is not", "will not allowed"
+    Reason.PAYLOAD_FORMAT_INVALID, "the will's payload is said to be UTF-8 and is not", "will payload format"
 )
 REVOKED = Refusal(Reason.NOT_AUTHORIZED, "the device token was revoked", "token revoked")
 WILL_NOT_ALLOWED = Refusal(

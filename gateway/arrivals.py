@@ -38,7 +38,7 @@ from gateway.admission import (
     welcome,
 )
 from gateway.connection import OPENING_CHECK, Connection, Phase
-from gateway.doorkeeper import Doorkeeper, source_of
+from gateway.doorkeeper import Doorkeeper, TurnedAway, source_of
 from gateway.exchange import DEVICE, PUBLISHER
 from gateway.hub import Hub
 from gateway.live import SYS, encoding
@@ -87,30 +87,32 @@ class Arrivals:
     def opened(self, connection: Connection) -> None:
         node = self._node
         node.metrics.accepted.labels(connection.listener).value += 1
-        label = self._turned_away(connection)
-        if label is not None:
-            node.count_refusal(label)
-            connection.transport.abort()
-            return
-        self.opening.add(connection)
-        node.watch(connection, OPENING_CHECK)
-
-    def _turned_away(self, connection: Connection) -> str | None:
-        node = self._node
         if node.draining:
-            return "draining"
-        if (
+            self._turn_away("draining", connection)
+        elif (
             len(self.opening) >= node.settings.max_connecting
             or node.live + len(self.opening) >= node.settings.max_connections
         ):
-            return "too many connections"
+            self._turn_away("too many connections", connection)
+        elif (refused := self._asked(connection)) is not None:
+            self._turn_away(refused, connection)
+        else:
+            self.opening.add(connection)
+            node.watch(connection, OPENING_CHECK)
+
+    def _asked(self, connection: Connection) -> TurnedAway | None:
+        """What the doorkeeper says."""
         if self._doorkeeper is None:
             return None
         source = source_of(connection.transport.get_extra_info("peername"))
-        refused = self._doorkeeper.admit(source, node.clock.now)
+        refused = self._doorkeeper.admit(source, self._node.clock.now)
         if refused is None:
             self._sources[connection] = source
         return refused
+
+    def _turn_away(self, label: str, connection: Connection) -> None:
+        self._node.count_refusal(label)
+        connection.transport.abort()
 
     def left(self, connection: Connection) -> None:
         """A connection is over, in whatever phase."""
@@ -173,7 +175,7 @@ class Arrivals:
         generations = self._store.token_generations(hub.app.app_id)
         again = admit(hub.app, hub.access, login.connect, generations, self._wall())
         if isinstance(again, Refusal):
-            connection.close("authentication failed", again.reason, again.text)
+            connection.close("authentication failed", Reason.NOT_AUTHORIZED, again.text)
         else:
             self.logins.confirm(connection, login)
 

@@ -125,7 +125,9 @@ class Intake:
         if packet.qos == 0:
             return
         if reason is Reason.IMPLEMENTATION_SPECIFIC_ERROR and session.encoding.version != 5:
-            connection.close("store unavailable")  # 3.1.1 cannot be told; unacknowledged, it will try again
+            connection.close(
+                "store unavailable", Reason.IMPLEMENTATION_SPECIFIC_ERROR
+            )  # 3.1.1 cannot be told; unacknowledged, it will try again
             return
         connection.send(session.answer(packet, reason, text=text, user_properties=properties))
 

@@ -14,7 +14,6 @@ from tests.gateway.conformance.talk import ended, nothing_waits, opened, short, 
 from tests.gateway.peer import Peer, connect_packet
 
 METHOD = "SCRAM-SHA-256"
-scram = pytest.mark.xfail(strict=True, reason="the server has no enhanced authentication yet")
 
 
 def client(password: str) -> Any:
@@ -70,7 +69,6 @@ def test_a_method_that_the_server_does_not_know_is_refused(server: LocalServer, 
         assert peer.rest() == []
 
 
-@pytest.mark.xfail(strict=True, reason="the missing password is seen before the unknown method")
 def test_a_method_that_the_server_does_not_know_is_refused_without_a_password(
     server: LocalServer, name: str
 ) -> None:
@@ -131,7 +129,6 @@ def test_auth_has_its_own_reasons(server: LocalServer, name: str, reason: int) -
         ended(peer, Reason.PROTOCOL_ERROR)
 
 
-@scram
 def test_a_device_proves_that_it_has_the_key(server: LocalServer, name: str) -> None:
     """MQTT5-4.12.0-2, 4.12.0-3, 4.12.0-5, 3.15.2-1, 3.1.2-30, 3.2.0-1."""
     who = client(server.app.device_key)
@@ -141,7 +138,6 @@ def test_a_device_proves_that_it_has_the_key(server: LocalServer, name: str) -> 
         subscribe(peer, name)
 
 
-@scram
 def test_a_wrong_proof_is_refused_and_closed(server: LocalServer, name: str) -> None:
     """MQTT5-4.12.0-4, 3.1.4-2."""
     who = client("a guess")
@@ -152,7 +148,6 @@ def test_a_wrong_proof_is_refused_and_closed(server: LocalServer, name: str) -> 
         assert peer.rest() == []
 
 
-@scram
 @pytest.mark.parametrize(
     "packet",
     [
@@ -176,7 +171,6 @@ def test_before_connack_nothing_but_its_own_auth_is_taken(
         assert len(rest) <= 1
 
 
-@scram
 def test_disconnect_is_taken_before_connack(server: LocalServer, name: str) -> None:
     """MQTT5-3.1.2-30."""
     with asked(server, name, client(server.app.device_key).get_client_first()) as peer:
@@ -185,7 +179,6 @@ def test_disconnect_is_taken_before_connack(server: LocalServer, name: str) -> N
         assert peer.rest() == []
 
 
-@scram
 def test_a_peer_may_prove_it_again(server: LocalServer, name: str) -> None:
     """MQTT5-4.12.1-1: while the connection goes on as it was."""
     who, again = client(server.app.device_key), client(server.app.device_key)
@@ -203,7 +196,6 @@ def test_a_peer_may_prove_it_again(server: LocalServer, name: str) -> None:
         nothing_waits(peer)
 
 
-@scram
 def test_a_second_proof_that_fails_ends_the_connection(server: LocalServer, name: str) -> None:
     """MQTT5-4.12.1-2."""
     who, liar = client(server.app.device_key), client("a guess")
@@ -216,7 +208,6 @@ def test_a_second_proof_that_fails_ends_the_connection(server: LocalServer, name
         assert peer.rest() == []
 
 
-@scram
 def test_a_second_proof_has_the_method_of_the_first(server: LocalServer, name: str) -> None:
     """MQTT5-4.12.1-1."""
     who = client(server.app.device_key)

@@ -185,7 +185,6 @@ def test_a_publisher_without_client_id_gets_a_new_one(server: LocalServer, versi
             assert connack.session_present
 
 
-@pytest.mark.xfail(strict=True, reason="devices get no assigned client id yet")
 def test_a_device_of_an_open_app_without_client_id_gets_a_new_one(server: LocalServer, version: int) -> None:
     """MQTT311-3.1.3-6, MQTT5-3.1.3-6, 3.1.3-7, 3.2.2-16."""
     with (
@@ -299,7 +298,6 @@ def test_no_response_information_is_returned(server: LocalServer, name: str, ask
         assert "response_information" not in connack.properties
 
 
-@pytest.mark.xfail(strict=True, reason="a refusal ignores the Maximum Packet Size of the CONNECT")
 def test_a_refusal_leaves_out_its_text_where_the_packet_would_be_too_large(
     server: LocalServer, name: str
 ) -> None:

@@ -76,7 +76,6 @@ def test_disconnect_of_the_server_has_no_session_expiry(server: LocalServer, nam
         leave(newer)
 
 
-@pytest.mark.xfail(strict=True, reason="DISCONNECT ignores the peer's Maximum Packet Size")
 def test_disconnect_leaves_out_its_text_where_it_would_be_too_large(server: LocalServer, name: str) -> None:
     """MQTT5-3.14.2-3, 3.14.2-4."""
     limits: Any = {"maximum_packet_size": 24}

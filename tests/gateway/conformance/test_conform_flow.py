@@ -102,7 +102,6 @@ def test_a_client_may_use_all_of_the_servers_receive_maximum(server: LocalServer
         assert [peer.receive() for _ in range(most)] == [Pubcomp(i + 1) for i in range(most)]
 
 
-@pytest.mark.xfail(strict=True, reason="inbound QoS 2 messages count only until PUBREC")
 def test_one_more_than_the_servers_receive_maximum_ends_the_connection(
     server: LocalServer, name: str
 ) -> None:

@@ -228,7 +228,6 @@ def test_messages_in_flight_come_again_in_their_order(server: LocalServer, name:
 # What goes into an acknowledgement
 
 
-@pytest.mark.xfail(strict=True, reason="acknowledgements ignore the peer's Maximum Packet Size")
 @pytest.mark.parametrize("qos", [1, 2])
 def test_an_acknowledgement_leaves_out_its_text_where_it_would_be_too_large(
     server: LocalServer, name: str, qos: int
@@ -243,7 +242,6 @@ def test_an_acknowledgement_leaves_out_its_text_where_it_would_be_too_large(
         assert len(encode(answer, 5)) <= 24
 
 
-@pytest.mark.xfail(strict=True, reason="Request Problem Information is not looked at yet")
 @pytest.mark.parametrize("qos", [1, 2])
 def test_who_does_not_want_problem_information_gets_none(server: LocalServer, name: str, qos: int) -> None:
     """MQTT5-3.1.2-29."""
@@ -254,7 +252,6 @@ def test_who_does_not_want_problem_information_gets_none(server: LocalServer, na
             assert peer.receive() == (Puback, Pubrec)[qos - 1](5, reason)
 
 
-@pytest.mark.xfail(strict=True, reason="Request Problem Information is not looked at yet")
 def test_who_does_not_want_problem_information_gets_no_user_properties_of_a_success(
     server: LocalServer, name: str
 ) -> None:

@@ -104,7 +104,6 @@ def test_a_session_without_anything_in_it_is_a_session(server: LocalServer, name
         assert connack.session_present
 
 
-@pytest.mark.xfail(strict=True, reason="a publisher's session that holds nothing is not kept")
 def test_a_publishers_session_without_anything_in_it_is_a_session(
     server: LocalServer, name: str, version: int
 ) -> None:
@@ -231,10 +230,6 @@ def past(start_server: StartServer) -> Past:
     return Past(server, flying)
 
 
-durable = pytest.mark.xfail(strict=True, reason="sessions do not survive a restart of the server yet")
-
-
-@durable
 def test_a_session_survives_a_restart_with_all_it_owes(past: Past, version: int) -> None:
     """MQTT311-3.1.2-4, 3.1.2-5, 4.1.0-1, 4.4.0-1; MQTT5-3.1.2-5, 3.1.2-23, 4.4.0-1."""
     one, two, released = past.flying[version]
@@ -250,7 +245,6 @@ def test_a_session_survives_a_restart_with_all_it_owes(past: Past, version: int)
         assert [p.topic for p in packets if isinstance(p, Publish)] == [f"keep{version}/while-away"]
 
 
-@durable
 def test_a_subscription_survives_a_restart(past: Past, version: int) -> None:
     """MQTT311-3.1.2-4, 4.1.0-1; MQTT5-3.1.2-5, 3.1.2-23. Runs after the one above, and leaves nothing either."""
     with (
@@ -266,7 +260,6 @@ def test_a_subscription_survives_a_restart(past: Past, version: int) -> None:
         ]
 
 
-@durable
 def test_a_qos_2_id_survives_a_restart(past: Past, version: int) -> None:
     """MQTT311-4.3.3-2, MQTT5-4.3.3-10."""
     message = Publish(f"inbound{version}", b"x", 2, dup=True, packet_id=77)

@@ -34,8 +34,6 @@ from tests.gateway.conformance.talk import (
 )
 from tests.gateway.peer import Peer, device
 
-shared = pytest.mark.xfail(strict=True, reason="there are no shared subscriptions yet")
-
 
 @pytest.mark.parametrize(
     "bad", ["$share/", "$share/g", "$share/g/", "$share//t", "$share/+/t", "$share/g#/t", "$share/g/a#"]
@@ -80,7 +78,6 @@ def drain(peer: Peer) -> list[Publish]:
     return messages
 
 
-@shared
 def test_the_server_offers_shared_subscriptions(server: LocalServer, name: str) -> None:
     """4.8.2, 3.2.2.3.13."""
     with opened(server, name, clean=True) as (peer, connack):
@@ -88,7 +85,6 @@ def test_the_server_offers_shared_subscriptions(server: LocalServer, name: str) 
         assert subscribe(peer, f"$share/g/{name}").reasons == (Reason.GRANTED_QOS_2,)
 
 
-@shared
 @pytest.mark.parametrize("qos", [0, 1, 2])
 def test_each_message_goes_to_one_member_and_all_members_get_some(
     server: LocalServer, name: str, qos: int
@@ -111,7 +107,6 @@ def test_each_message_goes_to_one_member_and_all_members_get_some(
         assert min(len(got[0]), len(got[1])) >= 5
 
 
-@shared
 @pytest.mark.parametrize("granted", [0, 1, 2])
 def test_a_members_granted_qos_is_respected(server: LocalServer, name: str, granted: int) -> None:
     """MQTT5-4.8.2-3."""
@@ -124,7 +119,6 @@ def test_a_members_granted_qos_is_respected(server: LocalServer, name: str, gran
             assert take(peer).qos == min(qos, granted)
 
 
-@shared
 @pytest.mark.parametrize("received", [False, True], ids=["before PUBREC", "after PUBREC"])
 def test_a_qos_2_message_in_flight_is_completed_with_its_member(
     server: LocalServer, name: str, received: bool
@@ -163,7 +157,6 @@ def in_flight(sender: Peer, topic: str, peer: Peer, other: Peer) -> tuple[bytes,
     raise AssertionError("it was never its turn")
 
 
-@shared
 def test_a_qos_2_message_in_flight_goes_to_nobody_else_when_its_session_ends(
     server: LocalServer, name: str
 ) -> None:
@@ -179,7 +172,6 @@ def test_a_qos_2_message_in_flight_goes_to_nobody_else_when_its_session_ends(
         assert take(other).payload == b"next"
 
 
-@shared
 def test_a_qos_1_message_goes_to_another_member_when_its_session_ends(server: LocalServer, name: str) -> None:
     """4.8.2: it should, and nothing is lost."""
     topic_filter = f"$share/g/{name}"
@@ -197,7 +189,6 @@ def test_a_qos_1_message_goes_to_another_member_when_its_session_ends(server: Lo
         assert len(moved) + len(taken) == 6
 
 
-@shared
 @pytest.mark.parametrize("qos", [1, 2])
 def test_a_message_that_a_member_refuses_is_discarded(server: LocalServer, name: str, qos: int) -> None:
     """MQTT5-4.8.2-6."""
@@ -221,7 +212,6 @@ def test_a_message_that_a_member_refuses_is_discarded(server: LocalServer, name:
             nothing_waits(peer)
 
 
-@shared
 def test_a_shared_subscription_gets_no_retained_messages(server: LocalServer, name: str) -> None:
     """4.8.2: they are not sent when it is made."""
     with short(server, name) as peer:

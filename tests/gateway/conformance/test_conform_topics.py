@@ -115,13 +115,3 @@ def test_names_are_compared_as_they_are(server: LocalServer, name: str, version:
             assert take(peer).topic == f"{name}/{wanted}"
             nothing_waits(peer)
             unsubscribe(peer, f"{name}/{wanted}")
-
-
-def test_the_longest_topic_works(server: LocalServer, name: str, version: int) -> None:
-    """MQTT311-4.7.3-3, MQTT5-4.7.3-3: 65,535 bytes; the length field has no room for more."""
-    topic = f"{name}/".ljust(9, "x") + "é" * 32_763
-    assert len(topic.encode()) == 65_535
-    with short(server, name, version=version) as peer:
-        subscribe(peer, topic, qos=0)
-        peer.send(Publish(topic, b"x"))
-        assert take(peer).topic == topic

@@ -121,7 +121,6 @@ def test_a_disconnect_may_ask_for_the_will(server: LocalServer, name: str) -> No
         assert take(heir).payload == b"gone"
 
 
-@pytest.mark.xfail(strict=True, reason="any DISCONNECT but 0x04 deletes the will")
 def test_a_disconnect_that_tells_of_an_error_publishes_the_will(server: LocalServer, name: str) -> None:
     """MQTT5-3.1.2-8, 3.1.2-10, 3.14.4-3: only 0x00 deletes it."""
     with short(server, f"{name}h") as heir:
