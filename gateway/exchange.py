@@ -160,7 +160,7 @@ class Exchange:
             if qos and mailbox.log is not None:
                 self._keep(hub, message, [(copy, [mailbox])])
             if qos or not connection.blocked:
-                self._postman.hand(mailbox, copy)
+                self._postman.hand(mailbox, [copy])
             else:
                 mailbox.put(copy)  # what a topic's state is must not get lost because there is much of it
 

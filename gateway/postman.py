@@ -2,14 +2,18 @@
 
 As for pushes, a slice is bounded by subscribers, and everything else runs between slices (`fanout.py`). Messages of
 one topic keep their order: a message waits for the one before it on its topic, and only there (MQTT5-4.6.0-6).
+
+Theory. Messages of one topic that are on their way together go round together, in a *convoy*: the subscribers stand
+in a circle, and what arrives while the convoy is under way joins it where it is and leaves when it is back there. So
+each subscriber gets all of them in one write, in their order, as with broadcasts. A message whose subscribers are not
+the same (somebody subscribed meanwhile) starts the next convoy, which waits for this one.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
-from itertools import islice
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from gateway.fanout import SLICE
@@ -17,6 +21,7 @@ from gateway.hub import Hub
 from gateway.mailbox import Mailbox
 from gateway.messages import TopicCopy
 from gateway.metrics import NodeMetrics
+from gateway.session import Member, Session
 from gateway.wheel import Clock
 
 if TYPE_CHECKING:
@@ -30,14 +35,33 @@ Target = tuple[Mailbox, TopicCopy]
 Topic = tuple[Hub, str]
 
 
-class _Walk:
-    """A message on its way through its subscribers."""
+class _Passenger:
+    """A message, with the copy for each subscriber of the circle."""
 
-    __slots__ = ("left", "todo")
+    __slots__ = ("copies", "left")
 
-    def __init__(self, targets: Sequence[Target]) -> None:
-        self.todo = iter(targets)
-        self.left = len(targets)
+    def __init__(self, copies: Sequence[TopicCopy]) -> None:
+        self.copies = copies
+        self.left = len(copies)  # subscribers that are still to get it
+
+
+class _Convoy:
+    __slots__ = ("circle", "passengers", "position")
+
+    def __init__(self, circle: Sequence[Mailbox], passenger: _Passenger) -> None:
+        self.circle = circle
+        self.position = 0
+        self.passengers = [passenger]
+
+    def stops(self) -> Iterator[tuple[Mailbox, list[TopicCopy]]]:
+        """The next subscribers, at most SLICE, and what each gets; passengers that have been everywhere leave."""
+        for _ in range(min(SLICE, *(passenger.left for passenger in self.passengers))):
+            at = self.position
+            self.position = at + 1 if at + 1 < len(self.circle) else 0
+            for passenger in self.passengers:
+                passenger.left -= 1
+            yield self.circle[at], [passenger.copies[at] for passenger in self.passengers]
+        self.passengers = [passenger for passenger in self.passengers if passenger.left]
 
 
 class Postman:
@@ -47,7 +71,7 @@ class Postman:
         self._clock = clock
         self._metrics = metrics
         self.spawn = spawn
-        self._walks: dict[Topic, deque[_Walk]] = {}
+        self._convoys: dict[Topic, deque[_Convoy]] = {}
         self._turns: deque[Topic] = deque()  # the same topics
         self._paused: list[Connection] = []
         self.waiting = 0  # deliveries not made yet
@@ -61,31 +85,39 @@ class Postman:
         self._paused.append(connection)
 
     def deliver(self, hub: Hub, topic: str, targets: Sequence[Target]) -> None:
-        walks = self._walks.get((hub, topic))
-        if walks is None and len(targets) <= SLICE:
+        convoys = self._convoys.get((hub, topic))
+        if convoys is None and len(targets) <= SLICE:
             for mailbox, copy in targets:
-                self.hand(mailbox, copy)
+                self.hand(mailbox, [copy])
+            return
+        if not targets:
             return
         self.waiting += len(targets)
-        if walks is not None:
-            walks.append(_Walk(targets))
-            return
-        self._walks[hub, topic] = deque((_Walk(targets),))
-        self._turns.append((hub, topic))
-        if len(self._turns) == 1:
-            asyncio.get_running_loop().call_soon(self._turn)
+        circle, passenger = [mailbox for mailbox, _ in targets], _Passenger([copy for _, copy in targets])
+        if convoys is None:
+            self._convoys[hub, topic] = deque((_Convoy(circle, passenger),))
+            self._turns.append((hub, topic))
+            if len(self._turns) == 1:
+                asyncio.get_running_loop().call_soon(self._turn)
+        elif convoys[-1].circle == circle:
+            convoys[-1].passengers.append(passenger)
+        else:
+            convoys.append(_Convoy(circle, passenger))
 
     def _turn(self) -> None:
         topic = self._turns.popleft()
-        walks = self._walks[topic]
+        convoys = self._convoys[topic]
         try:
-            if not self._slice(walks[0]):
-                walks.popleft()
+            for mailbox, copies in convoys[0].stops():
+                self.waiting -= len(copies)
+                self.hand(mailbox, copies)
         finally:  # one message that cannot be sent must not stop the others
-            if walks:
+            if not convoys[0].passengers:
+                convoys.popleft()
+            if convoys:
                 self._turns.append(topic)
             else:
-                del self._walks[topic]
+                del self._convoys[topic]
             if self._turns:
                 asyncio.get_running_loop().call_soon(self._turn)
         if self._paused and self.waiting < MAX_WAITING // 2:
@@ -93,34 +125,36 @@ class Postman:
             for connection in paused:
                 connection.resume_reading()
 
-    def _slice(self, walk: _Walk) -> bool:
-        """Hand the message to the next subscribers; whether there may be more."""
-        part = list(islice(walk.todo, SLICE))
-        walk.left -= len(part)
-        self.waiting -= len(part)
-        for mailbox, copy in part:
-            self.hand(mailbox, copy)
-        return walk.left > 0
-
-    def hand(self, mailbox: Mailbox, copy: TopicCopy) -> None:
+    def hand(self, mailbox: Mailbox, copies: Sequence[TopicCopy]) -> None:
         """To one subscriber: now, or into its queue."""
-        session, member = mailbox.session, mailbox.member
-        dropped = mailbox.dropped
+        session, member, dropped = mailbox.session, mailbox.member, mailbox.dropped
         if session is None or member is None:
-            if copy.qos:
-                self._put(mailbox, copy)
-        elif not member.blocked:
-            frame = session.send_copy(copy, self._clock.now)
+            for copy in copies:
+                if copy.qos:
+                    self._put(mailbox, copy)
+        elif member.blocked:
+            for copy in copies:
+                if copy.qos:
+                    mailbox.put(copy)
+                else:
+                    mailbox.dropped += 1  # QoS 0 to a socket that does not drain
+        else:
+            self._send(session, member, copies)
+        self._metrics.topic_dropped.value += mailbox.dropped - dropped
+
+    def _send(self, session: Session, member: Member, copies: Sequence[TopicCopy]) -> None:
+        now = self._clock.now
+        if len(copies) == 1:
+            frame = session.send_copy(copies[0], now)
             if frame is not None:
                 self._metrics.topic_messages.value += 1
                 member.send(frame)
-            elif session.held is not None:
-                member.send_held()
-        elif copy.qos:
-            mailbox.put(copy)
         else:
-            mailbox.dropped += 1  # QoS 0 to a socket that does not drain
-        self._metrics.topic_dropped.value += mailbox.dropped - dropped
+            frames = [frame for copy in copies if (frame := session.send_copy(copy, now)) is not None]
+            self._metrics.topic_messages.value += len(frames)
+            member.send(b"".join(frames))
+        if session.held is not None:
+            member.send_held()
 
     @staticmethod
     def _put(mailbox: Mailbox, copy: TopicCopy) -> None:
