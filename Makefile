@@ -29,8 +29,9 @@ check: $(VENV)/.setup-all ## Formatting, lint, types, import arrows: under a min
 	$(BIN)/mypy --strict
 	$(BIN)/lint-imports
 
-test: $(VENV)/.setup-all ## All tests; ARGS="-k name" chooses
-	@for tool in mosquitto:mosquitto mosquitto_sub:mosquitto-clients promtool:prometheus curl:curl; do \
+test: $(VENV)/.setup-all $(VENV)/.setup-node ## All tests; ARGS="-k name" chooses
+	@for tool in mosquitto:mosquitto mosquitto_sub:mosquitto-clients promtool:prometheus curl:curl node:nodejs npm:npm \
+	    chromium:chromium; do \
 	    command -v $${tool%%:*} >/dev/null || \
 	    echo "$${tool%%:*} is missing; its tests are skipped. As root: apt-get install $${tool##*:}"; \
 	done
@@ -74,3 +75,10 @@ $(VENV)/.setup: pyproject.toml | $(BIN)/python
 $(VENV)/.setup-all: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,check]'
 	@touch $@ $(VENV)/.setup
+
+# MQTT.js, for tests/gateway/test_mqttjs.py: no part of Holdfast. Without npm those tests are skipped.
+$(VENV)/.setup-node: | $(BIN)/python
+	@if command -v npm >/dev/null; then \
+	    npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(VENV)/node mqtt@5 && touch $@ || \
+	    echo "MQTT.js could not be installed; its tests are skipped"; \
+	fi

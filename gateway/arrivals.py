@@ -25,6 +25,7 @@ from gateway.admission import (
     UNKNOWN_APP,
     UNKNOWN_METHOD,
     WILL_NOT_ALLOWED,
+    Admission,
     Guest,
     KnownDevice,
     Limits,
@@ -43,6 +44,7 @@ from gateway.exchange import DEVICE, PUBLISHER
 from gateway.hub import Hub
 from gateway.live import SYS, encoding
 from gateway.logins import Login, Logins
+from gateway.mailbox import Mailbox
 from gateway.mqtt import Auth, Connect, Properties, Reason, Will
 from gateway.scram import METHOD
 from gateway.session import Member, Session, SessionLimits
@@ -158,7 +160,8 @@ class Arrivals:
         if "authentication_method" in connect.properties:
             connection.phase = Phase.PROVING
             self.logins.begin(connection, connect, hub)
-            connection.resume_reading()
+            if connection.phase is not Phase.CLOSED:
+                connection.read_on()
         else:
             self._admit(connection, connect, hub)
 
@@ -166,16 +169,18 @@ class Arrivals:
         """An AUTH came, before CONNACK or after. Raises ProtocolError."""
         self.logins.take(connection, packet)
 
-    def _logged_in(self, connection: Connection, login: Login) -> None:
+    def _logged_in(self, connection: Connection, connect: Connect, login: Login) -> None:
         hub = login.hub
         if connection.session is None:
             connection.phase = Phase.JOINING
-            self._admit(connection, login.connect, hub)
+            self._admit(connection, connect, hub)
             return
         generations = self._store.token_generations(hub.app.app_id)
-        again = admit(hub.app, hub.access, login.connect, generations, self._wall())
+        again = admit(hub.app, hub.access, connect, generations, self._wall())
         if isinstance(again, Refusal):
             connection.close("authentication failed", Reason.NOT_AUTHORIZED, again.text)
+        elif not _is_same(again, connection):
+            connection.close("authentication failed", Reason.NOT_AUTHORIZED, "that is somebody else's proof")
         else:
             self.logins.confirm(connection, login)
 
@@ -340,6 +345,8 @@ class Arrivals:
         )
         if resumed:
             connection.send(b"".join(resumed))
+        if session.mailbox is not None and session.mailbox.waits:
+            connection.when_saved(functools.partial(_go_on, connection, session.mailbox))
         connection.catch_up()
         connection.read_on()
 
@@ -356,6 +363,20 @@ class Arrivals:
 
     def _log(self, level: int, event: str, app: str, device: str, **more: Any) -> None:
         log_event(log, level, event, app=app, device=device, node=self._node.settings.node_id, **more)
+
+
+def _go_on(connection: Connection, mailbox: Mailbox) -> None:
+    mailbox.waits = False
+    connection.catch_up()
+
+
+def _is_same(peer: Admission, connection: Connection) -> bool:
+    """Whether a live connection that proves itself again is who it was: its client id cannot have changed, its role
+    could."""
+    assert connection.session is not None
+    if isinstance(peer, KnownDevice):
+        return peer.devno == connection.session.devno
+    return isinstance(peer, Publisher) == (connection.prefix == PUBLISHER)
 
 
 def _is_of_sys(will: Will | None) -> bool:

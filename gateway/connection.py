@@ -51,6 +51,8 @@ LINGER: Final = (
 )
 OPENING_CHECK: Final = 1.0  # seconds between checks before CONNECT; the first check after it follows in time
 MAX_CONNECT_SIZE: Final = 65_536  # bytes of a CONNECT, will included: nobody has proved anything yet
+TYPE: Final = 0xF0  # of a packet: the upper half of its first byte
+PUBLISH: Final = 0x30
 TURN: Final = 512  # packets of one peer taken in a row, about 2 ms: a flood holds up nobody else
 MAX_UNREAD: Final = 1_048_576  # bytes not sent yet, above which nothing is read: a peer that never listens
 
@@ -156,7 +158,7 @@ class Connection(asyncio.Protocol):
         start = taken = 0
         try:
             while start < len(data) and self.phase is not Phase.CLOSED:
-                if self._must_wait():
+                if self._must_wait() or (data[start] & TYPE == PUBLISH and self.node.postman.pauses(self)):
                     self.transport.pause_reading()
                     break
                 if taken == TURN:

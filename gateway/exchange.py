@@ -102,10 +102,10 @@ class Exchange:
             connection.send(suback)
             self._replay(connection, replays)
 
-        if session.mailbox is None:
-            answer()
-        else:
+        if _durable(session.mailbox):
             connection.when_saved(answer)
+        else:
+            answer()
 
     def _subscribe_one(
         self, connection: Connection, subscription: Subscription, identifier: int
@@ -186,10 +186,10 @@ class Exchange:
             for topic_filter in packet.filters
         ]
         unsuback = encode(Unsuback(packet.packet_id, tuple(reasons)), session.encoding.version)
-        if mailbox is None:
-            connection.send(unsuback)
-        else:
+        if _durable(mailbox):
             connection.when_saved(lambda: connection.send(unsuback))
+        else:
+            connection.send(unsuback)
 
     @staticmethod
     def _leave(hub: Hub, mailbox: Mailbox, topic_filter: str) -> bool:
@@ -304,12 +304,12 @@ class Exchange:
             self._journal.touch(hub.app.app_id, message)
 
     def reassign(self, hub: Hub, mailbox: Mailbox, copies: Sequence[TopicCopy]) -> list[TopicCopy]:
-        """Give copies of shared subscriptions, which this member has not acknowledged, to others that are connected
-        (MQTT5-4.8.2-6). Returns those that nobody takes."""
+        """Give copies of shared subscriptions, which this member has not acknowledged, to others: to those that are
+        connected, or to whoever there is once its session is over. Returns those that nobody takes."""
         left = []
         for copy in copies:
             assert copy.share is not None
-            chosen = self._choose(copy.message, copy.share, other_than=mailbox, live=True)
+            chosen = self._choose(copy.message, copy.share, other_than=mailbox, live=not mailbox.over)
             if chosen is None:
                 left.append(copy)
                 continue

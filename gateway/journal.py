@@ -132,9 +132,16 @@ class Journal:
             except StoreError as failure:
                 error = failure
                 self._failed(noted, failure)
-        waiting, self._writing = self._writing, None
-        for then in waiting:
+        for then in self._writing:  # may grow meanwhile
+            self._tell(then, error)
+        self._writing = None
+
+    @staticmethod
+    def _tell(then: Then, error: StoreError | None) -> None:
+        try:
             then(error)
+        except Exception:  # what went wrong with one connection is not the others' business
+            log.exception("who waited for the journal failed")
 
     def _take_noted(self) -> dict[Key, bytes | None]:
         for message, app_id in self._touched.items():
@@ -149,8 +156,12 @@ class Journal:
         if message.copies:
             self._noted[app_id, SHARED, COPIES, number] = encode_copies(message)
             return
-        self._noted[app_id, SHARED, MESSAGE, number] = self._noted[app_id, SHARED, COPIES, number] = None
         message.number = 0
+        row, copies = (app_id, SHARED, MESSAGE, number), (app_id, SHARED, COPIES, number)
+        if self._noted.pop(row, None) is None:
+            self._noted[row] = self._noted[copies] = None
+        else:  # never written: while the store is away, what came and went must not add up
+            self._noted.pop(copies, None)
 
     def _failed(self, noted: dict[Key, bytes | None], error: StoreError) -> None:
         self._noted = noted | self._noted  # what came later stands

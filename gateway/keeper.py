@@ -140,7 +140,8 @@ class Keeper:
             elif mailbox is not None:
                 self._forget(hub, mailbox)
         if connection.will is not None:
-            self._wills.send(hub, connection.key, connection.will, expiry, mailbox)
+            over = mailbox is not None and mailbox.over  # and no delay outlives its session
+            self._wills.send(hub, connection.key, connection.will, 0 if over else expiry, mailbox)
 
     def _note_device(self, hub: Hub, devno: int, in_flight: dict[int, int], expiry: int) -> None:
         if devno >= 0:
@@ -149,17 +150,18 @@ class Keeper:
                 hub.resend[devno] = Resend(in_flight, self._clock.now + expiry)
 
     def _hand_over(self, hub: Hub, mailbox: Mailbox) -> None:
-        """Other members of its shared subscriptions get what it has not acknowledged. What QoS 2 has sent stays
-        (MQTT5-4.8.2-5)."""
-        shared = mailbox.remove(lambda copy: copy.share is not None)
-        for packet_id, copy in list(mailbox.in_flight.items()):
-            if copy.share is not None and copy.qos == 1:
+        """Other members of its shared subscriptions get what it has not acknowledged, the oldest first. What nobody
+        takes stays as it is (MQTT5-4.4.0-1), and so does what QoS 2 has sent (MQTT5-4.8.2-4)."""
+        sent, queued = _shared(mailbox)
+        if not sent and not queued:
+            return
+        kept = set(self._reassign(hub, mailbox, [*sent, *queued]))
+        mailbox.remove(lambda copy: copy.share is not None and copy not in kept)
+        for copy, packet_id in sent.items():
+            if copy not in kept:
                 del mailbox.in_flight[packet_id]
                 if mailbox.log is not None:
                     mailbox.log.completed(packet_id)
-                shared.append(copy)
-        for copy in self._reassign(hub, mailbox, shared) if shared else ():
-            mailbox.put(copy)
 
     def _keep(self, hub: Hub, mailbox: Mailbox, expiry: int) -> None:
         if len(hub.mailboxes) >= self._max_sessions:
@@ -179,13 +181,13 @@ class Keeper:
         hub.mailboxes[mailbox.key] = mailbox
 
     def end(self, hub: Hub, mailbox: Mailbox) -> None:
-        """The session is over, and everything in it."""
+        """The session is over, and everything in it; what QoS 2 has sent goes to nobody else (MQTT5-4.8.2-5)."""
+        mailbox.over = True
         for topic_filter in mailbox.subscriptions:
             hub.subscriptions.remove(topic_filter, mailbox)
-        copies = [*mailbox.in_flight.values(), *mailbox.queue]
-        shared = [copy for copy in copies if copy.share is not None and copy.qos == 1]
-        self._reassign(hub, mailbox, shared)
-        for copy in copies:
+        sent, queued = _shared(mailbox)
+        self._reassign(hub, mailbox, [*sent, *queued])
+        for copy in (*mailbox.in_flight.values(), *mailbox.queue):
             mailbox.done(copy)
         self._forget(hub, mailbox)
 
@@ -323,7 +325,13 @@ class _Loading:
         in_order = sorted(mailbox.in_flight.items(), key=lambda sent: sent[1].message.number)
         mailbox.in_flight = dict(in_order)
         for _, copy in sorted(self._owed.pop(number, {}).items()):
-            mailbox.put(copy)
+            mailbox.restore(copy)
+
+
+def _shared(mailbox: Mailbox) -> tuple[dict[TopicCopy, int], list[TopicCopy]]:
+    """What other members of its shared subscriptions may get: sent with QoS 1, by packet id, and not sent yet."""
+    sent = {copy: packet_id for packet_id, copy in mailbox.in_flight.items() if copy.share and copy.qos == 1}
+    return sent, [copy for copy in mailbox.queue if copy.share]
 
 
 def _has_delay(will: Will | None) -> bool:

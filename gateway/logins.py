@@ -39,7 +39,7 @@ class Logins:
     def __init__(
         self,
         *,
-        admitted: Callable[[Connection, Login], None],
+        admitted: Callable[[Connection, Connect, Login], None],
         refused: Callable[[Connection, Login, str], None],
         spawn: Callable[[Coroutine[Any, Any, None]], None],
     ) -> None:
@@ -100,8 +100,9 @@ class Logins:
         except ScramError as error:
             self._refused(connection, login, error.reason)
             return
-        login.connect = replace(login.connect, password=exchange.secret.encode())
-        self._admitted(connection, login)
+        connect = replace(login.connect, password=exchange.secret.encode())
+        login.connect = replace(login.connect, will=None)  # of no use any more, and may be large
+        self._admitted(connection, connect, login)
 
     def confirm(self, connection: Connection, login: Login) -> None:
         """A live connection has proved itself again."""

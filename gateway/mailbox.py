@@ -70,6 +70,7 @@ class Mailbox:
         "released",
         "session",
         "subscriptions",
+        "waits",
     )
 
     def __init__(self, limits: MailboxLimits, key: str = "") -> None:
@@ -86,6 +87,7 @@ class Mailbox:
         self.received: BitMap | None = None  # inbound QoS 2 ids between PUBLISH and PUBREL: at most 8 KB
         self.next_id = 1
         self.over = False  # the session has ended
+        self.waits = False  # taken up, and what was noted of QoS 2 on the connection before is not saved yet
         self.expires_at: float | None = None  # while away, monotonic
         self.dropped = 0  # messages that found no room, expired, or were too large
 
@@ -108,9 +110,13 @@ class Mailbox:
         ):
             self.drop(copy)
             return False
-        self.queue.append(copy)
-        self.queued_bytes += size
+        self.restore(copy)
         return True
+
+    def restore(self, copy: TopicCopy) -> None:
+        """Queue a message that was accepted before."""
+        self.queue.append(copy)
+        self.queued_bytes += copy.message.size
 
     def take(self, now: float) -> TopicCopy | None:
         """The next message that has not expired."""

@@ -73,16 +73,15 @@ class Postman:
         self.spawn = spawn
         self._convoys: dict[Topic, deque[_Convoy]] = {}
         self._turns: deque[Topic] = deque()  # the same topics
-        self._paused: list[Connection] = []
+        self._paused: dict[Connection, None] = {}  # in the order they are resumed
         self.waiting = 0  # deliveries not made yet
 
-    @property
-    def full(self) -> bool:
-        return self.waiting > MAX_WAITING
-
-    def pause(self, connection: Connection) -> None:
-        """It published while `full`, and is not read from; `resume_reading` is called when there is room again."""
-        self._paused.append(connection)
+    def pauses(self, connection: Connection) -> bool:
+        """Whether what it wants to publish must wait: `resume_reading` is called when there is room again."""
+        if self.waiting > MAX_WAITING:
+            self._paused[connection] = None
+            return True
+        return False
 
     def deliver(self, hub: Hub, topic: str, targets: Sequence[Target]) -> None:
         convoys = self._convoys.get((hub, topic))
@@ -120,10 +119,10 @@ class Postman:
                 del self._convoys[topic]
             if self._turns:
                 asyncio.get_running_loop().call_soon(self._turn)
-        if self._paused and self.waiting < MAX_WAITING // 2:
-            paused, self._paused = self._paused, []
-            for connection in paused:
-                connection.resume_reading()
+        while self._paused and self.waiting < MAX_WAITING // 2:
+            connection = next(iter(self._paused))
+            del self._paused[connection]
+            connection.resume_reading()
 
     def hand(self, mailbox: Mailbox, copies: Sequence[TopicCopy]) -> None:
         """To one subscriber: now, or into its queue."""

@@ -341,9 +341,11 @@ class Session:
 
     def drain_mailbox(self, now: float) -> list[bytes]:
         """Ordinary messages that fit the window now: those to be sent again, then the queue."""
-        frames = self._send_again(now)
         mailbox = self.mailbox
-        while mailbox is not None and self.room and (copy := mailbox.take(now)) is not None:
+        if mailbox is None or mailbox.waits:
+            return []
+        frames = self._send_again(now)
+        while self.room and (copy := mailbox.take(now)) is not None:
             frame = self._send_copy(mailbox, copy, now)
             if frame is not None:
                 frames.append(frame)
@@ -352,11 +354,13 @@ class Session:
     # Life
 
     def resume(self, mailbox: Mailbox, now: float) -> list[bytes]:
-        """Take up a mailbox: what is to be sent again first, in its old order (MQTT5-4.4.0-1, 4.6.0-1)."""
+        """Take up a mailbox: what is to be sent again first, in its old order (MQTT5-4.4.0-1, 4.6.0-1). Nothing yet if
+        it has sent QoS 2 (`Mailbox.waits`)."""
         mailbox.session = self
         self.mailbox = mailbox
         self.next_id = mailbox.next_id
-        return self._send_again(now)
+        mailbox.waits = mailbox.log is not None and any(copy.qos == 2 for copy in mailbox.in_flight.values())
+        return [] if mailbox.waits else self._send_again(now)
 
     def _send_again(self, now: float) -> list[bytes]:
         """As many as fit: the window may be smaller than that of the connection before (MQTT5-3.3.4-9)."""
@@ -450,7 +454,7 @@ class Session:
                 return [Unsubscribed(packet)]
             case Disconnect():
                 expiry = packet.properties.get("session_expiry_interval")
-                return [Closed(packet.reason == Reason.DISCONNECT_WITH_WILL_MESSAGE, expiry)]
+                return [Closed(packet.reason != Reason.NORMAL_DISCONNECTION, expiry)]  # MQTT5-3.14.4-3
             case Auth():
                 return [Authenticating(packet)]
             case _:
@@ -471,7 +475,7 @@ class Session:
             received = self._received_ids()
             if packet.packet_id in received:
                 inbound[packet.packet_id] = None
-                return [Send(self.answer(packet))]  # MQTT5-4.3.3-10: seen before, PUBREC again
+                return self._once_saved(self.answer(packet))  # MQTT5-4.3.3-10: seen before, PUBREC again
             self._check_quota(inbound)
             received.add(packet.packet_id)
             self._note_received()
@@ -577,7 +581,10 @@ class Session:
 
     def _say(self, packet: Packet) -> list[Action]:
         """A step of QoS 2, which waits for the one before to be saved."""
-        frame = encode(packet, self.encoding.version)
+        return self._once_saved(encode(packet, self.encoding.version))
+
+    def _once_saved(self, frame: bytes) -> list[Action]:
+        """What was noted on the connection before may not be saved yet either."""
         if self.mailbox is not None and self.mailbox.log is not None:
             self._hold(frame)
             return []
@@ -586,8 +593,7 @@ class Session:
     def _release(self, packet_id: int) -> list[Action]:
         mailbox = self.mailbox
         if mailbox is None or mailbox.received is None or packet_id not in mailbox.received:
-            answer = Pubcomp(packet_id, Reason.PACKET_IDENTIFIER_NOT_FOUND)
-            return [Send(encode(answer, self.encoding.version))]
+            return self._say(Pubcomp(packet_id, Reason.PACKET_IDENTIFIER_NOT_FOUND))
         mailbox.received.discard(packet_id)
         self._note_received()
         return self._say(Pubcomp(packet_id))

@@ -92,7 +92,8 @@ class SharedGroup:
                 continue
             session, member = mailbox.session, mailbox.member
             if session is None or member is None:
-                away = away or mailbox
+                if self.members[mailbox][0].qos:
+                    away = away or mailbox
             elif not member.blocked and not mailbox.queue and session.room:
                 return self._turn_of(mailbox)
             else:

@@ -172,7 +172,7 @@ def decode_properties(section: bytes, packet: PacketType) -> Properties:
     pos, bit = 0, 1 << packet
     while pos < len(section):
         row = _BY_ID.get(section[pos])
-        if row is None or not row.packets & bit:  # MQTT5-2.2.2-2
+        if row is None or not row.packets & bit:  # MQTT5-2.2.2.2
             raise MalformedPacket(f"property 0x{section[pos]:02x} is not one of {packet.name}")
         value, pos = row.read(section, pos + 1)
         if row.check is not None:

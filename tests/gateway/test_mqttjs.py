@@ -1,6 +1,6 @@
 """MQTT.js over WebSocket, in Node and in headless Chromium, against the running server.
 
-Both run mqttjs/scenario.js, which reports what it saw to a little HTTP server here; the browser gets its page from it too.
+Both run mqttjs/scenario.js, which reports what it saw to an HTTP server of the test, where a browser finds its page.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ pytestmark = pytest.mark.skipif(
     reason=f"MQTT.js: npm install --prefix .venv/node mqtt@5 (`make test` does), or NODE_MODULES; not in {PACKAGE}",
 )
 needs_node = pytest.mark.skipif(not shutil.which("node"), reason="node: apt-get install nodejs")
-needs_chromium = pytest.mark.skipif(
-    not shutil.which("chromium"), reason="chromium: apt-get install chromium"
-)
+needs_chromium = pytest.mark.skipif(not shutil.which("chromium"), reason="chromium: apt-get install chromium")
 
 
 class Desk:

@@ -529,6 +529,7 @@ class Sessions(RuleBasedStateMachine):
                 await self.world.node.close()
             for client in self.clients:
                 client.outlive(self.world)
+            self.world.wall += 1.0  # pushes of before are older than the new node
             self.world.node = self.world.new_node()
             self.world.node.start()
 

@@ -54,6 +54,7 @@ def proven(peer: Peer, who: Any) -> Connack:
     """The rest of a good authentication."""
     challenge = peer.expect(Auth)
     assert (challenge.reason, method_of(challenge)) == (Reason.CONTINUE_AUTHENTICATION, METHOD)
+    assert challenge.properties.keys() == {"authentication_method", "authentication_data"}
     who.set_server_first(challenge.properties["authentication_data"].decode())
     peer.send(Auth(Reason.CONTINUE_AUTHENTICATION, said(who.get_client_final())))
     connack = peer.expect(Connack)
@@ -130,7 +131,7 @@ def test_auth_has_its_own_reasons(server: LocalServer, name: str, reason: int) -
 
 
 def test_a_device_proves_that_it_has_the_key(server: LocalServer, name: str) -> None:
-    """MQTT5-4.12.0-2, 4.12.0-3, 4.12.0-5, 3.15.2-1, 3.1.2-30, 3.2.0-1."""
+    """MQTT5-4.12.0-2, 4.12.0-3, 4.12.0-5, 3.1.2-30, 3.2.0-1, 3.15.2-1 to -3."""
     who = client(server.app.device_key)
     with asked(server, name, who.get_client_first()) as peer:
         proven(peer, who)
@@ -192,6 +193,7 @@ def test_a_peer_may_prove_it_again(server: LocalServer, name: str) -> None:
         peer.send(Auth(Reason.CONTINUE_AUTHENTICATION, said(again.get_client_final())))
         done = peer.expect(Auth)
         assert (done.reason, method_of(done)) == (Reason.SUCCESS, METHOD)
+        assert done.properties.keys() == {"authentication_method", "authentication_data"}
         again.set_server_final(done.properties["authentication_data"].decode())
         nothing_waits(peer)
 

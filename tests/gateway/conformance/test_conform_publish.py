@@ -17,6 +17,7 @@ from gateway.mqtt import (
     Subscription,
     encode,
 )
+from tests.conftest import StartServer
 from tests.gateway.conformance.talk import (
     ended,
     leave,
@@ -306,6 +307,15 @@ def test_a_topic_alias_that_was_not_offered_ends_the_connection(
     raw = encode(Publish(name, b"x", properties={"topic_alias": 0x0101}), 5)
     with short(server, name) as peer:
         peer.send(raw.replace(b"\x23\x01\x01", b"\x23" + alias.to_bytes(2)), Pingreq())
+        ended(peer, Reason.TOPIC_ALIAS_INVALID)
+
+
+def test_where_no_topic_alias_is_offered_any_ends_the_connection(start_server: StartServer) -> None:
+    """MQTT5-3.2.2-18."""
+    server = start_server("--mqtt-topic-alias-maximum", "0")
+    with opened(server, "c") as (peer, connack):
+        assert connack.properties.get("topic_alias_maximum", 0) == 0
+        peer.send(Publish("t", b"x", properties={"topic_alias": 1}), Pingreq())
         ended(peer, Reason.TOPIC_ALIAS_INVALID)
 
 

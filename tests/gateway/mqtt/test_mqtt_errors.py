@@ -170,7 +170,7 @@ REST = [
     ("f0 06 18 04 16 0001 78", 5, P),  # data without method
 ]
 PROPERTIES = [
-    ("30 0a 0001 74 06 21 0001 21 0001", 5, M),  # MQTT5-2.2.2-2: receive maximum in PUBLISH
+    ("30 0a 0001 74 06 21 0001 21 0001", 5, M),  # MQTT5-2.2.2.2: receive maximum in PUBLISH
     ("30 06 0001 74 02 04 00", 5, M),  # no property 4
     ("30 06 0001 74 02 ff 01", 5, M),
     ("30 06 0001 74 02 01 02", 5, P),  # payload format 2

@@ -1,6 +1,6 @@
 "use strict";
 // What an app does with MQTT.js, the same in Node and in a browser. It says what it saw with `report`, and the test
-// decides whether that is right; where it says "ready", the test does something to which it then waits for the answer.
+// decides whether that is right; where it says "ready", the test does something that it then waits for.
 
 async function scenario(mqtt, task, report) {
   const v5 = task.version === 5;
@@ -25,9 +25,8 @@ async function scenario(mqtt, task, report) {
   }
 
   function readable(properties) {
-    const plain = { ...properties };
-    if (plain.correlationData) plain.correlationData = plain.correlationData.toString();
-    return plain;
+    const { correlationData, ...plain } = properties;
+    return correlationData ? { ...plain, correlationData: new TextDecoder().decode(correlationData) } : plain;
   }
 
   async function received(client, number) {
@@ -40,10 +39,11 @@ async function scenario(mqtt, task, report) {
   await report("push", await received(listener, 1));
 
   const [talker] = await connect("talker");
-  await report("granted", await listener.subscribeAsync({ "talk/0": { qos: 0 }, "talk/1": { qos: 1 }, "talk/2": { qos: 2 } }));
+  const filters = { "talk/0": { qos: 0 }, "talk/1": { qos: 1 }, "talk/2": { qos: 2 } };
+  await report("granted", await listener.subscribeAsync(filters));
   const properties = v5 ? {
     userProperties: { a: ["1", "2"], b: "3" }, contentType: "text/plain", responseTopic: "answers",
-    correlationData: Buffer_("id"), payloadFormatIndicator: true, messageExpiryInterval: 60,
+    correlationData: new TextEncoder().encode("id"), payloadFormatIndicator: true, messageExpiryInterval: 60,
   } : undefined;
   for (const qos of [0, 1, 2]) {
     for (let i = 0; i < 10; i++) await talker.publishAsync(`talk/${qos}`, `${i}`, { qos, properties });
@@ -74,11 +74,6 @@ async function scenario(mqtt, task, report) {
   await report("resubscribed", await received(talker, 1));
   await Promise.all([again.endAsync(), talker.endAsync()]);
   await report("done");
-}
-
-// MQTT.js wants a Buffer in Node, and takes bytes in a browser, which has none.
-function Buffer_(text) {
-  return typeof Buffer === "undefined" ? new TextEncoder().encode(text) : Buffer.from(text);
 }
 
 async function run(mqtt, base) {
