@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 MAX_WAITING: Final = (
     100_000  # deliveries: above it, who publishes on is not read from until half of them are done
 )
+AT_ONCE: Final = 8 * SLICE  # deliveries in one turn of the loop that do not wait for a slice, about 2 ms
 
 Target = tuple[Mailbox, TopicCopy]
 Topic = tuple[Hub, str]
@@ -53,9 +54,9 @@ class _Convoy:
         self.position = 0
         self.passengers = [passenger]
 
-    def stops(self) -> Iterator[tuple[Mailbox, list[TopicCopy]]]:
-        """The next subscribers, at most SLICE, and what each gets; passengers that have been everywhere leave."""
-        for _ in range(min(SLICE, *(passenger.left for passenger in self.passengers))):
+    def stops(self, most: int) -> Iterator[tuple[Mailbox, list[TopicCopy]]]:
+        """The next subscribers, and what each gets; passengers that have been everywhere leave."""
+        for _ in range(min(most, *(passenger.left for passenger in self.passengers))):
             at = self.position
             self.position = at + 1 if at + 1 < len(self.circle) else 0
             for passenger in self.passengers:
@@ -74,6 +75,7 @@ class Postman:
         self._convoys: dict[Topic, deque[_Convoy]] = {}
         self._turns: deque[Topic] = deque()  # the same topics
         self._paused: dict[Connection, None] = {}  # in the order they are resumed
+        self._gone_now = 0  # deliveries made at once in this turn of the loop
         self.waiting = 0  # deliveries not made yet
 
     def pauses(self, connection: Connection) -> bool:
@@ -84,12 +86,12 @@ class Postman:
         return False
 
     def deliver(self, hub: Hub, topic: str, targets: Sequence[Target]) -> None:
+        if not targets:
+            return
         convoys = self._convoys.get((hub, topic))
-        if convoys is None and len(targets) <= SLICE:
+        if convoys is None and self._may_go_now(len(targets)):
             for mailbox, copy in targets:
                 self.hand(mailbox, [copy])
-            return
-        if not targets:
             return
         self.waiting += len(targets)
         circle, passenger = [mailbox for mailbox, _ in targets], _Passenger([copy for _, copy in targets])
@@ -103,22 +105,47 @@ class Postman:
         else:
             convoys.append(_Convoy(circle, passenger))
 
+    def _may_go_now(self, count: int) -> bool:
+        """What is delivered at once, in the turn of its publisher, is bounded, too: a publisher may send hundreds of
+        messages in one read."""
+        if count > SLICE or self._gone_now + count > AT_ONCE:
+            return False
+        if not self._gone_now:
+            asyncio.get_running_loop().call_soon(self._new_turn)
+        self._gone_now += count
+        return True
+
+    def _new_turn(self) -> None:
+        self._gone_now = 0
+
     def _turn(self) -> None:
-        topic = self._turns.popleft()
-        convoys = self._convoys[topic]
+        left = SLICE
         try:
-            for mailbox, copies in convoys[0].stops():
+            while left > 0 and self._turns:
+                left -= self._move(self._turns.popleft(), left)
+        finally:  # one message that cannot be sent must not stop the others
+            if self._turns:
+                asyncio.get_running_loop().call_soon(self._turn)
+        self._resume()
+
+    def _move(self, topic: Topic, most: int) -> int:
+        """Take the first convoy of a topic some stops further; how many."""
+        convoys, stops = self._convoys[topic], 0
+        try:
+            for mailbox, copies in convoys[0].stops(most):
+                stops += 1
                 self.waiting -= len(copies)
                 self.hand(mailbox, copies)
-        finally:  # one message that cannot be sent must not stop the others
+        finally:
             if not convoys[0].passengers:
                 convoys.popleft()
             if convoys:
                 self._turns.append(topic)
             else:
                 del self._convoys[topic]
-            if self._turns:
-                asyncio.get_running_loop().call_soon(self._turn)
+        return stops
+
+    def _resume(self) -> None:
         while self._paused and self.waiting < MAX_WAITING // 2:
             connection = next(iter(self._paused))
             del self._paused[connection]

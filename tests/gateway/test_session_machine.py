@@ -446,7 +446,8 @@ class Sessions(RuleBasedStateMachine):
         """All sessions end and all retained messages are removed: nothing is left."""
         for client in self.clients:
             client.connect(4, True, 0, WINDOW, None)
-            await self.world.calm()
+            assert client.phone is not None
+            await client.phone.until(lambda phone: phone.packets)
             client.look()
         for topic in TOPICS:
             self.clients[0].send(Publish(topic, b"", retain=True))

@@ -66,8 +66,12 @@ def _section(version: str) -> str:
 
 
 def _held_by(row: Statement) -> str:
-    names = [test.rpartition("/")[2].replace(".py::", " ") for test in row.tests]
-    return "; ".join(names) or row.why
+    """The tests by file: "test_conform_will: test_one, test_two; test_mqtt_rows: test_three"."""
+    by_file: dict[str, list[str]] = {}
+    for test in row.tests:
+        path, _, name = test.partition("::")
+        by_file.setdefault(Path(path).stem, []).append(name)
+    return "; ".join(f"{file}: {', '.join(names)}" for file, names in by_file.items()) or row.why
 
 
 if __name__ == "__main__":

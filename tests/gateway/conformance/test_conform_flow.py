@@ -8,6 +8,7 @@ import pytest
 
 from clients.local_server import LocalServer
 from gateway.mqtt import (
+    Disconnect,
     Pingreq,
     Puback,
     Pubcomp,
@@ -16,6 +17,9 @@ from gateway.mqtt import (
     Pubrel,
     Reason,
     Suback,
+    Subscribe,
+    Subscription,
+    Unsubscribe,
     encode,
 )
 from tests.gateway.conformance.talk import (
@@ -30,7 +34,7 @@ from tests.gateway.conformance.talk import (
     take_all,
     unsubscribe,
 )
-from tests.gateway.peer import device
+from tests.gateway.peer import Peer, connect_packet, device
 
 TWO: Any = {"receive_maximum": 2}
 
@@ -179,6 +183,25 @@ def test_properties_count_towards_the_size(server: LocalServer, name: str) -> No
         publish(sender, name)
         assert take(peer).properties == {"subscription_identifiers": (5,)}
         nothing_waits(peer)
+
+
+@pytest.mark.parametrize("most", [1, 4, 10])
+def test_who_takes_no_connack_gets_nothing_larger(server: LocalServer, name: str, most: int) -> None:
+    """MQTT5-3.1.2-24: and the connection ends, as nothing can be told on it."""
+    with Peer(server.addresses.mqtt) as peer:
+        peer.send(connect_packet(server.app, name, properties={"maximum_packet_size": most}))
+        assert len(peer.rest_of_bytes()) <= most
+
+
+@pytest.mark.xfail(strict=True, reason="SUBACK and UNSUBACK ignore the peer's Maximum Packet Size")
+def test_an_answer_that_would_be_too_large_is_not_sent(server: LocalServer, name: str) -> None:
+    """MQTT5-3.1.2-24: a SUBACK and an UNSUBACK cannot be made shorter."""
+    filters = [f"{name}/{i}" for i in range(60)]
+    limits: Any = {"maximum_packet_size": 50}
+    for packet in (Subscribe(7, tuple(map(Subscription, filters))), Unsubscribe(7, tuple(filters))):
+        with short(server, name, properties=limits) as peer:
+            peer.send(packet, Disconnect())
+            assert len(peer.rest_of_bytes()) <= limits["maximum_packet_size"]
 
 
 def test_a_packet_over_the_servers_maximum_ends_the_connection(

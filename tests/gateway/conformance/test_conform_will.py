@@ -190,8 +190,8 @@ def test_what_is_said_of_a_will_reaches_subscribers(server: LocalServer, name: s
     }
     with short(server, f"{name}h") as heir:
         subscribe(heir, f"{name}/will")
-        will = Will(f"{name}/will", b"gone", 1, properties={**properties, "message_expiry_interval": 100})
-        with short(server, name, will=will):
+        said: Any = {**properties, "message_expiry_interval": 100}
+        with short(server, name, will=Will(f"{name}/will", b"gone", 1, properties=said)):
             pass
         told = dict(take(heir).properties)
         assert told.pop("message_expiry_interval") in (99, 100)
