@@ -17,6 +17,7 @@ from gateway.mqtt import (
     Pubrec,
     Pubrel,
     Reason,
+    Will,
 )
 from tests.conftest import StartServer
 from tests.gateway.conformance.talk import (
@@ -226,6 +227,11 @@ def past(start_server: StartServer) -> Past:
             with device(server, f"clean{version}", version=version, clean=True, expiry=0) as peer:
                 subscribe(peer, f"keep{version}/#")
             publish(sender, f"keep{version}/while-away")
+        will = Will("mortal", b"gone", 1, retain=True, properties={"will_delay_interval": 1})
+        with device(server, "mortal", will=will) as peer:
+            peer.send(Disconnect(Reason.DISCONNECT_WITH_WILL_MESSAGE))
+            assert peer.rest() == []
+        publish(sender, "after", retain=True)  # behind the will in the store, so the will is there
     server.restart()
     return Past(server, flying)
 
@@ -280,3 +286,10 @@ def test_a_session_that_ended_with_its_connection_is_not_back_after_a_restart(
     """MQTT311-3.1.2-6, MQTT5-4.1.0-2."""
     with opened(past.server, f"clean{version}", version=version) as (_, connack):
         assert not connack.session_present
+
+
+def test_a_will_that_waits_survives_a_restart(past: Past) -> None:
+    """MQTT5-3.1.2-7, 3.1.2-8: it belongs to the session, and goes in its time or when the server is back."""
+    with short(past.server, "heir") as heir:
+        subscribe(heir, "mortal")
+        assert take(heir).payload == b"gone"
