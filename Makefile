@@ -40,15 +40,18 @@ test: $(VENV)/.setup-all $(VENV)/.setup-node ## All tests; ARGS="-k name" choose
 bench: $(VENV)/.setup-all ## Measure; ARGS=--write puts the tables into docs/numbers.md, ARGS=--quick is a trial
 	$(BIN)/python -m loadtest.bench $(ARGS)
 
-fuzz: $(VENV)/.setup-all ## The property tests again, with many more EXAMPLES
+fuzz: $(VENV)/.setup-all ## The property tests with many more EXAMPLES, then each fuzz target for SECONDS
 	EXAMPLES=$(EXAMPLES) $(BIN)/python -c "$$FUZZ" -m hypothesis \
 	    -W ignore::pytest.PytestAssertRewriteWarning $(ARGS)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	nice -n 19 $(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS)
 
 clean: ## Remove what make made; holdfast-data stays
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .bench
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .bench .fuzz
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 EXAMPLES ?= 20000
+SECONDS ?= 300
 
 define FUZZ
 import os, sys, hypothesis, pytest

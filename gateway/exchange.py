@@ -97,15 +97,17 @@ class Exchange:
             reasons.append(reason)
             replays += found
         suback = encode(Suback(packet.packet_id, tuple(reasons)), session.encoding.version)
-
-        def answer() -> None:
+        mailbox = session.mailbox
+        if mailbox is None:
             connection.send(suback)
-            self._replay(connection, replays)
-
-        if _durable(session.mailbox):
-            connection.when_saved(answer)
+            return
+        copies = self._replayed(connection, mailbox, replays)
+        if mailbox.log is None:
+            connection.send(suback)
+            self._replay(mailbox, copies)
         else:
-            answer()
+            connection.when_saved(lambda: connection.send(suback))
+            self._journal.when_saved(lambda _: self._replay(mailbox, copies))
 
     def _subscribe_one(
         self, connection: Connection, subscription: Subscription, identifier: int
@@ -148,18 +150,24 @@ class Exchange:
             if not message.source or hub.access.may_publish(*role_of(message.source), message.topic)
         )
 
-    def _replay(self, connection: Connection, replays: Sequence[Replay]) -> None:
-        """Retained messages to a new subscription (MQTT5-3.3.1-9)."""
-        session, hub = connection.session, connection.hub
-        if session is None or hub is None or session.mailbox is None:
-            return
-        mailbox = session.mailbox
+    def _replayed(
+        self, connection: Connection, mailbox: Mailbox, replays: Sequence[Replay]
+    ) -> list[TopicCopy]:
+        """Retained messages for a new subscription (MQTT5-3.3.1-9)."""
+        assert connection.hub is not None
+        copies = []
         for message, qos, identifier in replays:
             ids = (identifier,) if identifier else PLAIN
             copy = TopicCopy(message, qos, retain=True, subscription_ids=ids)
             if qos and mailbox.log is not None:
-                self._keep(hub, message, [(copy, [mailbox])])
-            if qos or not connection.blocked:
+                self._keep(connection.hub, message, [(copy, [mailbox])])
+            copies.append(copy)
+        return copies
+
+    def _replay(self, mailbox: Mailbox, copies: Sequence[TopicCopy]) -> None:
+        """The same after SUBACK, even if the connection has ended meanwhile: they are owed."""
+        for copy in copies:
+            if copy.qos or mailbox.member is None or not mailbox.member.blocked:
                 self._postman.hand(mailbox, [copy])
             else:
                 mailbox.put(copy)  # what a topic's state is must not get lost because there is much of it

@@ -354,8 +354,8 @@ class Session:
     # Life
 
     def resume(self, mailbox: Mailbox, now: float) -> list[bytes]:
-        """Take up a mailbox: what is to be sent again first, in its old order (MQTT5-4.4.0-1, 4.6.0-1). Nothing yet if
-        it has sent QoS 2 (`Mailbox.waits`)."""
+        """Take up a mailbox: what is to be sent again first, in its old order (MQTT5-4.4.0-1, 4.6.0-1). If QoS 2 is
+        among it, nothing yet (`Mailbox.waits`)."""
         mailbox.session = self
         self.mailbox = mailbox
         self.next_id = mailbox.next_id

@@ -178,7 +178,7 @@ class Load:
         self.ledger = Ledger([*alone, group])
         self.subscribers = [Subscriber(self, reader.name, reader) for reader in alone]
         self.subscribers += [Subscriber(self, f"member-{n}", group) for n in range(3)]
-        self.publishers = [Publisher(self, f"publisher-{n}") for n in range(4)]
+        self.publishers = [Publisher(self, f"publisher-{n}", device=n % 2 == 1) for n in range(4)]
         self.gate = asyncio.Event()  # closed: publishers begin nothing new, and end when they have finished
         self.gate.set()
         self.draining = asyncio.Event()
@@ -191,8 +191,9 @@ class Load:
 class Client:
     """What both kinds share: a durable session, and connections that come and go."""
 
-    def __init__(self, load: Load, name: str) -> None:
+    def __init__(self, load: Load, name: str, *, device: bool = True) -> None:
         self.name = name
+        self.password = load.app.device_key if device else load.app.master_secret
         self.load = load
         self.ledger = load.ledger
         self.random = Random(load.random.getrandbits(32))
@@ -208,7 +209,7 @@ class Client:
             clean,
             60,
             self.load.app.app_key,
-            self.load.app.device_key.encode(),
+            self.password.encode(),
             version=self.version,
             properties=properties,
         )
@@ -237,8 +238,9 @@ class Client:
 class Publisher(Client):
     """Sends messages of both QoS, and what is unanswered again."""
 
-    def __init__(self, load: Load, name: str) -> None:
-        super().__init__(load, name)
+    def __init__(self, load: Load, name: str, *, device: bool) -> None:
+        super().__init__(load, name, device=device)
+        self._device = device
         self._unanswered: dict[int, Publish | Pubrel] = {}  # packet id -> what is sent again, in order
         self._messages: dict[int, Message] = {}  # those of the same ids
         self._backlog: deque[Message] = deque()  # the server lost the session they were sent in
@@ -262,10 +264,10 @@ class Publisher(Client):
                 line.send(again)
             return
         for packet_id, packet in self._unanswered.items():
-            if isinstance(packet, Pubrel):
-                self.ledger.wrong.append(f"{self.name}: the session with {packet} was lost")
-            else:  # the application's business: they were not accepted
+            if isinstance(packet, Publish):  # the application's business: they were not accepted
                 self._backlog.append(self._messages[packet_id])
+            elif not self._device:  # the session of a device is forgotten when it holds nothing any more
+                self.ledger.wrong.append(f"{self.name}: the session with {packet} was lost")
         self._unanswered, self._messages = {}, {}
 
     async def _work(self, line: Line) -> None:
@@ -323,6 +325,8 @@ class Publisher(Client):
                         line.send(Pubrel(packet_id))
                 case Pubcomp(packet_id):
                     self._forget(packet_id)
+                case Disconnect():
+                    pass
                 case _:
                     self.ledger.wrong.append(f"{self.name}: {packet}")
 

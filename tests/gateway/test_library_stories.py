@@ -1,7 +1,7 @@
 """The same stories with three client libraries that others wrote: paho-mqtt, aiomqtt and gmqtt, in MQTT 3.1.1 and 5.
 
-A `User` makes a library's client usable in the same way as the others', and adds nothing to what it does. Properties are
-written as `response_topic`, and read as `ResponseTopic`.
+A `User` makes a client usable in the same way as those of the other libraries, and adds nothing to what it does.
+Properties are written as `response_topic`, and read as `ResponseTopic`.
 """
 
 from __future__ import annotations
@@ -51,11 +51,13 @@ class User(ABC):
     present: bool  # what CONNACK said of the session
 
     def __init__(
-        self, server: LocalServer, name: str, version: int, *, clean: bool = True, will: Will | None = None
-    ) -> None:
+        self, server: LocalServer, name: str, version: int, *, clean: bool = True, will: Will | None = None,
+        aliases: int = 0,
+    ) -> None:  # fmt: skip
         self.host, self.port = server.addresses.mqtt
         self.username, self.password = server.app.app_key, server.app.device_key
         self.name, self.version, self.clean, self.will = name, version, clean, will
+        self.aliases = aliases  # that it takes from the server
         self.inbox: asyncio.Queue[Message] = asyncio.Queue()
 
     @abstractmethod
@@ -96,7 +98,7 @@ def _paho_properties(packet: int, values: dict[str, Any]) -> Properties | None:
 
 def _from_paho(message: Any) -> Message:
     properties = message.properties.json() if message.properties else {}
-    names = ("UserProperty", "ResponseTopic", "CorrelationData", "ContentType", "TopicAlias")
+    names = ("UserProperty", "ResponseTopic", "CorrelationData", "ContentType")
     short = {name: properties[name] for name in names if name in properties}
     return Message(str(message.topic), message.payload.decode(), message.qos, message.retain, short)
 
@@ -212,6 +214,8 @@ class GmqttUser(User):
         if self.will is not None:
             delay = {"will_delay_interval": self.will.delay} if self.will.delay else {}
             options["will_message"] = gmqtt.Message(self.will.topic, self.will.payload, 1, **delay)
+        if self.aliases:
+            options["topic_alias_maximum"] = self.aliases
         self._client = client = gmqtt.Client(self.name, clean_session=self.clean, **options)
         self._done: asyncio.Queue[int] = asyncio.Queue()
         client.set_config({"reconnect_retries": 0})
@@ -229,7 +233,7 @@ class GmqttUser(User):
     def _on_message(
         self, client: Any, topic: str, payload: bytes, qos: int, properties: dict[str, Any]
     ) -> int:
-        wanted = {"response_topic", "correlation_data", "content_type"}
+        wanted = {"response_topic", "correlation_data", "content_type", "topic_alias"}
         told = {name.title().replace("_", ""): properties[name][0] for name in wanted & properties.keys()}
         if "CorrelationData" in told:
             told["CorrelationData"] = told["CorrelationData"].hex()
@@ -415,3 +419,18 @@ async def test_an_alias_stands_for_its_topic(server: LocalServer, user: MakeUser
         messages = await reader.receive(4)
         assert {message.topic for message in messages} == {topic}
         assert [message.payload for message in messages] == ["long", "0", "1", "2"]
+
+
+@pytest.mark.parametrize("version", [5], indirect=True)
+@pytest.mark.parametrize("library", ["gmqtt"], indirect=True)  # the others leave the topic empty
+async def test_a_client_that_takes_aliases_knows_every_topic(
+    server: LocalServer, user: MakeUser, topic: str
+) -> None:
+    async with user(server, "sender") as sender, user(server, "reader", aliases=2) as reader:
+        await reader.subscribe(f"{topic}/+")
+        sent = [f"{topic}/{i % 3}" for i in range(9)]
+        for one in sent:
+            await sender.publish(one, "x")
+        messages = await reader.receive(9)
+        assert [message.topic for message in messages] == sent
+        assert len([message for message in messages if "TopicAlias" in message.properties]) >= 6

@@ -22,7 +22,7 @@ import pytest
 
 from clients.local_server import LocalServer
 from tests.conftest import StartServer
-from tests.gateway.peer import PATIENCE, push
+from tests.gateway.peer import PATIENCE, eventually, push
 
 ROOT: Final = Path(__file__).parents[2]
 SCRIPTS: Final = Path(__file__).parent / "mqttjs"
@@ -90,6 +90,11 @@ class Desk:
         self._thread.join()
         self._server.server_close()
 
+    @property
+    def silent(self) -> bool:
+        """Whether every report was expected."""
+        return self._reports.empty()
+
     def expect(self, step: str, patience: float = PATIENCE) -> Any:
         """What the next report saw, which is of this step."""
         report = self._reports.get(timeout=patience)
@@ -99,8 +104,8 @@ class Desk:
 
 @contextmanager
 def running(*command: str) -> Iterator[None]:
-    """The program, with all that it starts."""
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+    """The program, with all that it starts. What it writes is shown if the test fails."""
+    with subprocess.Popen(command, start_new_session=True) as process:
         try:
             yield
         finally:
@@ -120,6 +125,15 @@ def restarted(start_server: StartServer) -> LocalServer:
     return start_server()
 
 
+def task(server: LocalServer, name: str, version: int) -> dict[str, object]:
+    """What the scenario needs to know."""
+    assert server.addresses.ws is not None
+    return {
+        "url": "ws://{}:{}/mqtt".format(*server.addresses.ws), "name": name, "version": version,
+        "username": server.app.app_key, "password": server.app.device_key,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("version", [4, 5])
 @pytest.mark.parametrize(
     "host", [pytest.param(node, marks=needs_node), pytest.param(chromium, marks=needs_chromium)]
@@ -128,12 +142,7 @@ def test_mqttjs(
     restarted: LocalServer, tmp_path: Path, host: Callable[[str, Path], tuple[str, ...]], version: int
 ) -> None:
     server, name = restarted, f"{host.__name__}-{version}"
-    assert server.addresses.ws is not None
-    task = {
-        "url": "ws://{}:{}/mqtt".format(*server.addresses.ws), "name": name, "version": version,
-        "username": server.app.app_key, "password": server.app.device_key,
-    }  # fmt: skip
-    with Desk(task) as desk, running(*host(desk.address, tmp_path)):
+    with Desk(task(server, name, version)) as desk, running(*host(desk.address, tmp_path)):
         desk.expect("ready for a push", START_PATIENCE)
         msg_id = push(server, server.app, f"{name}-listener")
         [pushed] = desk.expect("push")
@@ -169,3 +178,14 @@ def test_mqttjs(
         [after] = desk.expect("resubscribed")
         assert (after["topic"], after["payload"], after["qos"]) == ("talk/2", "after the restart", 2)
         desk.expect("done")
+
+
+@needs_chromium
+def test_a_page_of_another_host_may_not_connect(restarted: LocalServer, tmp_path: Path) -> None:
+    """Any page can try to; a browser says in Origin where it comes from (mqtt.ws_origins)."""
+    sample = 'holdfast_refusals_total{reason="websocket origin"}'
+    with Desk(task(restarted, "stranger", 5)) as desk:
+        elsewhere = desk.address.replace("127.0.0.1", "localhost")
+        with running(*chromium(elsewhere, tmp_path)):
+            eventually(lambda: restarted.metrics().get(sample, 0) > 0, START_PATIENCE)
+        assert desk.silent

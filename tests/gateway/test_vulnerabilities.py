@@ -1,5 +1,5 @@
-"""The ways in which MQTT brokers have been broken, one after the other, tried on ours. A number names an advisory that
-a test follows; what it did to others is said beside it."""
+"""The ways in which MQTT brokers have been broken, one after the other, tried on ours. A number names an advisory
+that a test follows; what happened to others is said beside it."""
 
 from __future__ import annotations
 
@@ -300,7 +300,7 @@ ODD_CONNECTS: Final[dict[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("label", ODD_CONNECTS)
 async def test_odd_connects_leave_nothing(world: World, label: str) -> None:
-    """CVE-2017-7654, CVE-2021-34431, CVE-2023-3592, CVE-2024-8376 (mosquitto): memory that a CONNECT leaves behind."""
+    """CVE-2017-7654, CVE-2021-34431, CVE-2023-3592, CVE-2024-8376 (mosquitto): memory that a CONNECT left behind."""
     count = 0
 
     async def story() -> None:
@@ -382,21 +382,15 @@ async def test_qos_2_ids_that_are_never_released_are_bounded(world: World) -> No
     assert phone.closed
     assert phone.goodbye.reason is Reason.RECEIVE_MAXIMUM_EXCEEDED
 
-    old = await connected(world, "old", version=4)
-    listener = await connected(world, "listener")
+    old, listener = await connected(world, "old", version=4), await connected(world, "listener")
     await asked(world, listener, Subscribe(1, (Subscription("b"),)))
-    for packet_id in [*range(1, 1000)] * 2:
-        if not old.closed:
-            old.send(Publish("b", b"x", 2, packet_id=packet_id))
+    for packet_id in [*range(1, 3000)] * 2:
+        old.send(Publish("b", b"x", 2, dup=True, packet_id=packet_id))
     await world.calm()
-    got = len(payloads(listener.packets))
-    if old.closed:
-        assert got < 1000
-    else:
-        assert got == 999  # each id once
-        received = old.session.own_mailbox().received
-        assert received is not None
-        assert len(received.serialize()) < 10_000
+    assert len(payloads(listener.packets)) == 2999  # 3.1.1 has no such limit; each id counts once
+    received = old.session.own_mailbox().received
+    assert received is not None
+    assert len(received.serialize()) < 10_000  # as it would be for all 65,535
 
 
 async def test_the_same_qos_2_id_again_and_again_is_one_message_and_no_memory(world: World) -> None:
@@ -457,7 +451,7 @@ async def test_sixty_thousand_slashes_cost_nothing(world: World, version: int) -
 
 
 async def test_a_will_on_a_deep_topic_is_refused(world: World) -> None:
-    assert (phone := backend(world, will=Will(DEEP, b"x", 1, True))) is not None
+    phone = backend(world, will=Will(DEEP, b"x", 1, True))
     await phone.until(lambda phone: phone.packets)
     assert phone.connack.reason >= 0x80
 
@@ -512,8 +506,8 @@ async def test_many_filters_over_many_retained_messages_hold_up_nobody(world: Wo
 
 SPECIAL: Final = (
     "__proto__", "constructor", "..", "../../etc/passwd", "/", "//", "a//b", " ", "%00", "%2e%2e", "\u202e", "\ufeff",
-    "$", "$x", "$CONTROL/x", "None", "*", ";drop table", "'", '"', "\\", "\x01", "\x7f", "e\u0301", "\u00e9", "K", "\u212a",
-    "ａ", "\U0001f4a9", "d/device-0", "p/backend", "a" * 4000,
+    "$", "$x", "$CONTROL/x", "None", "*", ";drop table", "'", '"', "\\", "\x01", "\x7f", "e\u0301", "\u00e9", "K",
+    "\u212a", "ａ", "\U0001f4a9", "d/device-0", "p/backend", "a" * 4000,
 )  # fmt: skip
 
 
@@ -722,14 +716,15 @@ async def test_a_check_that_fails_while_live_allows_nothing(
 FORGED: Final = (
     "x\n2026-01-31T12:00:00.000Z INFO gateway.node device connected app=forged",
     'x"}\n{"time": "2026-01-31T12:00:00.000Z", "level": "info", "event": "forged"}',
-    "x\r\nforged", "x\u2028forged", "x\u0085forged", "x\x1b[2Jforged", "x\x1b]0;forged\x07", "x\u202eforged", 'x" forged="1',
-    "x" * 60_000,
+    "x\r\nforged", "x\u2028forged", "x\u0085forged", "x\x1b[2Jforged", "x\x1b]0;forged\x07", "x\u202eforged",
+    'x" forged="1', "x" * 60_000,
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_names_forge_no_log_line(start_server: StartServer, form: str) -> None:
     server = start_server("--server-log-format", form)
+    works(server)  # what it says at its start is said
     before = len(server.log_text())
     for name in FORGED:
         for connect in (
@@ -885,7 +880,7 @@ POISON: Final = [
     encode(Publish("receipt", b'{"msg_id": "' + b"9" * 100_000 + b'", "event": "shown"}', 1, packet_id=1), 5),
     encode(Publish("receipt", b'{"msg_id": 1e400, "event": ' + b"[" * 50_000 + b"}", 1, packet_id=1), 5),
     encode(Publish("x/" + "\x01" * 4000, b"x", 2, True, packet_id=1), 5),
-    encode(Publish("shared", b"x" * 200_000, 1, True, packet_id=1, properties={"correlation_data": b"x" * 50_000}), 5),
+    encode(Publish("shared", b"x" * 200_000, 1, True, packet_id=1, properties={"correlation_data": b"x" * 9000}), 5),
     encode(
         Publish("shared", b"x", 1, packet_id=1, properties={"user_properties": (("k" * 9000, "v" * 9000),) * 10}), 5
     ),
@@ -893,7 +888,7 @@ POISON: Final = [
     encode(Publish("shared", b"x", 1, packet_id=1, properties={"message_expiry_interval": 0}), 5),
     encode(Publish("push", b"[" * 100_000, 1, packet_id=1), 5),
     encode(Publish("push", orjson.dumps({"platform": "x" * 100_000}), 1, packet_id=1), 5),
-    encode(Publish("push", orjson.dumps({"platform": "all", "audience": {"tag": ["\x01" * 9000] * 9}}), 1, packet_id=1), 5),
+    encode(Publish("push", orjson.dumps({"audience": {"tag": ["\x01" * 9000] * 9}}), 1, packet_id=1), 5),
 ]  # fmt: skip
 
 
@@ -910,11 +905,13 @@ def test_one_bad_packet_does_not_stop_the_others(server: LocalServer, role: str)
             peer.subscribe("#", "shared", qos=2)
         for number, poison in enumerate(POISON):
             password = app.master_secret if role == "publisher" else None
-            with device(server, f"bad-{number}", app=app, password=password) as bad:
-                with contextlib.suppress(Closed, ConnectionError, TimeoutError):
-                    bad.send(poison, Pingreq())
-                    while not isinstance(bad.receive(1.0), Pingresp):
-                        pass
+            with (
+                device(server, f"bad-{number}", app=app, password=password) as bad,
+                contextlib.suppress(Closed, ConnectionError, TimeoutError),
+            ):
+                bad.send(poison, Pingreq())
+                while not isinstance(bad.receive(1.0), Pingresp):
+                    pass
         speaker.send(Publish("last", b"last", 1, packet_id=1))
         assert speaker.expect(Puback).reason == 0
         for peer in (old, new, small):

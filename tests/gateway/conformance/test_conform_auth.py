@@ -181,7 +181,7 @@ def test_disconnect_is_taken_before_connack(server: LocalServer, name: str) -> N
 
 
 def test_a_peer_may_prove_it_again(server: LocalServer, name: str) -> None:
-    """MQTT5-4.12.1-1: while the connection goes on as it was."""
+    """MQTT5-3.15.2-2, -3, 4.12.0-5, 4.12.1-1: while the connection goes on as it was."""
     who, again = client(server.app.device_key), client(server.app.device_key)
     with asked(server, name, who.get_client_first()) as peer:
         proven(peer, who)

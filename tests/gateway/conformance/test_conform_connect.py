@@ -110,26 +110,26 @@ def test_another_protocol_is_refused(server: LocalServer, hello: str, answer: st
     ],
 )
 def test_connect_flags_and_fields_agree(server: LocalServer, version: int, flags: str, rest: str) -> None:
-    """MQTT311-3.1.2-3, -9, -11, -13 to -15, -18 to -21, 3.1.4-1;
+    """MQTT311-3.1.2-3, -9, -11, -13 to -15, -18 to -21, 3.1.4-1, 3.2.2-6;
     MQTT5-3.1.2-3, -9, -11 to -13, -16 to -19, 3.1.4-1."""
     raw = raw_connect(version, flags, rest.replace("WILL", WILL[version]))
     refused(server, raw, version, Reason.MALFORMED_PACKET)
 
 
 def test_311_has_no_password_without_a_user_name(server: LocalServer) -> None:
-    """MQTT311-3.1.2-22; MQTT 5 has (3.1.2.9), and then it is the credentials that are not enough."""
+    """MQTT311-3.1.2-22, 3.1.4-1; MQTT 5 has (3.1.2.9), and then it is the credentials that are not enough."""
     refused(server, raw_connect(4, "42", "0001 70"), 4, Reason.MALFORMED_PACKET)
     refused(server, raw_connect(5, "42", "0001 70"), 5, Reason.BAD_USER_NAME_OR_PASSWORD)
 
 
 def test_a_connect_without_client_id_field_is_malformed(server: LocalServer, version: int) -> None:
-    """MQTT311-3.1.3-3, MQTT5-3.1.3-3."""
+    """MQTT311-3.1.3-3, 3.1.4-1; MQTT5-3.1.3-3, 3.1.4-1."""
     body = bytes.fromhex(HELLO[version].format(flags="02"))[:-3]
     refused(server, bytes((0x10, len(body))) + body, version, Reason.MALFORMED_PACKET)
 
 
 def test_fields_are_read_in_their_order(server: LocalServer, name: str, version: int) -> None:
-    """MQTT311-3.1.3-1, 3.1.3-3; MQTT5-3.1.3-1, 3.1.3-3: client id, will, user name, password."""
+    """MQTT311-3.1.3-1, 3.1.3-3; MQTT5-3.1.2-9, 3.1.3-1, 3.1.3-3: client id, will, user name, password."""
     will = Will(f"{name}/will", b"gone", 1)
     with short(server, f"{name}h", version=version) as heir:
         subscribe(heir, will.topic)
@@ -157,7 +157,7 @@ def test_short_alphanumeric_client_ids_are_allowed(server: LocalServer, version:
 
 
 def test_sessions_belong_to_client_ids(server: LocalServer, name: str, version: int) -> None:
-    """MQTT311-3.1.3-2, MQTT5-3.1.3-2: another id, in length or case, is another session."""
+    """MQTT311-3.1.3-2, MQTT5-3.1.2-6, 3.1.3-2: another id, in length or case, is another session."""
     for other in (name, name.upper(), name + "x", f" {name}"):
         with opened(server, other, version=version) as (_, connack):
             assert not connack.session_present
@@ -209,7 +209,7 @@ def test_311_may_not_leave_out_the_client_id_and_keep_its_session(server: LocalS
 
 
 def test_a_rejected_client_id_is_told_and_closed(server: LocalServer, version: int) -> None:
-    """MQTT311-3.1.3-9; MQTT5-3.1.3-8."""
+    """MQTT311-3.1.3-9, 3.2.2-5; MQTT5-3.1.3-8, 3.2.2-7."""
     with opened(server, "x" * 65, version=version) as (peer, connack):
         assert connack.reason is Reason.CLIENT_IDENTIFIER_NOT_VALID
         assert peer.rest() == []
@@ -270,7 +270,7 @@ def test_connack_comes_before_what_has_waited(server: LocalServer, name: str, ve
 
 
 def test_session_present_is_the_only_flag_of_connack(server: LocalServer, name: str, version: int) -> None:
-    """MQTT311-3.2.2-1, -2, -3, 3.1.4-3; MQTT5-3.2.2-1, -2, -3, 3.1.4-4."""
+    """MQTT311-3.1.4-3, 3.1.4-4, 3.2.2-1 to -3; MQTT5-3.1.2-6, 3.1.4-4, 3.1.4-5, 3.2.2-1 to -3."""
     for clean, present in ((False, 0), (False, 1), (True, 0), (False, 0 if version == 4 else 1)):
         with Peer(server.addresses.mqtt, version=version) as peer:
             peer.send(connect_packet(server.app, name, version=version, clean=clean), Disconnect())
@@ -279,7 +279,7 @@ def test_session_present_is_the_only_flag_of_connack(server: LocalServer, name: 
 
 
 def test_the_server_lacks_nothing_that_it_would_have_to_announce(server: LocalServer, name: str) -> None:
-    """MQTT5-3.2.2-9 to -14: no Maximum QoS, no Retain Available, a will of any kind is taken."""
+    """MQTT5-3.2.2-9, 3.2.2-12, 3.2.2-13: no Maximum QoS, no Retain Available, a will of any kind is taken."""
     will = Will(f"{name}/will", b"x", 2, retain=True)
     with opened(server, name, will=will) as (peer, connack):
         assert connack.reason is Reason.SUCCESS

@@ -41,7 +41,7 @@ TWO: Any = {"receive_maximum": 2}
 
 @pytest.mark.parametrize("qos", [1, 2])
 def test_no_more_than_receive_maximum_are_unacknowledged(server: LocalServer, name: str, qos: int) -> None:
-    """MQTT5-3.3.4-9, 4.9.0-1, 4.9.0-2: QoS 2 counts until PUBCOMP."""
+    """MQTT5-3.3.4-9, 4.3.2-3, 4.3.3-3, 4.3.3-5, 4.9.0-1, 4.9.0-2: QoS 2 counts until PUBCOMP."""
     with short(server, f"{name}p") as sender, short(server, name, properties=TWO) as peer:
         subscribe(peer, name)
         for i in range(6):

@@ -71,7 +71,7 @@ def test_a_string_that_is_not_well_formed_ends_the_connection(
 def test_a_property_that_is_not_well_formed_ends_the_connection(
     server: LocalServer, name: str, properties: Any, bad: bytes
 ) -> None:
-    """MQTT5-1.5.7-1, 3.3.2-13, 3.3.2-19."""
+    """MQTT5-1.5.4-1, -2, 1.5.7-1, 3.3.2-13, 3.3.2-19."""
     with short(server, name) as peer:
         peer.send(encode(Publish("t", b"x", properties=properties), 5).replace(HERE, bad), Pingreq())
         ended(peer, Reason.MALFORMED_PACKET)
@@ -82,7 +82,7 @@ def test_a_property_that_is_not_well_formed_ends_the_connection(
 def test_a_connect_with_a_string_that_is_not_well_formed_is_refused(
     server: LocalServer, version: int, field: str, bad: bytes
 ) -> None:
-    """MQTT311-3.1.3-4, 3.1.3-10, 3.1.3-11; MQTT5-3.1.3-4, 3.1.3-11, 3.1.3-12."""
+    """MQTT311-1.5.3-1, -2, 3.1.3-4, 3.1.3-10, 3.1.3-11; MQTT5-1.5.4-1, -2, 3.1.3-4, 3.1.3-11, 3.1.3-12."""
     connect = Connect(
         "c@@@" if field == "client id" else "c",
         username="u@@@" if field == "user name" else server.app.app_key,
@@ -171,7 +171,7 @@ def test_qos_0_has_no_packet_id_in_either_direction(server: LocalServer, name: s
 def test_what_the_server_sends_has_packet_ids_that_nothing_else_uses(
     server: LocalServer, name: str, version: int
 ) -> None:
-    """MQTT311-2.3.1-4, MQTT5-2.2.1-4, MQTT5-4.3.2-1, MQTT5-4.3.3-1."""
+    """MQTT311-2.3.1-4, 4.3.2-1; MQTT5-2.2.1-4, 4.3.2-1, 4.3.3-1."""
     with short(server, name, version=version) as peer, short(server, f"{name}p", version=version) as sender:
         subscribe(peer, f"{name}/#")
         for i in range(10):

@@ -175,7 +175,7 @@ def test_a_publish_begins_with_a_topic_name(
 
 
 def test_what_arrives_has_the_topic_it_was_published_on(server: LocalServer, name: str, version: int) -> None:
-    """MQTT311-3.3.2-3, MQTT5-3.3.2-3: not the filter, and nothing that does not match."""
+    """MQTT311-3.3.2-3, 4.5.0-1; MQTT5-3.3.2-3, 4.5.0-1: not the filter, and nothing that does not match."""
     with short(server, name, version=version) as peer:
         subscribe(peer, f"{name}/+/z", qos=0)
         topics = [f"{name}/{middle}/z" for middle in ("", "x", "é", " ")]
@@ -367,7 +367,7 @@ def test_the_server_uses_no_topic_alias_over_the_clients_maximum(server: LocalSe
 
 
 def test_the_server_uses_topic_aliases_where_they_are_offered(server: LocalServer, name: str) -> None:
-    """3.3.2.3.4: a name that comes again is left out."""
+    """MQTT5-3.3.2-7: a name that comes again is left out, and sent anew on the next connection."""
     topics = [f"{name}/{'long' * 20}"] * 4
     limits: Any = {"topic_alias_maximum": 10}
     with short(server, f"{name}p") as sender, device(server, name, properties=limits) as peer:
@@ -380,7 +380,7 @@ def test_the_server_uses_topic_aliases_where_they_are_offered(server: LocalServe
         leave(peer)
         publish(sender, topics[0])
     with device(server, name, properties=limits) as peer:
-        assert take(peer).topic == topics[0]  # MQTT5-3.3.2-7: nothing is known on a new connection
+        assert take(peer).topic == topics[0]
 
 
 # Overlapping subscriptions
@@ -403,7 +403,7 @@ def test_overlapping_subscriptions_get_one_copy_with_the_best_qos(
 def test_a_message_names_the_subscription_identifiers_of_all_that_match(
     server: LocalServer, name: str
 ) -> None:
-    """MQTT5-3.3.4-3, 3.3.4-4; 3.3.4-5 does not arise, as there is one copy. Live and after an absence."""
+    """MQTT5-3.3.4-3, 3.3.4-4: in one copy, live and after an absence."""
     with short(server, f"{name}p") as sender:
         with device(server, name) as peer:
             for topic_filter, identifier in ((f"{name}/#", 268_435_455), (f"{name}/x", 1), (f"{name}/+", 0)):

@@ -112,7 +112,7 @@ def test_a_refused_qos_2_id_is_that_of_a_new_message(server: LocalServer, name: 
 
 
 def test_qos_2_to_a_subscriber_goes_step_by_step(server: LocalServer, name: str, version: int) -> None:
-    """MQTT311-4.3.3-1; MQTT5-4.3.3-1 to -5."""
+    """MQTT311-2.3.1-6, 4.3.3-1; MQTT5-2.2.1-5, 4.3.3-2, 4.3.3-4, 4.3.3-5."""
     with short(server, f"{name}p") as sender, short(server, name, version=version) as peer:
         subscribe(peer, name)
         publish(sender, name, qos=2)

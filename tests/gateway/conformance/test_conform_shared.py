@@ -31,6 +31,7 @@ from tests.gateway.conformance.talk import (
     short,
     subscribe,
     take,
+    unsubscribe,
 )
 from tests.gateway.peer import Peer, device
 
@@ -218,3 +219,35 @@ def test_a_shared_subscription_gets_no_retained_messages(server: LocalServer, na
         publish(peer, name, retain=True)
         assert subscribe(peer, f"$share/g/{name}").reasons == (Reason.GRANTED_QOS_2,)
         nothing_waits(peer)
+
+
+def test_a_shared_subscription_is_changed_and_left_by_its_own_filter(server: LocalServer, name: str) -> None:
+    """MQTT5-3.8.4-3 (one of its own, beside a plain one of the same topics), 3.10.4-1, 3.10.4-2."""
+    topic_filter = f"$share/g/{name}"
+    with short(server, f"{name}p") as sender, member(server, f"{name}a", topic_filter, 2) as peer:
+        subscribe(peer, topic_filter, qos=0)
+        publish(sender, name, qos=2)
+        assert take(peer).qos == 0
+        assert unsubscribe(peer, name).reasons == (Reason.NO_SUBSCRIPTION_EXISTED,)
+        subscribe(peer, Subscription(name, 1))
+        publish(sender, name, qos=1)
+        assert sorted(packet.qos for packet in drain(peer)) == [0, 1]
+        assert unsubscribe(peer, topic_filter).reasons == (Reason.SUCCESS,)
+        with member(server, f"{name}b", topic_filter, 1) as other:
+            publish(sender, name, qos=1)
+            assert (len(drain(peer)), len(drain(other))) == (
+                1,
+                1,
+            )  # the plain one, and the group's only member
+
+
+def test_a_copy_through_a_group_and_a_plain_one_name_their_own_identifiers(
+    server: LocalServer, name: str
+) -> None:
+    """MQTT5-3.3.4-5: the one case of several copies (4.8.2)."""
+    with short(server, f"{name}p") as sender, short(server, name) as peer:
+        subscribe(peer, f"$share/g/{name}", identifier=1)
+        subscribe(peer, name, identifier=2)
+        publish(sender, name)
+        copies = drain(peer)
+        assert sorted(copy.properties["subscription_identifiers"] for copy in copies) == [(1,), (2,)]

@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 
-from tests.gateway.conformance.requirements import PAGE, ROOT, VERSIONS, page, statements
+from tests.gateway.conformance.requirements import HERE, PAGE, ROOT, VERSIONS, page, statements
 
 # How many statements each section has, in the order of appendix B: "3.1.2:24" is 3.1.2-1 to 3.1.2-24. MQTT 5 has no
 # 2.2.1-1.
@@ -32,10 +32,11 @@ SECTIONS: Final = {
         4.9.0:3 4.12.0:7 4.12.1:2 4.13.1:1 4.13.2:1 6.0.0:4
     """,
 }
-MAX_WORDS: Final = 14  # of `about`: what it asks for, not the statement again
+MAX_WORDS: Final = 12  # of `about`: what it asks for, not the statement again
 ID: Final = r"\d+\.\d+\.\d+-\d+"
 # "MQTT5-3.1.2-1, -2", "MQTT311-3.2.0-1, 3.2.2-1", "MQTT5-3.4.2-1 to -3": all of them.
 MENTION: Final = re.compile(rf"(MQTT5|MQTT311)-({ID}(?:(?:,\s+|\s+to\s+)(?:{ID}|-\d+\b))*)")
+CHAPTERS: Final = sorted(HERE.glob("test_conform_*.py"))
 
 both = pytest.mark.parametrize("version", VERSIONS)
 
@@ -114,20 +115,45 @@ def test_each_statement_that_the_code_names_exists() -> None:
 
 
 def _mentions(text: str) -> Iterator[str]:
-    """`MQTT5-3.1.2-1, -2` names two statements, `-1 to -3` its first and its last."""
+    """`MQTT5-3.1.2-1, -2` names two statements, `-1 to -3` three."""
     for version, names in MENTION.findall(re.sub(r"\s*\n\s*#?\s*", " ", text)):
-        section = ""
-        for name in re.split(r",\s+|\s+to\s+", names):
+        section, last = "", 0
+        for separator, name in re.findall(rf"(,\s+|\s+to\s+|^)({ID}|-\d+)", names):
             section = section if name.startswith("-") else name.rpartition("-")[0]
-            yield f"{version}-{section}-{name.rpartition('-')[2]}"
+            number = int(name.rpartition("-")[2])
+            for each in range(last + 1 if separator.strip() == "to" else number, number + 1):
+                yield f"{version}-{section}-{each}"
+            last = number
 
 
 def test_statements_are_found_in_comments() -> None:
-    text = "# MQTT5-3.1.2-1, -2, 3.2.0-1;\n# MQTT311-3.1.4-2, -4 to\n#   -5. MQTT5-3.1.2.3 is none, nor is 3.1.2-9"
+    text = "# MQTT5-3.1.2-1, -2, 3.2.0-1;\n# MQTT311-3.1.4-1, -3 to\n#   -5. MQTT5-3.1.2.3 is none, nor is 3.1.2-9"
     assert list(_mentions(text)) == [
         *("MQTT5-3.1.2-1", "MQTT5-3.1.2-2", "MQTT5-3.2.0-1"),
-        *("MQTT311-3.1.4-2", "MQTT311-3.1.4-4", "MQTT311-3.1.4-5"),
+        *("MQTT311-3.1.4-1", "MQTT311-3.1.4-3", "MQTT311-3.1.4-4", "MQTT311-3.1.4-5"),
     ]
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_the_index_and_the_docstrings_name_each_other(chapter: Path) -> None:
+    path = chapter.relative_to(ROOT).as_posix()
+    told = {
+        (f"{path}::{node.name}", name)
+        for node in ast.parse(chapter.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+        for name in _mentions(ast.get_docstring(node) or "")
+    }
+    listed = {
+        (test, f"{version}-{row.id}")
+        for version in VERSIONS
+        for row in statements(version)
+        for test in row.tests
+        if test.startswith(f"{path}::")
+    }
+    assert {"only in the docstring": told - listed, "only in the index": listed - told} == {
+        "only in the docstring": set(),
+        "only in the index": set(),
+    }
 
 
 def test_the_page_is_what_the_index_says() -> None:
