@@ -16,6 +16,9 @@ from gateway.live import DEVICE_TOPIC, EVENT_PREFIX, PUSH_TOPIC, RECEIPT_TOPIC, 
 from gateway.mqtt import Connack, Connect, Properties, Reason, Will, encode
 from gateway.session import ALIASES_SENT, Manners
 
+MAX_CLIENT_ID: Final = (
+    256  # bytes, of publishers; each kept session keeps its own. Registration ids are shorter
+)
 DEVICE_TOPICS: Final = frozenset((PUSH_TOPIC, RECEIPT_TOPIC, DEVICE_TOPIC))
 
 
@@ -82,6 +85,10 @@ WRONG_PASSWORD = Refusal(
     "the password does not fit the app key and the client id",
     "wrong password",
 )
+INTERNAL_ERROR = Refusal(Reason.UNSPECIFIED_ERROR, "internal error", "internal error")
+TOO_LONG_ID = Refusal(
+    Reason.CLIENT_IDENTIFIER_NOT_VALID, "a client id is at most 256 bytes long", "bad client id"
+)
 STORE_AWAY = Refusal(Reason.SERVER_UNAVAILABLE, "the store is not available; try again", "store away")
 OVERTAKEN = Refusal(Reason.SERVER_BUSY, "the device has connected again since", "overtaken")
 
@@ -100,6 +107,8 @@ def admit(
     peer = _identify(app, connect, generations, now, anonymous)
     if isinstance(peer, Refusal):
         return peer
+    if len(connect.client_id) > MAX_CLIENT_ID or len(connect.client_id.encode()) > MAX_CLIENT_ID:
+        return TOO_LONG_ID
     if not connect.client_id and connect.version == 4 and not connect.clean_start:
         return NO_CLEAN_SESSION
     will = connect.will

@@ -7,9 +7,10 @@ these (architecture, decision 4: claim the route, then fetch).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,6 +20,7 @@ from broker.logs import log_event
 from broker.model import Claim
 from broker.store import Store, StoreError
 from gateway.admission import (
+    INTERNAL_ERROR,
     NO_CREDENTIALS,
     OVERTAKEN,
     STORE_AWAY,
@@ -152,8 +154,19 @@ class Arrivals:
             return
         if hub is None:
             self._refuse(connection, connect, STORE_AWAY if away else UNKNOWN_APP)
-        else:
+            return
+        with self._answered(connection, connect):
             self._enter(connection, connect, hub)
+
+    @contextlib.contextmanager
+    def _answered(self, connection: Connection, connect: Connect) -> Iterator[None]:
+        """For steps that nobody else watches: a CONNECT that meets a bug of ours is refused, and does not wait for
+        ever."""
+        try:
+            yield
+        except Exception:
+            log.exception("a CONNECT was not answered")
+            self._refuse(connection, connect, INTERNAL_ERROR)
 
     def _enter(self, connection: Connection, connect: Connect, hub: Hub) -> None:
         hub.touched = self._node.clock.now
@@ -212,21 +225,27 @@ class Arrivals:
     async def _admit_open(self, connection: Connection, connect: Connect, hub: Hub) -> None:
         try:
             device = await self._devices.register_open(hub.app, connect.client_id)
+            with self._answered(connection, connect):
+                if connection.phase is not Phase.CLOSED:
+                    self._claim(connection, connect, hub, device.devno, device.platform)
         except ApiError as error:
             refusal = Refusal(Reason.CLIENT_IDENTIFIER_NOT_VALID, error.message, "bad client id")
             self._refuse(connection, connect, STORE_AWAY if error.http_status >= 500 else refusal)
         except StoreError as error:
             log.warning("device not registered: %s", error)
             self._refuse(connection, connect, STORE_AWAY)
-        else:
-            if connection.phase is not Phase.CLOSED:
-                self._claim(connection, connect, hub, device.devno, device.platform)
 
     def _claim(self, connection: Connection, connect: Connect, hub: Hub, devno: int, platform: str) -> None:
-        done = functools.partial(self._welcome_device, connection, connect, hub, devno, platform)
+        done = functools.partial(self._claimed, connection, connect, hub, devno, platform)
         self._store.claim_route(hub.app.app_id, devno, self._node.settings.node_id, done)
 
     # CONNACK
+
+    def _claimed(
+        self, connection: Connection, connect: Connect, hub: Hub, devno: int, platform: str, claim: Claim
+    ) -> None:
+        with self._answered(connection, connect):
+            self._welcome_device(connection, connect, hub, devno, platform, claim)
 
     def _welcome_device(
         self, connection: Connection, connect: Connect, hub: Hub, devno: int, platform: str, claim: Claim

@@ -50,6 +50,7 @@ LINGER: Final = (
     2.0  # seconds in which a peer may read our last bytes; one that never does would keep its socket
 )
 OPENING_CHECK: Final = 1.0  # seconds between checks before CONNECT; the first check after it follows in time
+JOINING_PATIENCE: Final = 6  # connect timeouts that an answer may take, whatever the store does
 MAX_CONNECT_SIZE: Final = 65_536  # bytes of a CONNECT, will included: nobody has proved anything yet
 TYPE: Final = 0xF0  # of a packet: the upper half of its first byte
 PUBLISH: Final = 0x30
@@ -337,11 +338,7 @@ class Connection(asyncio.Protocol):
             return None
         session = self.session
         if session is None:
-            if now < self.last_seen + self.node.settings.connect_timeout or self.phase is Phase.JOINING:
-                return now + OPENING_CHECK
-            self.node.count_refusal("connect timeout")
-            self.close("connect timeout")
-            return None
+            return self._check_opening(now)
         if session.unacked is not None and now >= session.waiting_since + self.profile.ack_timeout:
             # Dead or hopeless: the next connection resends (architecture, decision 6).
             self.close("ack timeout", Reason.UNSPECIFIED_ERROR)
@@ -355,6 +352,14 @@ class Connection(asyncio.Protocol):
             self.close("keep-alive timeout", Reason.KEEP_ALIVE_TIMEOUT)  # MQTT5-3.1.2-22
             return None
         return min(deadline, next_check)
+
+    def _check_opening(self, now: float) -> float | None:
+        timeout = self.node.settings.connect_timeout
+        if now < self.last_seen + timeout * (JOINING_PATIENCE if self.phase is Phase.JOINING else 1):
+            return now + OPENING_CHECK
+        self.node.count_refusal("connect timeout")
+        self.close("connect timeout")
+        return None
 
     def refuse(self, version: int, reason: Reason, text: str, label: str, *, maximum_packet: int = 0) -> None:
         """CONNACK with a failure, then close. 3.1.1 has six codes; a reason without one closes at once."""

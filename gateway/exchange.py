@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
@@ -14,10 +15,11 @@ from pyroaring import BitMap
 from broker.access import Role
 from broker.model import App, Retained
 from broker.store import Store
+from gateway.fanout import SLICE
 from gateway.hub import Hub
 from gateway.journal import Journal
 from gateway.live import PUSH_TOPIC, SYS
-from gateway.mailbox import Entry, Mailbox
+from gateway.mailbox import Entry, Mailbox, Replay
 from gateway.messages import TopicCopy, TopicMessage, passed_on, stored_publish
 from gateway.metrics import NodeMetrics
 from gateway.mqtt import (
@@ -32,7 +34,7 @@ from gateway.mqtt import (
     split_share,
 )
 from gateway.postman import Postman
-from gateway.session import Session
+from gateway.session import Member, Session
 from gateway.sys_topics import SysTopics
 from gateway.topics import SharedGroup
 from gateway.wheel import Clock
@@ -45,8 +47,6 @@ PUBLISHER: Final = (
 )
 DEVICE: Final = "d/"
 PLAIN: Final[tuple[int, ...]] = ()
-
-Replay = tuple[TopicMessage, int, int]  # a retained message, its QoS, the subscription's identifier
 
 
 def role_of(key: str) -> tuple[Role, str]:
@@ -91,86 +91,119 @@ class Exchange:
         assert session is not None
         identifier = packet.properties.get("subscription_identifiers", (0,))[0]
         reasons: list[Reason] = []
-        replays: list[Replay] = []
+        replays: dict[str, Iterator[Replay | None]] = {}
         for subscription in packet.subscriptions:
-            reason, found = self._subscribe_one(connection, subscription, identifier)
+            reason, replay = self._subscribe_one(connection, subscription, identifier)
             reasons.append(reason)
-            replays += found
+            if replay is not None:
+                replays[subscription.filter] = replay
         suback = encode(Suback(packet.packet_id, tuple(reasons)), session.encoding.version)
         mailbox = session.mailbox
         if mailbox is None:
             connection.send(suback)
-            return
-        copies = self._replayed(connection, mailbox, replays)
-        if mailbox.log is None:
+        elif mailbox.log is None:
             connection.send(suback)
-            self._replay(mailbox, copies)
+            self._begin_replay(mailbox, replays)
         else:
             connection.when_saved(lambda: connection.send(suback))
-            self._journal.when_saved(lambda _: self._replay(mailbox, copies))
+            self._journal.when_saved(lambda _: self._begin_replay(mailbox, replays))
 
     def _subscribe_one(
         self, connection: Connection, subscription: Subscription, identifier: int
-    ) -> tuple[Reason, Sequence[Replay]]:
+    ) -> tuple[Reason, Iterator[Replay | None] | None]:
         session, hub = connection.session, connection.hub
         assert session is not None
         assert hub is not None
         if subscription.filter == PUSH_TOPIC and session.devno >= 0:
-            return Reason.GRANTED_QOS_1, ()  # implicit, and always acknowledged
+            return Reason.GRANTED_QOS_1, None  # implicit, and always acknowledged
         share = split_share(subscription.filter)
         plain = share[1] if share else subscription.filter
         if not self.fits(subscription.filter):
-            return Reason.TOPIC_FILTER_INVALID, ()
+            return Reason.TOPIC_FILTER_INVALID, None
         if not hub.access.may_subscribe(*role_of(connection.key), plain):
-            return Reason.NOT_AUTHORIZED, ()
+            return Reason.NOT_AUTHORIZED, None
         mailbox = connection.node.keeper.adopt(connection)
         known = subscription.filter in mailbox.subscriptions
         if not known and len(mailbox.subscriptions) >= mailbox.limits.subscriptions:
-            return Reason.QUOTA_EXCEEDED, ()
+            return Reason.QUOTA_EXCEEDED, None
         if session.manners.bridge:  # 3.1.1 cannot ask for it; without it two brokers echo each message
             subscription = replace(subscription, no_local=True, retain_as_published=True)
         entry = (subscription, identifier)
         mailbox.subscriptions[subscription.filter] = entry
         hub.subscriptions.add(entry, mailbox)
-        if mailbox.log is not None:
-            mailbox.log.subscribed(entry)
         wants = subscription.retain_handling == 0 or (subscription.retain_handling == 1 and not known)
-        found = self._retained(hub, plain) if wants and share is None else ()
-        return Reason(subscription.qos), [
-            (message, min(message.qos, subscription.qos), identifier) for message in found
-        ]
+        owed = wants and share is None
+        if mailbox.log is not None:
+            mailbox.log.subscribed(entry, owed=owed)
+        return Reason(subscription.qos), self.replay(hub, entry) if owed else None
 
-    def _retained(self, hub: Hub, topic_filter: str) -> Iterable[TopicMessage]:
-        """Those that match, and whose source may still publish there."""
-        if topic_filter.startswith(SYS):
-            return self.sys_topics.match(hub, topic_filter, self._clock.now)
-        return (
-            message
-            for message in hub.retained.match(topic_filter, self._clock.now)
-            if not message.source or hub.access.may_publish(*role_of(message.source), message.topic)
-        )
+    # Retained messages for a new subscription (MQTT5-3.3.1-9), as fast as it takes them
 
-    def _replayed(
-        self, connection: Connection, mailbox: Mailbox, replays: Sequence[Replay]
-    ) -> list[TopicCopy]:
-        """Retained messages for a new subscription (MQTT5-3.3.1-9)."""
-        assert connection.hub is not None
-        copies = []
-        for message, qos, identifier in replays:
-            ids = (identifier,) if identifier else PLAIN
-            copy = TopicCopy(message, qos, retain=True, subscription_ids=ids)
-            if qos and mailbox.log is not None:
-                self._keep(connection.hub, message, [(copy, [mailbox])])
-            copies.append(copy)
-        return copies
-
-    def _replay(self, mailbox: Mailbox, copies: Sequence[TopicCopy]) -> None:
-        """The same after SUBACK, even if the connection has ended meanwhile: they are owed."""
-        for copy in copies:
-            if copy.qos or mailbox.member is None or not mailbox.member.blocked:
-                self._postman.hand(mailbox, [copy])
+    def replay(self, hub: Hub, entry: Entry) -> Iterator[Replay | None]:
+        """Those that match, and whose source may still publish there. None: look again later."""
+        options, identifier = entry
+        if options.filter.startswith(SYS):
+            found = self.sys_topics.match(hub, options.filter)
+        else:
+            found = hub.retained.match(options.filter)
+        for message in found:
+            if (
+                message is None
+                or message.expired(self._clock.now)
+                or (message.source and not hub.access.may_publish(*role_of(message.source), message.topic))
+            ):
+                yield None
             else:
-                mailbox.put(copy)  # what a topic's state is must not get lost because there is much of it
+                yield message, min(message.qos, options.qos), identifier
+
+    @staticmethod
+    def _stands(hub: Hub, message: TopicMessage) -> bool:
+        return not message.source or hub.access.may_publish(*role_of(message.source), message.topic)
+
+    def _begin_replay(self, mailbox: Mailbox, replays: Mapping[str, Iterator[Replay | None]]) -> None:
+        for topic_filter, replay in replays.items():
+            if topic_filter in mailbox.subscriptions:
+                mailbox.replays[topic_filter] = replay
+        if mailbox.replays and mailbox.member is not None:
+            mailbox.member.catch_up()
+
+    def _replay(self, hub: Hub, session: Session, member: Member, mailbox: Mailbox) -> None:
+        """Send the next ones while nothing else waits, the window has room and the socket drains."""
+        mailbox.replaying = False
+        for _ in range(SLICE):
+            ready = not (mailbox.queue or mailbox.in_flight or mailbox.waits or member.blocked)
+            if not (ready and mailbox.replays and session.room):
+                return
+            topic_filter, replay = next(iter(mailbox.replays.items()))
+            try:
+                found = next(replay)
+            except StopIteration:
+                self._end_replay(mailbox, topic_filter)
+                continue
+            if found is not None:
+                self._send_retained(hub, mailbox, found)
+        if mailbox.replays:
+            mailbox.replaying = True
+            asyncio.get_running_loop().call_soon(self._go_on, hub, mailbox)
+
+    def _go_on(self, hub: Hub, mailbox: Mailbox) -> None:
+        if mailbox.session is not None and mailbox.member is not None:
+            self._replay(hub, mailbox.session, mailbox.member, mailbox)
+        else:
+            mailbox.replaying = False
+
+    @staticmethod
+    def _end_replay(mailbox: Mailbox, topic_filter: str) -> None:
+        del mailbox.replays[topic_filter]
+        if mailbox.log is not None:
+            mailbox.log.subscribed(mailbox.subscriptions[topic_filter], owed=False)
+
+    def _send_retained(self, hub: Hub, mailbox: Mailbox, found: Replay) -> None:
+        message, qos, identifier = found
+        copy = TopicCopy(message, qos, retain=True, subscription_ids=(identifier,) if identifier else PLAIN)
+        if qos and mailbox.log is not None:
+            self._keep(hub, message, [(copy, [mailbox])])
+        self._postman.hand(mailbox, [copy])
 
     def drain(self, connection: Connection, session: Session) -> None:
         """Send what waits and fits."""
@@ -181,6 +214,9 @@ class Exchange:
         self._metrics.topic_dropped.value += mailbox.dropped - dropped
         connection.send(b"".join(frames))
         connection.send_held()
+        if mailbox.replays and not mailbox.replaying:
+            assert connection.hub is not None
+            self._replay(connection.hub, session, connection, mailbox)
 
     def unsubscribe(self, connection: Connection, packet: Unsubscribe) -> None:
         session, hub = connection.session, connection.hub
@@ -203,6 +239,7 @@ class Exchange:
     def _leave(hub: Hub, mailbox: Mailbox, topic_filter: str) -> bool:
         if mailbox.subscriptions.pop(topic_filter, None) is None:
             return False
+        mailbox.replays.pop(topic_filter, None)
         hub.subscriptions.remove(topic_filter, mailbox)
         if mailbox.log is not None:
             mailbox.log.unsubscribed(topic_filter)

@@ -135,7 +135,7 @@ class _Page:
         try:
             self.connection.catch_up()
         except Exception:  # a push that cannot be encoded must not stop the inboxes of everybody else
-            log.exception("pushes of %s not sent", self.connection.client_id)
+            log.exception("pushes of %.64r not sent", self.connection.client_id)
             self.connection.close("internal error", Reason.UNSPECIFIED_ERROR)
 
 

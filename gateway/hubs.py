@@ -112,7 +112,10 @@ class Hubs:
             away = True
         del self._loading[key]
         for then in load.waiting:  # at once: whoever comes from now on is newer
-            then(hub, away)
+            try:
+                then(hub, away)
+            except Exception:  # one CONNECT must not stop the others
+                log.exception("a CONNECT was not answered")
 
     async def _load_hub(self, key: str, load: _Load) -> Hub | None:
         app = await self._apps.find(key)

@@ -6,6 +6,7 @@ the order of the messages (`Session.answer`), so accepts may overlap.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,6 +25,8 @@ from gateway.wheel import Clock
 if TYPE_CHECKING:
     from gateway.connection import Connection
     from gateway.hub import Hub
+
+log = logging.getLogger(__name__)
 
 Verdict = tuple[Reason, str, tuple[tuple[str, str], ...]]
 DONE: Final[Verdict] = (Reason.SUCCESS, "", ())
@@ -116,6 +119,10 @@ class Intake:
         except StoreError as error:
             self._metrics.publishes_refused.labels("store").value += 1
             verdict = (Reason.IMPLEMENTATION_SPECIFIC_ERROR, str(error), ())
+        except Exception:  # a bug of ours: unanswered, the message comes again
+            log.exception("a message was not taken")
+            connection.close("internal error", Reason.UNSPECIFIED_ERROR)
+            return
         if connection.session is session:  # still the same life
             self._answer(connection, session, packet, verdict)
             connection.less_busy()

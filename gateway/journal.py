@@ -185,10 +185,10 @@ class StoredSession:
     def note(self, kind: str, item: int | str, value: bytes | None) -> None:
         self._journal.note(self._app_id, self.number, kind, item, value)
 
-    def subscribed(self, entry: Entry) -> None:
+    def subscribed(self, entry: Entry, *, owed: bool) -> None:
         options, identifier = entry
         flags = (options.qos, options.no_local, options.retain_as_published, options.retain_handling)
-        self.note(SUBSCRIPTION, options.filter, msgspec.msgpack.encode((*flags, identifier)))
+        self.note(SUBSCRIPTION, options.filter, msgspec.msgpack.encode((*flags, identifier, owed)))
 
     def unsubscribed(self, topic_filter: str) -> None:
         self.note(SUBSCRIPTION, topic_filter, None)
@@ -262,8 +262,9 @@ def encode_copies(message: TopicMessage) -> bytes:
     )
 
 
-def decode_subscription(topic_filter: str, value: bytes) -> Entry:
-    qos, no_local, as_published, handling, identifier = msgspec.msgpack.decode(
-        value, type=tuple[int, bool, bool, int, int]
+def decode_subscription(topic_filter: str, value: bytes) -> tuple[Entry, bool]:
+    """The subscription, and whether its retained messages are still owed."""
+    qos, no_local, as_published, handling, identifier, owed = msgspec.msgpack.decode(
+        value, type=tuple[int, bool, bool, int, int, bool]
     )
-    return Subscription(topic_filter, qos, no_local, as_published, handling), identifier
+    return (Subscription(topic_filter, qos, no_local, as_published, handling), identifier), owed

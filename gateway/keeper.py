@@ -7,12 +7,13 @@ moment it holds anything: its mailbox gets a log, and a row in the store (decisi
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 from pyroaring import BitMap
 
+from broker.logs import log_event
 from broker.model import SessionItem
 from gateway.hub import Hub, Resend
 from gateway.journal import (
@@ -30,7 +31,7 @@ from gateway.journal import (
     StoredSession,
     decode_subscription,
 )
-from gateway.mailbox import Mailbox, MailboxLimits
+from gateway.mailbox import Entry, Mailbox, MailboxLimits, Replay
 from gateway.messages import TopicCopy, TopicMessage, stored_publish
 from gateway.metrics import NodeMetrics
 from gateway.mqtt import Will
@@ -57,6 +58,7 @@ class Keeper:
         limits: MailboxLimits,
         max_sessions: int,
         reassign: Callable[[Hub, Mailbox, Sequence[TopicCopy]], Sequence[TopicCopy]],
+        replay: Callable[[Hub, Entry], Iterator[Replay | None]],
     ) -> None:
         self._journal = journal
         self._wills = wills
@@ -64,6 +66,7 @@ class Keeper:
         self._metrics = metrics
         self._limits = limits
         self._max_sessions = max_sessions
+        self.replay = replay  # the retained messages of a subscription
         self._reassign = reassign  # gives copies of shared subscriptions to other members; returns the rest
 
     # While a client is connected
@@ -165,7 +168,7 @@ class Keeper:
 
     def _keep(self, hub: Hub, mailbox: Mailbox, expiry: int) -> None:
         if len(hub.mailboxes) >= self._max_sessions:
-            log.warning("session of %s not kept: max_sessions reached", mailbox.key)
+            log_event(log, logging.WARNING, "session not kept: max_sessions reached", session=mailbox.key)
             self.end(hub, mailbox)
             return
         self._make_durable(hub, mailbox, expiry)
@@ -204,6 +207,7 @@ class Keeper:
             self._journal.note(hub.app.app_id, stored.number, SESSION, 0, None)
         mailbox.subscriptions, mailbox.in_flight, mailbox.received = {}, {}, None
         mailbox.queue.clear()
+        mailbox.replays.clear()
 
     def expire(self, hub: Hub) -> None:
         """End the sessions whose client stayed away too long."""
@@ -271,9 +275,11 @@ class _Loading:
     def _subscription(self, item: SessionItem) -> None:
         mailbox = self._mailboxes.get(item.session)
         if mailbox is not None:
-            entry = decode_subscription(str(item.item), _value(item))
+            entry, owed = decode_subscription(str(item.item), _value(item))
             mailbox.subscriptions[str(item.item)] = entry
             self._hub.subscriptions.add(entry, mailbox)
+            if owed:
+                mailbox.replays[str(item.item)] = self._keeper.replay(self._hub, entry)
 
     def _messages(self, messages: Iterable[SessionItem], copies: Iterable[SessionItem]) -> None:
         found = {int(item.item): self._message(item) for item in messages}

@@ -4,19 +4,20 @@ the QoS 2 state of both directions. No I/O: what must survive a restart is told 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from pyroaring import BitMap
 
-from gateway.messages import TopicCopy
+from gateway.messages import TopicCopy, TopicMessage
 from gateway.mqtt import Subscription
 
 if TYPE_CHECKING:
     from gateway.session import Member, Session
 
 Entry = tuple[Subscription, int]  # options, subscription identifier (0: none)
+Replay = tuple[TopicMessage, int, int]  # a retained message, the QoS it is sent with, subscription identifier
 
 
 class SessionLog(Protocol):
@@ -24,7 +25,8 @@ class SessionLog(Protocol):
 
     number: int
 
-    def subscribed(self, entry: Entry) -> None: ...
+    def subscribed(self, entry: Entry, *, owed: bool) -> None:
+        """`owed`: the retained messages of the subscription have not all been sent."""
 
     def unsubscribed(self, topic_filter: str) -> None: ...
 
@@ -68,6 +70,8 @@ class Mailbox:
         "queued_bytes",
         "received",
         "released",
+        "replaying",
+        "replays",
         "session",
         "subscriptions",
         "waits",
@@ -80,6 +84,8 @@ class Mailbox:
         self.session: Session | None = None  # of the live connection
         self.member: Member | None = None  # that connection
         self.subscriptions: dict[str, Entry] = {}  # by filter
+        self.replays: dict[str, Iterator[Replay | None]] = {}  # by filter: retained messages still to be sent
+        self.replaying = False  # they go on in the next turn of the loop
         self.queue: deque[TopicCopy] = deque()
         self.queued_bytes = 0
         self.in_flight: dict[int, TopicCopy] = {}  # of the last connection, until sent again
@@ -94,7 +100,7 @@ class Mailbox:
     @property
     def waiting(self) -> bool:
         """Something here is to be sent."""
-        return bool(self.queue or self.in_flight)
+        return bool(self.queue or self.in_flight or self.replays)
 
     @property
     def empty(self) -> bool:

@@ -25,6 +25,7 @@ PASSED_ON: Final = (  # MQTT5-3.3.2: what a publisher says about its message and
     "correlation_data",
     "user_properties",
 )
+MAX_UINT32: Final = 0xFFFF_FFFF
 PROPERTY_SIZE: Final = 16  # bytes a property takes beside its text, about
 
 
@@ -94,8 +95,7 @@ class TopicCopy:
 
     def frames(self, version: int, now: float) -> Frames:
         """The packets for this protocol version; at QoS 0 `head + tail` is the packet."""
-        expires_at = self.message.expires_at
-        interval = None if expires_at is None else max(0, ceil(expires_at - now))
+        interval = _interval(self.message, now)
         if interval != self._frames_of:  # MQTT5-3.3.2-6: it counts down
             self._frames, self._frames_of = {}, interval
         frames = self._frames.get(version)
@@ -110,9 +110,8 @@ class TopicCopy:
 
     def packet(self, packet_id: int, now: float, *, dup: bool) -> Publish:
         """The same for one MQTT 5 subscriber, to be changed for it."""
-        message, expires_at = self.message, self.message.expires_at
-        interval = None if expires_at is None else max(0, ceil(expires_at - now))
-        properties = self._properties(interval)
+        message = self.message
+        properties = self._properties(_interval(message, now))
         return Publish(message.topic, message.payload, self.qos, self.retain, dup, packet_id, properties)
 
     def _properties(self, interval: int | None) -> Properties:
@@ -124,6 +123,11 @@ class TopicCopy:
         if self.subscription_ids:
             properties["subscription_identifiers"] = self.subscription_ids
         return properties
+
+
+def _interval(message: TopicMessage, now: float) -> int | None:
+    """The message expiry interval that is left, in seconds; a sum of floats may be more than there was."""
+    return None if message.expires_at is None else min(max(0, ceil(message.expires_at - now)), MAX_UINT32)
 
 
 def stored_publish(packet: bytes) -> Publish:

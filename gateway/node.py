@@ -128,6 +128,7 @@ class Node:
             limits=settings.mailbox,
             max_sessions=settings.max_sessions,
             reassign=self.exchange.reassign,
+            replay=self.exchange.replay,
         )
         self.intake = Intake(
             store=store,

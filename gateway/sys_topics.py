@@ -5,7 +5,7 @@ They tell of the whole server, whoever's apps it serves, and go to apps whose ac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from typing import Final
 
@@ -30,12 +30,12 @@ class SysTopics:
         self._values = RetainedMessages(MAX_VALUES, MAX_VALUES * 1024)
         self._due = 0.0
 
-    def match(self, hub: Hub, topic_filter: str, now: float) -> Iterable[TopicMessage]:
+    def match(self, hub: Hub, topic_filter: str) -> Iterator[TopicMessage | None]:
         """What a new subscription gets; from now on its app gets all of them, every `interval` seconds."""
         if not self._listeners:
             self._refresh()
         self._listeners.add(hub)
-        return self._values.match(topic_filter, now)
+        return self._values.match(topic_filter)
 
     def tick(self, now: float) -> None:
         """Publish what has to be told now. Costs nothing while nobody listens."""

@@ -258,22 +258,28 @@ class RetainedMessages:
             self._trie.prune(message.topic)
         return fits
 
-    def match(self, topic_filter: str, now: float) -> list[TopicMessage]:
-        """Retained messages a new subscription gets."""
+    def match(self, topic_filter: str) -> Iterator[TopicMessage | None]:
+        """Retained messages a new subscription gets, found as they are asked for, whatever is retained meanwhile.
+        None: looked at LOOK levels in vain, so that nobody has to wait for the next one."""
         words = topic_filter.split("/")
-        found: list[TopicMessage] = []
+        looked = 0
         stack: list[tuple[_Level[TopicMessage], int]] = [(self._trie.root, 0)]
         while stack:
             level, depth = stack.pop()
             word = words[depth] if 0 <= depth < len(words) else ""
             meant = depth in (len(words), BELOW) or word == "#"
-            if meant and level.value is not None and not level.value.expired(now):
-                found.append(level.value)
             if depth != len(words):
                 stack.extend(_following(level, word, depth))
-        return found
+            looked += 1
+            if meant and level.value is not None:
+                looked = 0
+                yield level.value
+            elif looked == LOOK:
+                looked = 0
+                yield None
 
 
+LOOK: Final = 100
 LEVEL_SIZE: Final = 100  # bytes a level of a topic takes, shared with its neighbours or not
 BELOW: Final = -1  # below a `#`, where every level matches
 

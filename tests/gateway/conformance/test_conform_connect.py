@@ -22,6 +22,7 @@ from gateway.mqtt import (
     encode,
 )
 from tests.gateway.conformance.talk import (
+    device,
     ended,
     leave,
     nothing_waits,
@@ -31,7 +32,7 @@ from tests.gateway.conformance.talk import (
     subscribe,
     take,
 )
-from tests.gateway.peer import Peer, connect_packet, device
+from tests.gateway.peer import Peer, connect_packet
 
 # The header of a CONNECT up to its flags, then keep-alive 60, no properties, a client id. Flags: 0x80 user name,
 # 0x40 password, 0x20 will retain, 0x18 will QoS, 0x04 will, 0x02 clean.

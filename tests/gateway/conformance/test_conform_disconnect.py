@@ -8,8 +8,17 @@ import pytest
 
 from clients.local_server import LocalServer
 from gateway.mqtt import Connack, Disconnect, Pingreq, Publish, Reason, encode
-from tests.gateway.conformance.talk import ended, leave, nothing_waits, publish, short, subscribe, take
-from tests.gateway.peer import Peer, connect_packet, device
+from tests.gateway.conformance.talk import (
+    device,
+    ended,
+    leave,
+    nothing_waits,
+    publish,
+    short,
+    subscribe,
+    take,
+)
+from tests.gateway.peer import Peer, connect_packet
 
 WRONG = [
     pytest.param(b"\x00\x00", Reason.MALFORMED_PACKET, id="packet type 0"),

@@ -23,6 +23,7 @@ from gateway.mqtt import (
     encode,
 )
 from tests.gateway.conformance.talk import (
+    device,
     ended,
     leave,
     nothing_waits,
@@ -34,7 +35,7 @@ from tests.gateway.conformance.talk import (
     take_all,
     unsubscribe,
 )
-from tests.gateway.peer import Peer, connect_packet, device
+from tests.gateway.peer import Peer, connect_packet
 
 TWO: Any = {"receive_maximum": 2}
 

@@ -19,6 +19,7 @@ from gateway.mqtt import (
 )
 from tests.conftest import StartServer
 from tests.gateway.conformance.talk import (
+    device,
     ended,
     leave,
     nothing_waits,
@@ -30,7 +31,7 @@ from tests.gateway.conformance.talk import (
     take_all,
     unsubscribe,
 )
-from tests.gateway.peer import device, eventually
+from tests.gateway.peer import eventually
 
 EVERYTHING: Any = {
     "payload_format_indicator": 1,

@@ -19,8 +19,17 @@ from gateway.mqtt import (
     Reason,
     encode,
 )
-from tests.gateway.conformance.talk import leave, nothing_waits, publish, short, subscribe, take, take_all
-from tests.gateway.peer import device, eventually, register
+from tests.gateway.conformance.talk import (
+    device,
+    leave,
+    nothing_waits,
+    publish,
+    short,
+    subscribe,
+    take,
+    take_all,
+)
+from tests.gateway.peer import eventually, register
 
 
 def test_each_qos_has_its_answer(server: LocalServer, name: str, version: int) -> None:

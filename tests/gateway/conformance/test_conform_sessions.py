@@ -21,6 +21,7 @@ from gateway.mqtt import (
 )
 from tests.conftest import StartServer
 from tests.gateway.conformance.talk import (
+    device,
     leave,
     nothing_waits,
     opened,
@@ -30,7 +31,6 @@ from tests.gateway.conformance.talk import (
     take,
     unsubscribe,
 )
-from tests.gateway.peer import device
 
 
 def test_a_session_is_taken_up_with_its_subscriptions_and_what_came_meanwhile(

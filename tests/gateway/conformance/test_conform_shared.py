@@ -23,6 +23,7 @@ from gateway.mqtt import (
     encode,
 )
 from tests.gateway.conformance.talk import (
+    device,
     ended,
     leave,
     nothing_waits,
@@ -33,7 +34,7 @@ from tests.gateway.conformance.talk import (
     take,
     unsubscribe,
 )
-from tests.gateway.peer import Peer, device
+from tests.gateway.peer import Peer
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from clients.local_server import LocalServer
 from gateway.mqtt import Disconnect, Pingreq, Pingresp, Publish, Reason, Will
 from tests.gateway.conformance.talk import (
+    device,
     ended,
     leave,
     nothing_waits,
@@ -20,7 +21,7 @@ from tests.gateway.conformance.talk import (
     subscribe,
     take,
 )
-from tests.gateway.peer import Peer, device
+from tests.gateway.peer import Peer
 
 
 @pytest.mark.parametrize("qos", [0, 1, 2])
