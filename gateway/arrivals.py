@@ -337,6 +337,7 @@ class Arrivals:
         connection.session_expiry = terms.session_expiry
         connection.transport.set_write_buffer_limits(high=connection.profile.write_buffer)
         resumed, present = node.keeper.resume(connection, hub, session, clean_start=connect.clean_start)
+        node.keeper.note_will(connection)
         self.opening.discard(connection)
         connection.phase = Phase.LIVE
         node.count_live(connection, str(connect.version), 1)

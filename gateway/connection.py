@@ -242,7 +242,7 @@ class Connection(asyncio.Protocol):
 
     def _goodbye(self, action: Closed) -> None:
         if action.session_expiry is not None:
-            if action.session_expiry and not self.session_expiry:  # MQTT5-3.14.2-1
+            if action.session_expiry and not self.session_expiry:  # MQTT5-3.14.2.2.2
                 raise ProtocolError("session expiry set at DISCONNECT after 0 at CONNECT")
             self.session_expiry = min(action.session_expiry, self.node.settings.session_expiry_max)
         if not action.with_will:

@@ -98,6 +98,8 @@ class Exchange:
             if replay is not None:
                 replays[subscription.filter] = replay
         suback = encode(Suback(packet.packet_id, tuple(reasons)), session.encoding.version)
+        if _too_large(connection, session, suback):
+            return
         mailbox = session.mailbox
         if mailbox is None:
             connection.send(suback)
@@ -210,7 +212,7 @@ class Exchange:
         mailbox = session.own_mailbox()
         dropped = mailbox.dropped
         frames = session.drain_mailbox(self._clock.now)
-        self._metrics.topic_messages.value += len(frames)
+        self._metrics.topic_messages.value += len(frames) + len(session.held or ())
         self._metrics.topic_dropped.value += mailbox.dropped - dropped
         connection.send(b"".join(frames))
         connection.send_held()
@@ -230,6 +232,8 @@ class Exchange:
             for topic_filter in packet.filters
         ]
         unsuback = encode(Unsuback(packet.packet_id, tuple(reasons)), session.encoding.version)
+        if _too_large(connection, session, unsuback):
+            return
         if _durable(mailbox):
             connection.when_saved(lambda: connection.send(unsuback))
         else:
@@ -411,6 +415,14 @@ def _options(
         message.retain and any(options.retain_as_published for options, _ in meant),
         tuple(identifier for _, identifier in meant if identifier),
     )
+
+
+def _too_large(connection: Connection, session: Session, answer: bytes) -> bool:
+    """The peer asked for an answer that it does not take (MQTT5-3.1.2-24): then nothing can go on."""
+    if session.fits(len(answer)):
+        return False
+    connection.close("packet too large", Reason.PACKET_TOO_LARGE)
+    return True
 
 
 def _plain(topic_filter: str) -> str:

@@ -174,13 +174,14 @@ class Journal:
 class StoredSession:
     """The log of one durable session: see `gateway.mailbox.SessionLog`."""
 
-    __slots__ = ("_app_id", "_journal", "ids", "number")
+    __slots__ = ("_app_id", "_journal", "has_will", "ids", "number")
 
     def __init__(self, journal: Journal, app_id: int, number: int) -> None:
         self._journal = journal
         self._app_id = app_id
         self.number = number
         self.ids: set[int] = set()  # packet ids the store knows of
+        self.has_will = False  # likewise
 
     def note(self, kind: str, item: int | str, value: bytes | None) -> None:
         self._journal.note(self._app_id, self.number, kind, item, value)
@@ -206,7 +207,9 @@ class StoredSession:
         self.note(RECEIVED, 0, packet_ids.serialize() if packet_ids else None)
 
     def will(self, value: bytes | None) -> None:
-        self.note(WILL, 0, value)
+        if value is not None or self.has_will:
+            self.note(WILL, 0, value)
+        self.has_will = value is not None
 
     def done(self, copy: TopicCopy) -> None:
         if copy.left is not None and self.number in copy.left:

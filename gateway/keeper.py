@@ -34,10 +34,9 @@ from gateway.journal import (
 from gateway.mailbox import Entry, Mailbox, MailboxLimits, Replay
 from gateway.messages import TopicCopy, TopicMessage, stored_publish
 from gateway.metrics import NodeMetrics
-from gateway.mqtt import Will
 from gateway.session import Session
 from gateway.wheel import Clock
-from gateway.wills import Wills
+from gateway.wills import Wills, delay_of
 
 if TYPE_CHECKING:
     from gateway.connection import Connection
@@ -83,6 +82,11 @@ class Keeper:
             if connection.session_expiry:
                 self._make_durable(hub, mailbox, connection.session_expiry)
         return mailbox
+
+    def note_will(self, connection: Connection) -> None:
+        """Of a session that outlives its connection; see `Wills`."""
+        if connection.will is not None and connection.session_expiry:
+            self._wills.note(self.adopt(connection), connection.will)
 
     def _make_durable(self, hub: Hub, mailbox: Mailbox, expiry: int) -> None:
         if mailbox.log is None:
@@ -135,7 +139,7 @@ class Keeper:
         else:
             self._note_device(hub, session.devno, in_flight, expiry)
             # Of devices that hold nothing `session_ends` knows; a will's delay is part of the session, too.
-            kept = session.devno < 0 or _has_delay(connection.will)
+            kept = session.devno < 0 or (connection.will is not None and delay_of(connection.will) > 0)
             if kept and mailbox is None:
                 mailbox = Mailbox(self._limits, connection.key)
             if mailbox is not None and (kept or not mailbox.empty):
@@ -145,6 +149,8 @@ class Keeper:
         if connection.will is not None:
             over = mailbox is not None and mailbox.over  # and no delay outlives its session
             self._wills.send(hub, connection.key, connection.will, 0 if over else expiry, mailbox)
+        else:
+            self._wills.forget(mailbox)
 
     def _note_device(self, hub: Hub, devno: int, in_flight: dict[int, int], expiry: int) -> None:
         if devno >= 0:
@@ -232,8 +238,10 @@ class Keeper:
         mailbox.log = StoredSession(self._journal, hub.app.app_id, number)
         return mailbox
 
-    def restore_will(self, hub: Hub, key: str, value: bytes) -> None:
-        self._wills.restore(hub, key, value)
+    def restore_will(self, hub: Hub, mailbox: Mailbox, value: bytes) -> None:
+        assert isinstance(mailbox.log, StoredSession)
+        mailbox.log.has_will = True
+        self._wills.restore(hub, mailbox, value)
 
 
 class _Loading:
@@ -256,6 +264,7 @@ class _Loading:
         }
         for number, row in rows.items():
             self._mailboxes[number] = self._keeper.new_mailbox(self._hub, number, row.key)
+        self._hub.numbers_used(max(rows, default=0))
         for item in kinds.get(SUBSCRIPTION, ()):
             self._subscription(item)
         self._messages(kinds.get(MESSAGE, ()), kinds.get(COPIES, ()))
@@ -269,8 +278,7 @@ class _Loading:
             self._keeper.loaded(self._hub, mailbox, rows[number])
         for item in kinds.get(WILL, ()):
             if (mailbox := self._mailboxes.get(item.session)) is not None:
-                self._keeper.restore_will(self._hub, mailbox.key, _value(item))
-        self._hub.numbers_used(max(rows, default=0))
+                self._keeper.restore_will(self._hub, mailbox, _value(item))
 
     def _subscription(self, item: SessionItem) -> None:
         mailbox = self._mailboxes.get(item.session)
@@ -338,10 +346,6 @@ def _shared(mailbox: Mailbox) -> tuple[dict[TopicCopy, int], list[TopicCopy]]:
     """What other members of its shared subscriptions may get: sent with QoS 1, by packet id, and not sent yet."""
     sent = {copy: packet_id for packet_id, copy in mailbox.in_flight.items() if copy.share and copy.qos == 1}
     return sent, [copy for copy in mailbox.queue if copy.share]
-
-
-def _has_delay(will: Will | None) -> bool:
-    return will is not None and "will_delay_interval" in will.properties
 
 
 def _value(item: SessionItem) -> bytes:

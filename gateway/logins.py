@@ -57,7 +57,7 @@ class Logins:
     def take(self, connection: Connection, packet: Auth) -> None:
         """An AUTH. Raises ProtocolError where it has no place."""
         login = self._logins.get(connection)
-        if login is None:  # MQTT5-4.12.0-6
+        if login is None:  # MQTT5-4.12.0-7
             raise ProtocolError("AUTH without an authentication method in CONNECT")
         if packet.properties.get("authentication_method") != METHOD:  # MQTT5-4.12.0-5
             raise ProtocolError(f"the authentication method is {METHOD} until the connection ends")

@@ -1,7 +1,7 @@
 """Ordinary messages to their subscribers: at once where they are few, in slices where they are many.
 
 As for pushes, a slice is bounded by subscribers, and everything else runs between slices (`fanout.py`). Messages of
-one topic keep their order: a message waits for the one before it on its topic, and only there (MQTT5-4.6.0-6).
+one topic keep their order: a message waits for the one before it on its topic, and only there (MQTT5-4.6.0-5).
 
 Theory. Messages of one topic that are on their way together go round together, in a *convoy*: the subscribers stand
 in a circle, and what arrives while the convoy is under way joins it where it is and leaves when it is back there. So
@@ -126,7 +126,7 @@ class Postman:
         finally:  # one message that cannot be sent must not stop the others
             if self._turns:
                 asyncio.get_running_loop().call_soon(self._turn)
-        self._resume()
+            self._resume()
 
     def _move(self, topic: Topic, most: int) -> int:
         """Take the first convoy of a topic some stops further; how many."""
@@ -180,6 +180,7 @@ class Postman:
             self._metrics.topic_messages.value += len(frames)
             member.send(b"".join(frames))
         if session.held is not None:
+            self._metrics.topic_messages.value += len(session.held)
             member.send_held()
 
     @staticmethod

@@ -321,7 +321,7 @@ class Session:
         return frames.again(packet_id) if dup else frames[packet_id]
 
     def _aliased(self, copy: TopicCopy, packet_id: int, now: float, *, dup: bool) -> bytes | None:
-        """Where the peer takes topic aliases, a topic's name goes out once (MQTT5-3.3.2-3). The packet that sets one
+        """Where the peer takes topic aliases, a topic's name goes out once (MQTT5-3.1.2-26). The packet that sets one
         is not one of QoS 2, which may be held: others would overtake it."""
         packet = copy.packet(packet_id, now, dup=dup)
         known = self.aliases_sent or {}

@@ -40,6 +40,7 @@ EXPIRY: Final = 3600  # seconds: sessions outlive the test
 TOPICS: Final = tuple(f"t/{n}" for n in range(4))
 UNANSWERED: Final = 12  # messages that a publisher has under way at most
 WATCHED: Final = (
+    Connack,
     Puback,
     Pubrec,
     Pubcomp,

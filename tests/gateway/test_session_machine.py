@@ -311,7 +311,7 @@ class Client:
         if not self.expiry:
             self.new_session()
 
-    def outlive(self, world: World) -> None:
+    def outlive(self, *, crash: bool) -> None:
         """The server is gone. It knows what it has answered, and QoS 2 ids; others may get a new meaning."""
         self.may_close = True
         if self.phone is not None:
@@ -320,6 +320,8 @@ class Client:
             self.lost()
         self.incoming = {n: item for n, item in self.incoming.items() if item.qos == 2}
         if self.may_exist and not self.granted:  # an empty session is as good as a new one
+            self.may_exist = None
+        if crash and self.may_exist is False:  # that it had ended may not have been written yet
             self.may_exist = None
 
 
@@ -472,7 +474,8 @@ class Sessions(RuleBasedStateMachine):
         await self.world.calm()
         assert left_behind(self.world) == {}
         await self.world.node.journal.saved()
-        assert list(await self.world.store.list_session_items(self.world.app.app_id)) == []
+        items = await self.world.store.list_session_items(self.world.app.app_id)
+        assert [(item.session, item.kind, item.item) for item in items] == []
 
     # Life
 
@@ -543,7 +546,7 @@ class Sessions(RuleBasedStateMachine):
                 await self.world.node.drain(1.0)
                 await self.world.node.close()
             for client in self.clients:
-                client.outlive(self.world)
+                client.outlive(crash=crash)
             self.world.wall += 1.0  # pushes of before are older than the new node
             self.world.node = self.world.new_node()
             self.world.node.start()

@@ -484,7 +484,6 @@ async def test_overlapping_filters_get_one_copy_and_cost_one_visit_each(world: W
     assert payloads(listener.packets) == [b"x"]
 
 
-@pytest.mark.xfail(strict=True, reason="retained messages are replayed in one go, not in slices")
 async def test_many_filters_over_many_retained_messages_hold_up_nobody(world: World) -> None:
     """Each SUBSCRIBE asks for all of them, a hundred times over."""
     speaker = await connected(world)
