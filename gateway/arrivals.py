@@ -144,9 +144,9 @@ class Arrivals:
             self._enter(connection, connect, hub)
 
     def _app_key(self, connect: Connect, method: str | None) -> str | None:
-        """Of the app that the peer wants in to."""
-        if connect.username is None:
-            return self._node.settings.anonymous_app if connect.password is None and method is None else None
+        """Of the app that the peer wants in to. Some libraries send empty credentials where they have none."""
+        if not connect.username:
+            return self._node.settings.anonymous_app if not connect.password and method is None else None
         return connect.username if connect.password is not None or method is not None else None
 
     def _loaded(self, connection: Connection, connect: Connect, hub: Hub | None, away: bool) -> None:
@@ -166,7 +166,10 @@ class Arrivals:
             yield
         except Exception:
             log.exception("a CONNECT was not answered")
-            self._refuse(connection, connect, INTERNAL_ERROR)
+            if connection.session is None:
+                self._refuse(connection, connect, INTERNAL_ERROR)
+            else:
+                connection.close("internal error", Reason.UNSPECIFIED_ERROR)
 
     def _enter(self, connection: Connection, connect: Connect, hub: Hub) -> None:
         hub.touched = self._node.clock.now
@@ -186,7 +189,10 @@ class Arrivals:
         hub = login.hub
         if connection.session is None:
             connection.phase = Phase.JOINING
-            self._admit(connection, connect, hub)
+            if self._node.hubs.get(hub.app.app_id) is hub:
+                self._admit(connection, connect, hub)
+            else:  # the app was deleted meanwhile
+                self._refuse(connection, connect, UNKNOWN_APP)
             return
         generations = self._store.token_generations(hub.app.app_id)
         again = admit(hub.app, hub.access, connect, generations, self._wall())
@@ -209,7 +215,7 @@ class Arrivals:
             self._refuse(connection, connect, WILL_NOT_ALLOWED)
             return
         generations = self._store.token_generations(hub.app.app_id)
-        anonymous = connect.username is None and hub.app.key == self._node.settings.anonymous_app
+        anonymous = not connect.username and hub.app.key == self._node.settings.anonymous_app
         match admit(hub.app, hub.access, connect, generations, self._wall(), anonymous=anonymous):
             case KnownDevice(devno, platform):
                 self._claim(connection, connect, hub, devno, platform)

@@ -124,6 +124,8 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self.session is not None:  # before CONNECT the deadline does not move, whatever trickles in
             self.last_seen = self.node.clock.now
+        elif self.phase is Phase.CLOSED:
+            return  # it may still send while it reads why
         if self.partial is not None:
             self.partial += data
             self._take(self.partial)
@@ -386,11 +388,18 @@ class Connection(asyncio.Protocol):
         """End the connection; `reason` is told to an MQTT 5 peer in DISCONNECT."""
         if self.phase is Phase.CLOSED:
             return
+        told = False
         if reason is not None and self.session is not None and self.session.encoding.version == 5:
+            told = True
             most = self.session.manners.maximum_packet
             self.send(_explained(lambda more: Disconnect(reason, more), text, 5, most))
         if self.blocked:
             self.transport.abort()  # it does not read: a polite close would wait for ever
+        elif told and self.transport.can_write_eof():
+            # What a peer sends to a closed socket is answered with a reset, which may take DISCONNECT from it.
+            self.transport.write_eof()
+            self.transport.resume_reading()
+            self.node.watch(self, LINGER)
         else:
             self.transport.close()
         self._end(label)

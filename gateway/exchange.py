@@ -292,7 +292,9 @@ class Exchange:
             packet.qos,
             packet.retain,
             passed_on(packet.properties),
-            None if expiry is None else self._clock.now + expiry,
+            None
+            if expiry is None
+            else asyncio.get_running_loop().time() + expiry,  # the clock may be a tick old
             origin,
         )
 

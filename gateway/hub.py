@@ -74,7 +74,7 @@ class SessionEnds:
         if not 0 <= devno < len(self._ends):
             return False
         end, self._ends[devno] = self._ends[devno], 0
-        return now - self._start < end
+        return end > 0 and now - self._start < end  # `now` may be a tick older than the start
 
 
 class Resend(NamedTuple):

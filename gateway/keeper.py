@@ -6,6 +6,7 @@ moment it holds anything: its mailbox gets a log, and a row in the store (decisi
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
@@ -107,7 +108,7 @@ class Keeper:
         key, now = connection.key, self._clock.now
         mailbox = hub.mailboxes.pop(key, None)
         resend = hub.resend.pop(session.devno, None)
-        known = hub.session_ends.take(session.devno, now)
+        known = hub.session_ends.take(session.devno, max(now, asyncio.get_running_loop().time()))  # as noted
         expired = mailbox is not None and mailbox.expires_at is not None and mailbox.expires_at <= now
         over = clean_start or expired
         self._wills.cancel(hub, key, mailbox, publish=over)
@@ -137,26 +138,29 @@ class Keeper:
             if mailbox is not None:
                 self.end(hub, mailbox)
         else:
-            self._note_device(hub, session.devno, in_flight, expiry)
             # Of devices that hold nothing `session_ends` knows; a will's delay is part of the session, too.
             kept = session.devno < 0 or (connection.will is not None and delay_of(connection.will) > 0)
             if kept and mailbox is None:
                 mailbox = Mailbox(self._limits, connection.key)
             if mailbox is not None and (kept or not mailbox.empty):
-                self._keep(hub, mailbox, expiry)
+                expiry = self._keep(hub, mailbox, expiry)
             elif mailbox is not None:
                 self._forget(hub, mailbox)
+            if expiry:
+                self._note_device(hub, session.devno, in_flight, expiry)
         if connection.will is not None:
-            over = mailbox is not None and mailbox.over  # and no delay outlives its session
-            self._wills.send(hub, connection.key, connection.will, 0 if over else expiry, mailbox)
+            self._wills.send(hub, connection.key, connection.will, expiry, mailbox)
         else:
             self._wills.forget(mailbox)
 
     def _note_device(self, hub: Hub, devno: int, in_flight: dict[int, int], expiry: int) -> None:
         if devno >= 0:
-            hub.session_ends.note(devno, self._clock.now, expiry)
+            now = (
+                asyncio.get_running_loop().time()
+            )  # the clock may be a tick old, and a session must not end early
+            hub.session_ends.note(devno, now, expiry)
             if in_flight and len(hub.resend) < self._max_sessions:
-                hub.resend[devno] = Resend(in_flight, self._clock.now + expiry)
+                hub.resend[devno] = Resend(in_flight, now + expiry)
 
     def _hand_over(self, hub: Hub, mailbox: Mailbox) -> None:
         """Other members of its shared subscriptions get what it has not acknowledged, the oldest first. What nobody
@@ -172,21 +176,23 @@ class Keeper:
                 if mailbox.log is not None:
                     mailbox.log.completed(packet_id)
 
-    def _keep(self, hub: Hub, mailbox: Mailbox, expiry: int) -> None:
+    def _keep(self, hub: Hub, mailbox: Mailbox, expiry: int) -> int:
+        """For how many seconds; 0: there is no room, and the session is over."""
         if len(hub.mailboxes) >= self._max_sessions:
             log_event(log, logging.WARNING, "session not kept: max_sessions reached", session=mailbox.key)
             self.end(hub, mailbox)
-            return
+            return 0
         self._make_durable(hub, mailbox, expiry)
         assert mailbox.log is not None
         for packet_id, copy in mailbox.in_flight.items():
             if copy.left is not None:
                 mailbox.log.sent(packet_id, copy, released=packet_id in mailbox.released)
-        self._keep_until(hub, mailbox, expiry, self._clock.now + expiry)
+        self._keep_for(hub, mailbox, expiry, expiry)
+        return expiry
 
-    def _keep_until(self, hub: Hub, mailbox: Mailbox, expiry: int, expires_at: float) -> None:
-        mailbox.expires_at = expires_at if expiry != NEVER else None
-        self._save(hub, mailbox, expiry, expires_at - self._clock.now + self._clock.wall)
+    def _keep_for(self, hub: Hub, mailbox: Mailbox, expiry: int, left: float) -> None:
+        mailbox.expires_at = asyncio.get_running_loop().time() + left if expiry != NEVER else None
+        self._save(hub, mailbox, expiry, self._clock.wall + left)
         hub.mailboxes[mailbox.key] = mailbox
 
     def end(self, hub: Hub, mailbox: Mailbox) -> None:
@@ -231,7 +237,7 @@ class Keeper:
     def loaded(self, hub: Hub, mailbox: Mailbox, row: SessionRow) -> None:
         mailbox.next_id = row.next_id
         left = row.expiry if row.expires_at is None else row.expires_at - self._clock.wall
-        self._keep_until(hub, mailbox, row.expiry, self._clock.now + left)
+        self._keep_for(hub, mailbox, row.expiry, left)
 
     def new_mailbox(self, hub: Hub, number: int, key: str) -> Mailbox:
         mailbox = Mailbox(self._limits, key)

@@ -7,7 +7,6 @@ with these options share it and its packets: fan-out to any number of them encod
 
 from __future__ import annotations
 
-from math import ceil
 from typing import TYPE_CHECKING, Final, cast
 
 from pyroaring import BitMap
@@ -126,8 +125,8 @@ class TopicCopy:
 
 
 def _interval(message: TopicMessage, now: float) -> int | None:
-    """The message expiry interval that is left, in seconds; a sum of floats may be more than there was."""
-    return None if message.expires_at is None else min(max(0, ceil(message.expires_at - now)), MAX_UINT32)
+    """The message expiry interval that is left, in seconds. `now` may be a fraction older than the message."""
+    return None if message.expires_at is None else min(max(1, int(message.expires_at - now)), MAX_UINT32)
 
 
 def stored_publish(packet: bytes) -> Publish:

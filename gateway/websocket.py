@@ -195,6 +195,9 @@ class WebSocketTransport(asyncio.Transport, asyncio.Protocol):
         self._phase = Phase.CLOSED
         self._transport.abort()
 
+    def can_write_eof(self) -> bool:
+        return False  # the WebSocket has a closing handshake of its own
+
     def is_closing(self) -> bool:
         return self._phase > Phase.OPEN or self._transport.is_closing()
 

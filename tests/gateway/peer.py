@@ -129,7 +129,8 @@ class Peer:
         """`source`: the address to come from, if it matters."""
         self.version = version
         self._socket = socket.create_connection(address, PATIENCE, (source, 0) if source else None)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # steps of a test do not wait for each other
+        # Nagle's algorithm would hold the second of two small packets back for up to 40 ms.
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if tls is not None:
             self._socket = tls.wrap_socket(self._socket, server_hostname="localhost")
         self._received = b""

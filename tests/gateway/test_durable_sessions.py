@@ -674,6 +674,27 @@ def test_unsubscribing_and_taking_everything_leaves_the_session_alone(ward: Ward
     eventually(lambda: ward.rows() == [])  # a device that holds nothing
 
 
+def test_a_session_for_which_there_is_no_room_ends_with_its_will_and_leaves_nothing(
+    start_server: StartServer,
+) -> None:
+    server = start_server("--mqtt-max-sessions", "1")
+    ward = Ward(server, server.create_app("full", open=True))
+    with ward.client("first") as first:
+        subscribe(first, "a/#")
+        leave(first)
+    stays = sorted(ward.rows())
+    with ward.client("heir", clean=True, expiry=0) as heir:
+        subscribe(heir, "b/will")
+        with ward.client(
+            "second", will=Will("b/will", b"gone", properties={"will_delay_interval": 3600})
+        ) as peer:
+            subscribe(peer, "b/#")
+        assert take(heir).payload == b"gone"
+    eventually(lambda: [row[:3] for row in sorted(ward.rows())] == [row[:3] for row in stays])
+    with Peer(server.addresses.mqtt) as peer:
+        assert not peer.connect(connect_packet(ward.app, "second")).session_present
+
+
 def crowd(ward: Ward, first: int, count: int) -> None:
     """So many clients subscribe and go, all at once."""
     with contextlib.ExitStack() as stack:

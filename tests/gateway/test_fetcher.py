@@ -138,5 +138,5 @@ async def test_a_push_that_cannot_be_encoded_harms_nobody_else(
     world.ring(broken, 3)
     world.ring(later := await world.append(1), 1)
     assert await phones[1].pushed(2) == [good, later]
-    assert "pushes of device-0 not sent" in caplog.text
+    assert "pushes of 'device-0' not sent" in caplog.text
     assert "a doorbell was not followed" in caplog.text

@@ -45,6 +45,7 @@ from gateway.mqtt import (
     Will,
     encode,
 )
+from gateway.node import NodeSettings
 from gateway.websocket import MAX_HANDSHAKE_SIZE, WebSocketFactory
 from tests.conftest import StartServer
 from tests.gateway.peer import (
@@ -922,6 +923,47 @@ def test_one_bad_packet_does_not_stop_the_others(server: LocalServer, role: str)
                 elif isinstance(packet, Pubrel):
                     peer.send(Pubcomp(packet.packet_id))
     works(server, app)
+
+
+async def test_a_connect_that_breaks_does_not_stop_those_that_wait_with_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = gateway.admission.admit
+
+    def admit(app: Any, access: Any, connect: Connect, *others: Any, **more: Any) -> Any:
+        if connect.client_id == "bad":
+            raise Broken
+        return real(app, access, connect, *others, **more)
+
+    monkeypatch.setattr("gateway.arrivals.admit", admit)
+    bad, good = backend(world, "bad", version=5), backend(world, "good")  # the app is not loaded yet
+    for phone in (bad, good):
+        await phone.until(lambda phone: phone.packets)
+    assert bad.connack.reason >= 0x80
+    assert bad.closed
+    assert good.connack.reason == 0
+
+
+async def test_wills_that_wait_are_as_many_as_sessions_that_are_kept(tmp_path: Path) -> None:
+    world = await World(tmp_path, settings=NodeSettings("node-1", max_sessions=3)).open(open=True)
+    listener = await connected(world, "listener")
+    await asked(world, listener, Subscribe(1, (Subscription("will", 1),)))
+    will = Will("will", b"bye", 1, properties={"will_delay_interval": 1000})
+    properties: Properties = {"session_expiry_interval": 1000}
+    for number in range(10):
+        phone = await connected(world, f"leaver-{number}", version=5, will=will, properties=properties)
+        phone.leave()
+    await world.calm()
+    assert len(world.hub.wills) == len(world.hub.mailboxes) == 3
+    assert payloads(listener.packets) == [b"bye"] * 7  # their sessions ended at once, and so did the wait
+    await world.close()
+
+
+async def test_a_client_id_is_not_longer_than_a_name(world: World) -> None:
+    for name in ("x" * 65_000, "ä" * 1000):
+        phone = backend(world, name, version=5, properties={"session_expiry_interval": 600})
+        await phone.until(lambda phone: phone.packets)
+        assert phone.connack.reason is Reason.CLIENT_IDENTIFIER_NOT_VALID
 
 
 async def test_a_will_that_waits_longer_than_its_session_is_sent_once(world: World) -> None:

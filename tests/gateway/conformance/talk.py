@@ -4,7 +4,6 @@ every ordinary topic."""
 from __future__ import annotations
 
 import contextlib
-import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,18 +31,10 @@ from gateway.mqtt import (
 from tests.gateway.peer import Closed, Peer, connect_packet
 
 
-class QuickPeer(Peer):
-    """Without Nagle's algorithm, which holds the second of two small packets back for up to 40 ms."""
-
-    def __init__(self, address: tuple[str, int]) -> None:
-        super().__init__(address)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
 @contextlib.contextmanager
 def opened(server: LocalServer, client_id: str, **options: Any) -> Iterator[tuple[Peer, Connack]]:
     """A peer and the server's answer to its CONNECT, whatever it is."""
-    with QuickPeer(server.addresses.mqtt) as peer:
+    with Peer(server.addresses.mqtt) as peer:
         yield peer, peer.connect(connect_packet(options.pop("app", server.app), client_id, **options))
 
 
