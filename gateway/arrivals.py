@@ -42,11 +42,10 @@ from gateway.admission import (
 )
 from gateway.connection import OPENING_CHECK, Connection, Phase
 from gateway.doorkeeper import Doorkeeper, TurnedAway, source_of
-from gateway.exchange import DEVICE, PUBLISHER
 from gateway.hub import Hub
 from gateway.live import SYS, encoding
 from gateway.logins import Login, Logins
-from gateway.mailbox import Mailbox
+from gateway.mailbox import DEVICE, PUBLISHER, Mailbox
 from gateway.mqtt import Auth, Connect, Properties, Reason, Will
 from gateway.scram import METHOD
 from gateway.session import Member, Session, SessionLimits

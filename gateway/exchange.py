@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Final
 
 from pyroaring import BitMap
 
-from broker.access import Role
 from broker.model import App, Retained
 from broker.store import Store
-from gateway.fanout import SLICE
 from gateway.hub import Hub
 from gateway.journal import Journal
-from gateway.live import PUSH_TOPIC, SYS
-from gateway.mailbox import Entry, Mailbox, Replay
+from gateway.live import PUSH_TOPIC
+from gateway.mailbox import Entry, Mailbox, Replay, role_of
 from gateway.messages import TopicCopy, TopicMessage, passed_on, stored_publish
 from gateway.metrics import NodeMetrics
 from gateway.mqtt import (
@@ -34,7 +32,8 @@ from gateway.mqtt import (
     split_share,
 )
 from gateway.postman import Postman
-from gateway.session import Member, Session
+from gateway.replays import Replays
+from gateway.session import Session
 from gateway.sys_topics import SysTopics
 from gateway.topics import SharedGroup
 from gateway.wheel import Clock
@@ -42,16 +41,7 @@ from gateway.wheel import Clock
 if TYPE_CHECKING:
     from gateway.connection import Connection
 
-PUBLISHER: Final = (
-    "p/"  # session keys begin with the role, so that a device and a publisher of one name differ
-)
-DEVICE: Final = "d/"
 PLAIN: Final[tuple[int, ...]] = ()
-
-
-def role_of(key: str) -> tuple[Role, str]:
-    """The role and name that the access rules speak of."""
-    return ("publisher" if key.startswith(PUBLISHER) else "device"), key[2:]
 
 
 class Exchange:
@@ -65,7 +55,8 @@ class Exchange:
         *,
         max_topic_length: int,
         max_topic_levels: int,
-        sys_topics: Callable[[Callable[[Hub, TopicMessage], Reason]], SysTopics],
+        counters: Callable[[], Mapping[str, float | str]],
+        sys_interval: float,
     ) -> None:
         self._store = store
         self._journal = journal
@@ -74,7 +65,8 @@ class Exchange:
         self._metrics = metrics
         self._max_length = max_topic_length
         self._max_levels = max_topic_levels
-        self.sys_topics = sys_topics(self.route)
+        self.sys_topics = SysTopics(counters, self.route, sys_interval)
+        self.replays = Replays(clock, postman, self.sys_topics, self._keep)
 
     def fits(self, topic: str) -> bool:
         """Whether a topic or filter is within the limits; each level costs a node of the index."""
@@ -105,10 +97,10 @@ class Exchange:
             connection.send(suback)
         elif mailbox.log is None:
             connection.send(suback)
-            self._begin_replay(mailbox, replays)
+            self.replays.begin(mailbox, replays)
         else:
             connection.when_saved(lambda: connection.send(suback))
-            self._journal.when_saved(lambda _: self._begin_replay(mailbox, replays))
+            self._journal.when_saved(lambda _: self.replays.begin(mailbox, replays))
 
     def _subscribe_one(
         self, connection: Connection, subscription: Subscription, identifier: int
@@ -137,75 +129,7 @@ class Exchange:
         owed = wants and share is None
         if mailbox.log is not None:
             mailbox.log.subscribed(entry, owed=owed)
-        return Reason(subscription.qos), self.replay(hub, entry) if owed else None
-
-    # Retained messages for a new subscription (MQTT5-3.3.1-9), as fast as it takes them
-
-    def replay(self, hub: Hub, entry: Entry) -> Iterator[Replay | None]:
-        """Those that match, and whose source may still publish there. None: look again later."""
-        options, identifier = entry
-        if options.filter.startswith(SYS):
-            found = self.sys_topics.match(hub, options.filter)
-        else:
-            found = hub.retained.match(options.filter)
-        for message in found:
-            if (
-                message is None
-                or message.expired(self._clock.now)
-                or (message.source and not hub.access.may_publish(*role_of(message.source), message.topic))
-            ):
-                yield None
-            else:
-                yield message, min(message.qos, options.qos), identifier
-
-    @staticmethod
-    def _stands(hub: Hub, message: TopicMessage) -> bool:
-        return not message.source or hub.access.may_publish(*role_of(message.source), message.topic)
-
-    def _begin_replay(self, mailbox: Mailbox, replays: Mapping[str, Iterator[Replay | None]]) -> None:
-        for topic_filter, replay in replays.items():
-            if topic_filter in mailbox.subscriptions:
-                mailbox.replays[topic_filter] = replay
-        if mailbox.replays and mailbox.member is not None:
-            mailbox.member.catch_up()
-
-    def _replay(self, hub: Hub, session: Session, member: Member, mailbox: Mailbox) -> None:
-        """Send the next ones while nothing else waits, the window has room and the socket drains."""
-        mailbox.replaying = False
-        for _ in range(SLICE):
-            ready = not (mailbox.queue or mailbox.in_flight or mailbox.waits or member.blocked)
-            if not (ready and mailbox.replays and session.room):
-                return
-            topic_filter, replay = next(iter(mailbox.replays.items()))
-            try:
-                found = next(replay)
-            except StopIteration:
-                self._end_replay(mailbox, topic_filter)
-                continue
-            if found is not None:
-                self._send_retained(hub, mailbox, found)
-        if mailbox.replays:
-            mailbox.replaying = True
-            asyncio.get_running_loop().call_soon(self._go_on, hub, mailbox)
-
-    def _go_on(self, hub: Hub, mailbox: Mailbox) -> None:
-        if mailbox.session is not None and mailbox.member is not None:
-            self._replay(hub, mailbox.session, mailbox.member, mailbox)
-        else:
-            mailbox.replaying = False
-
-    @staticmethod
-    def _end_replay(mailbox: Mailbox, topic_filter: str) -> None:
-        del mailbox.replays[topic_filter]
-        if mailbox.log is not None:
-            mailbox.log.subscribed(mailbox.subscriptions[topic_filter], owed=False)
-
-    def _send_retained(self, hub: Hub, mailbox: Mailbox, found: Replay) -> None:
-        message, qos, identifier = found
-        copy = TopicCopy(message, qos, retain=True, subscription_ids=(identifier,) if identifier else PLAIN)
-        if qos and mailbox.log is not None:
-            self._keep(hub, message, [(copy, [mailbox])])
-        self._postman.hand(mailbox, [copy])
+        return Reason(subscription.qos), self.replays.of(hub, entry) if owed else None
 
     def drain(self, connection: Connection, session: Session) -> None:
         """Send what waits and fits."""
@@ -218,7 +142,7 @@ class Exchange:
         connection.send_held()
         if mailbox.replays and not mailbox.replaying:
             assert connection.hub is not None
-            self._replay(connection.hub, session, connection, mailbox)
+            self.replays.go_on(connection.hub, mailbox)
 
     def unsubscribe(self, connection: Connection, packet: Unsubscribe) -> None:
         session, hub = connection.session, connection.hub

@@ -15,8 +15,9 @@ from broker.errors import ApiError
 from broker.pushes import Pushes
 from broker.reports import Reports
 from broker.store import Store, StoreError
-from gateway.exchange import Exchange, role_of
+from gateway.exchange import Exchange
 from gateway.live import DEVICE_TOPIC, EVENT_PREFIX, PUSH_TOPIC, RECEIPT_TOPIC
+from gateway.mailbox import role_of
 from gateway.metrics import NodeMetrics
 from gateway.mqtt import Publish, Reason
 from gateway.session import Session

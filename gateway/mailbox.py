@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from pyroaring import BitMap
 
+from broker.access import Role
 from gateway.messages import TopicCopy, TopicMessage
 from gateway.mqtt import Subscription
 
@@ -44,6 +45,16 @@ class SessionLog(Protocol):
 
     def will(self, value: bytes | None) -> None:
         """This will waits for its delay; None: not any more."""
+
+
+# A session's key begins with its role, so that a device and a publisher of one name differ.
+PUBLISHER: Final = "p/"
+DEVICE: Final = "d/"
+
+
+def role_of(key: str) -> tuple[Role, str]:
+    """The role and name that the access rules speak of."""
+    return ("publisher" if key.startswith(PUBLISHER) else "device"), key[2:]
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from gateway.arrivals import Arrivals
 from gateway.carriers import Carriers
 from gateway.connection import Connection, Phase
 from gateway.doorkeeper import Doorkeeper, DoorLimits
-from gateway.exchange import PUBLISHER, Exchange
+from gateway.exchange import Exchange
 from gateway.fanout import Fanout
 from gateway.fetcher import Fetcher
 from gateway.hub import Hub
@@ -33,13 +33,12 @@ from gateway.hubs import Hubs
 from gateway.intake import Intake
 from gateway.journal import Journal
 from gateway.keeper import Keeper
-from gateway.mailbox import MailboxLimits
+from gateway.mailbox import PUBLISHER, MailboxLimits
 from gateway.metrics import NodeMetrics
 from gateway.mqtt import Reason
 from gateway.postman import Postman
 from gateway.session import Session
 from gateway.settler import Settler
-from gateway.sys_topics import SysTopics
 from gateway.wheel import Clock, Wheel
 from gateway.wills import Wills
 
@@ -118,7 +117,8 @@ class Node:
             self.metrics,
             max_topic_length=settings.max_topic_length,
             max_topic_levels=settings.max_topic_levels,
-            sys_topics=lambda route: SysTopics(self._counters, route, settings.sys_interval),
+            counters=self._counters,
+            sys_interval=settings.sys_interval,
         )
         self.keeper = Keeper(
             self.journal,
@@ -128,7 +128,7 @@ class Node:
             limits=settings.mailbox,
             max_sessions=settings.max_sessions,
             reassign=self.exchange.reassign,
-            replay=self.exchange.replay,
+            replay=self.exchange.replays.of,
         )
         self.intake = Intake(
             store=store,

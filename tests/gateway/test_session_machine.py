@@ -338,6 +338,7 @@ async def abandon(world: World) -> None:
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
+    await world.store.settle([])  # writes of the dead are done before those of the living
 
 
 def fits(topic_filter: str, topic: str) -> bool:
