@@ -271,6 +271,7 @@ class Exchange:
         if new:
             message.number = hub.new_message_number()
         for copy, mailboxes in waiting:
+            copy.number = hub.new_message_number()
             copy.left = BitMap(mailbox.log.number for mailbox in mailboxes if mailbox.log is not None)
             message.copies.append(copy)
         if new:

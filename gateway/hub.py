@@ -122,7 +122,7 @@ class Hub:
         self.mailboxes: dict[str, Mailbox] = {}  # session key -> what absent clients left
         self.resend: dict[int, Resend] = {}  # devno -> what was in flight, likewise
         self.wills: dict[str, DelayedWill] = {}  # of such sessions
-        self._last_session = 0  # numbers of durable sessions and of messages that wait for them
+        self._last_session = 0  # numbers of durable sessions, and of messages and copies that wait for them
         self._last_message = 0
         self.session_ends = SessionEnds()
 

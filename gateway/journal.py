@@ -196,7 +196,7 @@ class StoredSession:
 
     def sent(self, packet_id: int, copy: TopicCopy, *, released: bool) -> None:
         self.ids.add(packet_id)
-        self.note(SENT, packet_id, msgspec.msgpack.encode((copy.message.number, released)))
+        self.note(SENT, packet_id, msgspec.msgpack.encode((copy.number, released)))
 
     def completed(self, packet_id: int) -> None:
         if packet_id in self.ids:
@@ -230,6 +230,7 @@ class SessionRow(msgspec.Struct, frozen=True, array_like=True):
 class CopyRow(msgspec.Struct, frozen=True, array_like=True):
     """A copy and the sessions that wait for it."""
 
+    number: int
     qos: int
     retain: bool
     subscription_ids: tuple[int, ...]
@@ -254,6 +255,7 @@ def encode_copies(message: TopicMessage) -> bytes:
     return msgspec.msgpack.encode(
         [
             CopyRow(
+                copy.number,
                 copy.qos,
                 copy.retain,
                 copy.subscription_ids,

@@ -239,6 +239,9 @@ class Keeper:
         left = row.expiry if row.expires_at is None else row.expires_at - self._clock.wall
         self._keep_for(hub, mailbox, row.expiry, left)
 
+    def touch(self, hub: Hub, message: TopicMessage) -> None:
+        self._journal.touch(hub.app.app_id, message)
+
     def new_mailbox(self, hub: Hub, number: int, key: str) -> Mailbox:
         mailbox = Mailbox(self._limits, key)
         mailbox.log = StoredSession(self._journal, hub.app.app_id, number)
@@ -258,7 +261,7 @@ class _Loading:
         self._hub = hub
         self._clock = clock
         self._mailboxes: dict[int, Mailbox] = {}  # by session number
-        self._owed: dict[int, dict[int, TopicCopy]] = {}  # session number -> message number -> copy
+        self._owed: dict[int, dict[int, TopicCopy]] = {}  # session number -> number of a copy -> it
 
     def load(self, items: Iterable[SessionItem]) -> None:
         kinds: dict[str, list[SessionItem]] = {}
@@ -301,7 +304,10 @@ class _Loading:
             message = found.get(int(item.item))
             if message is not None:
                 self._copies(message, msgspec.msgpack.decode(_value(item), type=list[CopyRow]))
-        self._hub.numbers_used(0, max(found, default=0))
+        for message in found.values():
+            self._hub.numbers_used(0, message.number)
+            if not all(copy.left for copy in message.copies) or not message.copies:
+                self._keeper.touch(self._hub, message)  # nobody waits for it any more
 
     def _message(self, item: SessionItem) -> TopicMessage:
         row = msgspec.msgpack.decode(_value(item), type=MessageRow)
@@ -322,27 +328,32 @@ class _Loading:
                 subscription_ids=row.subscription_ids,
                 share=self._hub.subscriptions.group(row.share) if row.share else None,
             )
-            copy.left = BitMap(number for number in BitMap.deserialize(row.left) if number in self._mailboxes)
+            copy.number = row.number
+            stored = BitMap.deserialize(row.left)  # also of sessions that ended while it was on its way to them
+            self._hub.numbers_used(max(stored, default=0), row.number)
+            copy.left = BitMap(number for number in stored if number in self._mailboxes)
             message.copies.append(copy)
             for number in copy.left:
-                self._owed.setdefault(number, {})[message.number] = copy
+                self._owed.setdefault(number, {})[copy.number] = copy
 
     def _sent(self, item: SessionItem) -> None:
-        """Packet ids come in no order; `_finish` sorts them by message, which is the order of sending."""
-        mailbox = self._mailboxes.get(item.session)
+        """Packet ids come in no order; `_finish` sorts them by copy, which is the order of sending."""
+        mailbox, packet_id = self._mailboxes.get(item.session), int(item.item)
         number, released = msgspec.msgpack.decode(_value(item), type=tuple[int, bool])
-        copy = self._owed.get(item.session, {}).pop(number, None)
-        if mailbox is None or copy is None:
+        if mailbox is None:
             return
-        packet_id = int(item.item)
-        mailbox.in_flight[packet_id] = copy
         assert isinstance(mailbox.log, StoredSession)
         mailbox.log.ids.add(packet_id)
+        copy = self._owed.get(item.session, {}).pop(number, None)
+        if copy is None:
+            mailbox.log.completed(packet_id)
+            return
+        mailbox.in_flight[packet_id] = copy
         if released:
             mailbox.released.add(packet_id)
 
     def _finish(self, number: int, mailbox: Mailbox) -> None:
-        in_order = sorted(mailbox.in_flight.items(), key=lambda sent: sent[1].message.number)
+        in_order = sorted(mailbox.in_flight.items(), key=lambda sent: sent[1].number)
         mailbox.in_flight = dict(in_order)
         for _, copy in sorted(self._owed.pop(number, {}).items()):
             mailbox.restore(copy)

@@ -72,7 +72,17 @@ class TopicMessage:
 class TopicCopy:
     """What subscribers with the same options get."""
 
-    __slots__ = ("_frames", "_frames_of", "left", "message", "qos", "retain", "share", "subscription_ids")
+    __slots__ = (
+        "_frames",
+        "_frames_of",
+        "left",
+        "message",
+        "number",
+        "qos",
+        "retain",
+        "share",
+        "subscription_ids",
+    )
 
     def __init__(
         self,
@@ -88,6 +98,7 @@ class TopicCopy:
         self.retain = retain
         self.subscription_ids = subscription_ids
         self.share = share  # the shared subscription whose member was chosen
+        self.number = 0  # in the store, as the message's; in the order in which a session is sent its copies
         self.left: BitMap | None = None  # durable sessions, by number, that are still to get it
         self._frames: dict[int, Frames] = {}  # by protocol version
         self._frames_of: int | None = None  # the message expiry interval they tell

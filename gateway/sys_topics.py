@@ -28,20 +28,23 @@ class SysTopics:
         self._interval = interval  # seconds
         self._listeners: set[Hub] = set()
         self._values = RetainedMessages(MAX_VALUES, MAX_VALUES * 1024)
-        self._due = 0.0
+        self._due: float | None = None  # None: the first ones know all there is
 
     def match(self, hub: Hub, topic_filter: str) -> Iterator[TopicMessage | None]:
         """What a new subscription gets; from now on its app gets all of them, every `interval` seconds."""
         if not self._listeners:
             self._refresh()
+            self._due = None
         self._listeners.add(hub)
         return self._values.match(topic_filter)
 
     def tick(self, now: float) -> None:
         """Publish what has to be told now. Costs nothing while nobody listens."""
-        if now < self._due or not self._listeners:
+        if not self._listeners or (self._due is not None and now < self._due):
             return
-        self._due = now + self._interval
+        first, self._due = self._due is None, now + self._interval
+        if first:
+            return
         self._listeners = {hub for hub in self._listeners if hub.subscriptions.below(SYS)}
         for message in self._refresh() if self._listeners else ():
             for hub in self._listeners:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from broker import tokens
 from broker.access import parse_rules
+from broker.metrics import Metrics
 from broker.model import NewDevice
 from gateway.connection import Connection, Phase
 from gateway.mqtt import Connect, MQTTError, Packet, Reason, decode, encode, puback_run
@@ -274,6 +275,7 @@ class Node:
         world = self._world
         world.app = await world.store.create_app("fuzz", open=bool(data[:1] != b"\xff"))
         await world.store.register(world.app.app_id, [NewDevice(f"device-{n}") for n in range(CLIENTS)])
+        world.metrics = Metrics()  # the gauges of one keep its node
         world.node = node = world.new_node()
         node.start()
         clients = [_Client(world, f"device-{n}", n) for n in range(CLIENTS - 1)]

@@ -99,6 +99,7 @@ class Client:
         self.may_exist: bool | None = False  # whether there is a session to come back to; None: not known
         self.changes = 0  # of what it is subscribed to, new sessions included
         self.pushed: set[int] = set()  # msg_ids that must come
+        self.last_id = 0
         self.new_connection()
         self.new_session()
 
@@ -268,6 +269,11 @@ class Client:
             self.completing.discard(packet_id)
             self.incoming.pop(packet_id, None)
         self.send(packet)
+
+    def new_id(self) -> int:
+        """Never one of before: the server may know it, from a session whose end it has not heard of."""
+        self.last_id += 1
+        return self.last_id
 
     def publish(self, packet: Publish, clients: list[Client]) -> None:
         wanted_by = [(c, c.changes) for c in clients if packet.qos and c.wants(packet.topic, self)]
@@ -446,15 +452,14 @@ class Sessions(RuleBasedStateMachine):
     async def settle(self) -> None:
         """Everybody takes what is theirs."""
         for client in self.clients:
-            if client.usable and client.phone is not None:
-                if client.phone.connection.blocked:
-                    client.phone.drain()
-            elif client.expected or client.pushed:
-                client.connect(5, False, EXPIRY, WINDOW, None)
+            if client.usable and client.phone is not None and client.phone.connection.blocked:
+                client.phone.drain()
         for _ in range(50):
             await self.world.calm()
             for client in self.clients:
                 client.look()
+                if client.phone is None and (client.expected or client.pushed):
+                    client.connect(5, False, EXPIRY, WINDOW, None)
                 while client.owed and client.usable:
                     client.acknowledge(0, refuse=False)
             busy = [client for client in self.clients if client.owed and client.usable]
@@ -596,7 +601,7 @@ class Sessions(RuleBasedStateMachine):
             client = self.some(who)
             for _ in range(count):
                 if client.usable:
-                    packet_id = next(n for n in range(1, 99) if n not in client.outgoing) if qos else 0
+                    packet_id = client.new_id() if qos else 0
                     payload = self.payload("retained" if retain else "")
                     client.publish(Publish(topic, payload, qos, retain, packet_id=packet_id), self.clients)
 

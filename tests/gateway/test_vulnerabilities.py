@@ -370,6 +370,29 @@ async def test_odd_subscribes_leave_nothing(world: World, expiry: int) -> None:
     assert list(await world.store.list_session_items(world.app.app_id)) == []
 
 
+async def test_two_copies_of_one_message_survive_a_restart_and_then_leave_nothing(world: World) -> None:
+    speaker = await connected(world)
+    await asked(world, speaker, Publish("a", b"x", 2, True, packet_id=1))
+    properties: Properties = {"session_expiry_interval": 600}
+    phone = await connected(world, "twice", version=5, properties=properties)
+    both = (Subscription("a/#", 1), Subscription("#", 2))
+    first = await asked(world, phone, Subscribe(1, both))
+    sent = {packet.packet_id: packet.qos for packet in first if isinstance(packet, Publish)}
+    assert sorted(sent.values()) == [1, 2]
+    await world.node.drain(1.0)
+    await world.node.close()
+    world.node = world.new_node()
+    world.node.start()
+    phone = await connected(world, "twice", clean_start=False, version=5, properties=properties)
+    await world.calm()
+    again = {packet.packet_id: packet.qos for packet in phone.packets if isinstance(packet, Publish)}
+    assert again == sent
+    phone.send(Disconnect(properties={"session_expiry_interval": 0}))
+    await world.calm()
+    await world.node.journal.saved()
+    assert list(await world.store.list_session_items(world.app.app_id)) == []
+
+
 # QoS 2 state
 
 
