@@ -329,7 +329,7 @@ class _Loading:
                 share=self._hub.subscriptions.group(row.share) if row.share else None,
             )
             copy.number = row.number
-            stored = BitMap.deserialize(row.left)  # also of sessions that ended while it was on its way to them
+            stored = BitMap.deserialize(row.left)  # some may have ended while it was on its way to them
             self._hub.numbers_used(max(stored, default=0), row.number)
             copy.left = BitMap(number for number in stored if number in self._mailboxes)
             message.copies.append(copy)

@@ -109,6 +109,7 @@ class Client:
         )  # ids of messages that came on this connection and are not acknowledged
         self.owed: list[Packet] = []  # acknowledgements
         self.asked: dict[int, tuple[Subscription, ...]] = {}
+        self.wished: dict[str, int] = {}  # filter -> the SUBSCRIBE that spoke of it last
         self.newest_push = 0
 
     def new_session(self) -> None:
@@ -152,7 +153,7 @@ class Client:
             case Suback():
                 asked = self.asked.pop(packet.packet_id)
                 for subscription, reason in zip(asked, packet.reasons, strict=True):
-                    if reason < REFUSED:
+                    if reason < REFUSED and self.wished.get(subscription.filter) == packet.packet_id:
                         self.granted[subscription.filter] = subscription
             case Unsuback():
                 self.asked.pop(packet.packet_id)
@@ -294,6 +295,7 @@ class Client:
         self.asked[packet_id] = subscriptions
         for subscription in subscriptions:
             self.granted.pop(subscription.filter, None)
+            self.wished[subscription.filter] = packet_id
             self.shares |= subscription.filter.startswith("$share")
         self.send(Subscribe(packet_id, subscriptions))
 
@@ -304,6 +306,7 @@ class Client:
         self.asked[packet_id] = ()
         for topic_filter in filters:
             self.granted.pop(topic_filter, None)
+            self.wished.pop(topic_filter, None)
         self.send(Unsubscribe(packet_id, filters))
 
     def leave(self) -> None:
