@@ -200,13 +200,23 @@ class Exchange:
             return Reason.QUOTA_EXCEEDED, False
         reason = self.route(hub, message, origin)
         received = packet.qos == 2 and session is not None and _durable(session.mailbox)
+        if received and session is not None and not packet.retain:
+            session.took(packet.packet_id)  # saved together with the message: exactly once
         return reason, packet.retain or bool(message.number) or received
 
-    async def saved(self, hub: Hub, packet: Publish, origin: str) -> None:
+    async def saved(self, hub: Hub, packet: Publish, origin: str, session: Session | None = None) -> None:
         """What was published is durable. Raises StoreError."""
         if packet.retain:
             await self._store.retain([self._as_row(hub.app, packet, origin)])
+        if packet.qos == 2 and session is not None:
+            session.took(packet.packet_id)
         await self._journal.saved()
+
+    async def taken(self, packet: Publish, session: Session) -> None:
+        """A QoS 2 message is safe with somebody else: have its repeats known for repeats. Raises StoreError."""
+        session.took(packet.packet_id)
+        if _durable(session.mailbox):
+            await self._journal.saved()
 
     def _message(self, packet: Publish, origin: str) -> TopicMessage:
         expiry = packet.properties.get("message_expiry_interval")

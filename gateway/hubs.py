@@ -133,6 +133,7 @@ class Hubs:
         items = await self._store.list_session_items(app.app_id)
         self._exchange.load_retained(hub, retained)
         self._keeper.load(hub, items)
+        self._exchange.rules_changed(hub)  # they may have, while the app was not loaded
         self._by_key[key] = self._by_id[app.app_id] = hub
         for doorbell in load.heard:  # accepted after the rows were read; known ones are ignored
             if isinstance(doorbell, Broadcast) and doorbell.broadcast.message.app_id == app.app_id:

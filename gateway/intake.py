@@ -92,7 +92,7 @@ class Intake:
         exchange, key = self._exchange, connection.key
         reason, saving = exchange.publish(hub, packet, key, session)
         if saving:
-            self._start("topic", connection, packet, _then(exchange.saved(hub, packet, key), reason))
+            self._start("topic", connection, packet, _then(exchange.saved(hub, packet, key, session), reason))
             return
         self._metrics.inbound.labels("topic").value += 1
         if reason is Reason.QUOTA_EXCEEDED:
@@ -106,7 +106,14 @@ class Intake:
         session = connection.session
         assert session is not None
         connection.busy += 1
+        if packet.qos == 2 and kind != "topic":
+            work = self._taken(session, packet, work)
         connection.node.spawn(self._finish(connection, session, packet, work))
+
+    async def _taken(self, session: Session, packet: Publish, work: Coroutine[Any, Any, Verdict]) -> Verdict:
+        verdict = await work
+        await self._exchange.taken(packet, session)
+        return verdict
 
     async def _finish(
         self, connection: Connection, session: Session, packet: Publish, work: Coroutine[Any, Any, Verdict]
@@ -122,20 +129,25 @@ class Intake:
             verdict = (Reason.IMPLEMENTATION_SPECIFIC_ERROR, str(error), ())
         except Exception:  # a bug of ours: unanswered, the message comes again
             log.exception("a message was not taken")
+            if packet.qos == 2:
+                session.refused(packet.packet_id)
             connection.close("internal error", Reason.UNSPECIFIED_ERROR)
             return
         if connection.session is session:  # still the same life
             self._answer(connection, session, packet, verdict)
             connection.less_busy()
+        elif packet.qos == 2 and verdict[0] >= Reason.UNSPECIFIED_ERROR:
+            session.refused(packet.packet_id)
 
     def _answer(self, connection: Connection, session: Session, packet: Publish, verdict: Verdict) -> None:
         reason, text, properties = verdict
         if packet.qos == 0:
             return
         if reason is Reason.IMPLEMENTATION_SPECIFIC_ERROR and session.encoding.version != 5:
-            connection.close(
-                "store unavailable", Reason.IMPLEMENTATION_SPECIFIC_ERROR
-            )  # 3.1.1 cannot be told; unacknowledged, it will try again
+            if packet.qos == 2:
+                session.refused(packet.packet_id)
+            # 3.1.1 cannot be told; unacknowledged, it will try again.
+            connection.close("store unavailable", Reason.IMPLEMENTATION_SPECIFIC_ERROR)
             return
         connection.send(session.answer(packet, reason, text=text, user_properties=properties))
 

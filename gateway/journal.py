@@ -58,6 +58,7 @@ class Journal:
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self._closing = False
+        self._told = 0.0  # when a failure was logged
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run())
@@ -166,7 +167,10 @@ class Journal:
     def _failed(self, noted: dict[Key, bytes | None], error: StoreError) -> None:
         self._noted = noted | self._noted  # what came later stands
         self._metrics.session_errors.value += 1
-        log.warning("sessions not saved, trying again: %s", error)
+        now = asyncio.get_running_loop().time()
+        if now >= self._told + RETRY_AFTER:  # with traffic there are many a second
+            self._told = now
+            log.warning("sessions not saved, trying again: %s", error)
         if not self._closing and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(RETRY_AFTER, self._wake.set)
 

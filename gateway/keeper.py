@@ -92,8 +92,7 @@ class Keeper:
     def _make_durable(self, hub: Hub, mailbox: Mailbox, expiry: int) -> None:
         if mailbox.log is None:
             mailbox.log = StoredSession(self._journal, hub.app.app_id, hub.new_session_number())
-            if mailbox.received:
-                mailbox.log.received(mailbox.received)
+            mailbox.note_received()
         self._save(hub, mailbox, expiry, None)
 
     def _save(self, hub: Hub, mailbox: Mailbox, expiry: int, expires_at: float | None) -> None:

@@ -85,6 +85,7 @@ class Mailbox:
         "replays",
         "session",
         "subscriptions",
+        "undecided",
         "waits",
     )
 
@@ -102,6 +103,7 @@ class Mailbox:
         self.in_flight: dict[int, TopicCopy] = {}  # of the last connection, until sent again
         self.released: set[int] = set()  # outbound QoS 2 ids after PUBREC: what is resent is PUBREL
         self.received: BitMap | None = None  # inbound QoS 2 ids between PUBLISH and PUBREL: at most 8 KB
+        self.undecided: set[int] | None = None  # of these, those whose message is not safe yet
         self.next_id = 1
         self.over = False  # the session has ended
         self.waits = False  # taken up, and what was noted of QoS 2 on the connection before is not saved yet
@@ -117,6 +119,11 @@ class Mailbox:
     def empty(self) -> bool:
         """Nothing here that a new session would not have."""
         return not (self.subscriptions or self.queue or self.in_flight or self.received)
+
+    def note_received(self) -> None:
+        """The ids of messages that are safe have changed: a repeat of one of them is known for one."""
+        if self.log is not None and not self.over:
+            self.log.received((self.received or BitMap()) - BitMap(self.undecided or ()))
 
     def put(self, copy: TopicCopy) -> bool:
         """Queue a message; with no room left the newcomer is dropped and counted."""

@@ -478,7 +478,7 @@ class Session:
                 return self._once_saved(self.answer(packet))  # MQTT5-4.3.3-10: seen before, PUBREC again
             self._check_quota(inbound)
             received.add(packet.packet_id)
-            self._note_received()
+            self._undecided().add(packet.packet_id)
         else:
             self._check_quota(inbound)
         inbound[packet.packet_id] = None
@@ -490,10 +490,22 @@ class Session:
             mailbox.received = BitMap()
         return mailbox.received
 
-    def _note_received(self) -> None:
-        mailbox = self.mailbox
-        if mailbox is not None and mailbox.log is not None:
-            mailbox.log.received(mailbox.received or BitMap())
+    def _undecided(self) -> set[int]:
+        mailbox = self.own_mailbox()
+        if mailbox.undecided is None:
+            mailbox.undecided = set()
+        return mailbox.undecided
+
+    def took(self, packet_id: int) -> None:
+        """An inbound QoS 2 message is safe, or is noted together with this: repeats of it are repeats from now on."""
+        self._undecided().discard(packet_id)
+        self.own_mailbox().note_received()
+
+    def refused(self, packet_id: int) -> None:
+        """It was not taken: its id is free again (MQTT5-4.3.3-9), and a repeat of it is another try."""
+        self._undecided().discard(packet_id)
+        self._received_ids().discard(packet_id)
+        self.own_mailbox().note_received()
 
     def _check_quota(self, inbound: dict[int, bytes | None]) -> None:
         """MQTT5-3.3.4-7: QoS 1 until PUBACK, QoS 2 until PUBCOMP. 3.1.1 knows no such limit; there the ids themselves
@@ -547,11 +559,10 @@ class Session:
     ) -> bytes:
         if self.encoding.version != 5:
             reason = Reason.SUCCESS  # 3.1.1 has no other answer, and no answer would mean a resend for ever
-        if (
-            packet.qos == 2 and reason >= Reason.UNSPECIFIED_ERROR
-        ):  # MQTT5-4.3.3-9: a refused id is free again
-            self._received_ids().discard(packet.packet_id)
-            self._note_received()
+        if packet.qos == 2 and reason >= Reason.UNSPECIFIED_ERROR:
+            self.refused(packet.packet_id)
+        elif packet.qos == 2:
+            self._undecided().discard(packet.packet_id)
         if packet.qos == 1 and reason == Reason.SUCCESS and not text and not user_properties:
             return SUCCESS_PUBACK + packet.packet_id.to_bytes(2)
         return self._acknowledge(
@@ -595,7 +606,7 @@ class Session:
         if mailbox is None or mailbox.received is None or packet_id not in mailbox.received:
             return self._say(Pubcomp(packet_id, Reason.PACKET_IDENTIFIER_NOT_FOUND))
         mailbox.received.discard(packet_id)
-        self._note_received()
+        mailbox.note_received()
         return self._say(Pubcomp(packet_id))
 
     def _received(self, packet: Pubrec, now: float) -> list[Action]:

@@ -635,3 +635,18 @@ def test_a_drain_tells_everybody_why(start_server: StartServer) -> None:
     server.start()
     with device(server, "five") as five:
         five.expect_nothing()  # its acknowledgement was recorded
+
+
+def test_a_qos_2_push_that_was_not_accepted_is_tried_again_by_its_repeat(server: LocalServer) -> None:
+    """The id of a refused message is free, whatever the version can be told (MQTT5-4.3.3-9)."""
+    with publisher(server) as backend:
+        backend.send(Publish("push", b"no JSON", 2, packet_id=5))
+        assert backend.expect(Pubrec).reason is Reason.PAYLOAD_FORMAT_INVALID
+        body = b'{"platform":"all","audience":"all","notification":{"alert":"hi"}}'
+        backend.send(Publish("push", body, 2, packet_id=5))
+        pubrec = backend.expect(Pubrec)
+        assert pubrec.reason is Reason.SUCCESS
+        backend.send(Publish("push", body, 2, dup=True, packet_id=5))
+        assert "user_properties" not in backend.expect(Pubrec).properties  # a repeat, and no second push
+        backend.send(Pubrel(5))
+        assert backend.expect(Pubcomp).reason is Reason.SUCCESS
