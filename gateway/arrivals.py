@@ -7,10 +7,9 @@ these (architecture, decision 4: claim the route, then fetch).
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Final
 
@@ -154,21 +153,19 @@ class Arrivals:
         if hub is None:
             self._refuse(connection, connect, STORE_AWAY if away else UNKNOWN_APP)
             return
-        with self._answered(connection, connect):
-            self._enter(connection, connect, hub)
-
-    @contextlib.contextmanager
-    def _answered(self, connection: Connection, connect: Connect) -> Iterator[None]:
-        """For steps that nobody else watches: a CONNECT that meets a bug of ours is refused, and does not wait for
-        ever."""
         try:
-            yield
-        except Exception:
-            log.exception("a CONNECT was not answered")
-            if connection.session is None:
-                self._refuse(connection, connect, INTERNAL_ERROR)
-            else:
-                connection.close("internal error", Reason.UNSPECIFIED_ERROR)
+            self._enter(connection, connect, hub)
+        except Exception:  # noqa: BLE001 (logged there)
+            self._failed(connection, connect)
+
+    def _failed(self, connection: Connection, connect: Connect) -> None:
+        """In steps that nobody else watches: a CONNECT that meets a bug of ours is refused, and does not wait for
+        ever."""
+        log.exception("a CONNECT was not answered")
+        if connection.session is None:
+            self._refuse(connection, connect, INTERNAL_ERROR)
+        else:
+            connection.close("internal error", Reason.UNSPECIFIED_ERROR)
 
     def _enter(self, connection: Connection, connect: Connect, hub: Hub) -> None:
         hub.touched = self._node.clock.now
@@ -230,15 +227,16 @@ class Arrivals:
     async def _admit_open(self, connection: Connection, connect: Connect, hub: Hub) -> None:
         try:
             device = await self._devices.register_open(hub.app, connect.client_id)
-            with self._answered(connection, connect):
-                if connection.phase is not Phase.CLOSED:
-                    self._claim(connection, connect, hub, device.devno, device.platform)
+            if connection.phase is not Phase.CLOSED:
+                self._claim(connection, connect, hub, device.devno, device.platform)
         except ApiError as error:
             refusal = Refusal(Reason.CLIENT_IDENTIFIER_NOT_VALID, error.message, "bad client id")
             self._refuse(connection, connect, STORE_AWAY if error.http_status >= 500 else refusal)
         except StoreError as error:
             log.warning("device not registered: %s", error)
             self._refuse(connection, connect, STORE_AWAY)
+        except Exception:  # noqa: BLE001 (logged there)
+            self._failed(connection, connect)
 
     def _claim(self, connection: Connection, connect: Connect, hub: Hub, devno: int, platform: str) -> None:
         done = functools.partial(self._claimed, connection, connect, hub, devno, platform)
@@ -249,8 +247,10 @@ class Arrivals:
     def _claimed(
         self, connection: Connection, connect: Connect, hub: Hub, devno: int, platform: str, claim: Claim
     ) -> None:
-        with self._answered(connection, connect):
+        try:
             self._welcome_device(connection, connect, hub, devno, platform, claim)
+        except Exception:  # noqa: BLE001 (logged there)
+            self._failed(connection, connect)
 
     def _welcome_device(
         self, connection: Connection, connect: Connect, hub: Hub, devno: int, platform: str, claim: Claim
