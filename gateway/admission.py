@@ -14,7 +14,7 @@ from broker.access import Access, Role
 from broker.model import App
 from gateway.live import DEVICE_TOPIC, EVENT_PREFIX, PUSH_TOPIC, RECEIPT_TOPIC, SYS
 from gateway.mqtt import Connack, Connect, Properties, Reason, Will, encode
-from gateway.session import ALIASES_SENT, Manners
+from gateway.session import ALIASES_SENT, PLAIN, Manners
 
 MAX_CLIENT_ID: Final = (
     256  # bytes, of publishers; each kept session keeps its own. Registration ids are shorter
@@ -206,7 +206,8 @@ def manners(connect: Connect) -> Manners:
 
 @functools.lru_cache(maxsize=1024)
 def _manners(maximum_packet: int, alias_maximum: int, problem_information: int, bridge: bool) -> Manners:
-    return Manners(maximum_packet, alias_maximum, bool(problem_information), bridge)
+    found = Manners(maximum_packet, alias_maximum, bool(problem_information), bridge)
+    return PLAIN if found == PLAIN else found  # the one that the hot path knows
 
 
 @functools.lru_cache(maxsize=1024)

@@ -31,7 +31,7 @@ from gateway.mqtt import (
     encode,
     split_share,
 )
-from gateway.postman import Postman
+from gateway.postman import Postman, Targets
 from gateway.replays import Replays
 from gateway.session import Session
 from gateway.sys_topics import SysTopics
@@ -41,7 +41,9 @@ from gateway.wheel import Clock
 if TYPE_CHECKING:
     from gateway.connection import Connection
 
-PLAIN: Final[tuple[int, ...]] = ()
+NO_IDS: Final[tuple[int, ...]] = ()
+
+Options = tuple[int, bool, tuple[int, ...]]  # QoS, retain, subscription identifiers: what makes copies differ
 
 
 class Exchange:
@@ -234,31 +236,34 @@ class Exchange:
 
     def route(self, hub: Hub, message: TopicMessage, origin: str = "") -> Reason:
         found = hub.subscriptions.match(message.topic)
-        copies: dict[tuple[int, bool, tuple[int, ...]], TopicCopy] = {}
-        targets: list[tuple[Mailbox, TopicCopy]] = []
-        durable: dict[TopicCopy, list[Mailbox]] = {}
-        for mailbox, entries in found.members.items():
-            options = _options(message, entries, own=mailbox.key == origin)
-            if options is None:
+        copies: dict[Options, TopicCopy] = {}
+        targets = Targets([], [])
+        for mailbox, entry in found.members.items():
+            options, identifier = entry
+            if options.no_local and mailbox.key == origin:
                 continue
-            copy = copies.get(options)
-            if copy is None:
-                copy = copies[options] = TopicCopy(
-                    message, options[0], retain=options[1], subscription_ids=options[2]
-                )
-            targets.append((mailbox, copy))
-            if mailbox.log is not None and copy.qos:
-                durable.setdefault(copy, []).append(mailbox)
+            wanted = (
+                min(message.qos, options.qos),
+                message.retain and options.retain_as_published,
+                (identifier,) if identifier else NO_IDS,
+            )
+            targets.add(mailbox, copies.get(wanted) or _new_copy(copies, message, wanted))
+        for mailbox, entries in found.several.items():
+            wished = _options(message, entries, own=mailbox.key == origin)
+            if wished is not None:
+                targets.add(mailbox, copies.get(wished) or _new_copy(copies, message, wished))
         for group in found.groups:
             chosen = self._choose(message, group)
             if chosen is not None:
-                targets.append(chosen)
-                if chosen[0].log is not None and chosen[1].qos:
-                    durable[chosen[1]] = [chosen[0]]
+                targets.add(*chosen)
+        durable: dict[TopicCopy, list[Mailbox]] = {}
+        for mailbox, copy in zip(*targets, strict=True):
+            if mailbox.log is not None and copy.qos:
+                durable.setdefault(copy, []).append(mailbox)
         if durable:
             self._keep(hub, message, durable.items())
         self._postman.deliver(hub, message.topic, targets)
-        return Reason.SUCCESS if targets else Reason.NO_MATCHING_SUBSCRIBERS
+        return Reason.SUCCESS if targets.mailboxes else Reason.NO_MATCHING_SUBSCRIBERS
 
     @staticmethod
     def _choose(
@@ -302,7 +307,7 @@ class Exchange:
             if chosen[0].log is not None and chosen[1].qos:
                 self._keep(hub, copy.message, [(chosen[1], [chosen[0]])])
             mailbox.done(copy)
-            self._postman.deliver(hub, copy.message.topic, [chosen])
+            self._postman.deliver(hub, copy.message.topic, Targets([chosen[0]], [chosen[1]]))
         return left
 
     def publish_will(self, hub: Hub, packet: Publish, key: str) -> None:
@@ -333,17 +338,15 @@ class Exchange:
             )
 
 
-def _options(
-    message: TopicMessage, entries: Sequence[Entry], *, own: bool
-) -> tuple[int, bool, tuple[int, ...]] | None:
-    """QoS, retain and subscription identifiers of the one copy that overlapping subscriptions of one session get
-    (MQTT5-3.3.4-2, MQTT5-3.3.4-3). None: all of them are no-local, and the message is its own."""
-    if len(entries) == 1:
-        options, identifier = entries[0]
-        if own and options.no_local:
-            return None
-        ids = (identifier,) if identifier else PLAIN
-        return min(message.qos, options.qos), message.retain and options.retain_as_published, ids
+def _new_copy(copies: dict[Options, TopicCopy], message: TopicMessage, options: Options) -> TopicCopy:
+    qos, retain, ids = options
+    copy = copies[options] = TopicCopy(message, qos, retain=retain, subscription_ids=ids)
+    return copy
+
+
+def _options(message: TopicMessage, entries: Sequence[Entry], *, own: bool) -> Options | None:
+    """Of the one copy that overlapping subscriptions of one session get (MQTT5-3.3.4-2, MQTT5-3.3.4-3). None: all of
+    them are no-local, and the message is its own."""
     meant = [entry for entry in entries if not (own and entry[0].no_local)]
     if not meant:
         return None

@@ -105,6 +105,8 @@ class TopicCopy:
 
     def frames(self, version: int, now: float) -> Frames:
         """The packets for this protocol version; at QoS 0 `head + tail` is the packet."""
+        if self.message.expires_at is None and (made := self._frames.get(version)) is not None:
+            return made
         interval = _interval(self.message, now)
         if interval != self._frames_of:  # MQTT5-3.3.2-6: it counts down
             self._frames, self._frames_of = {}, interval

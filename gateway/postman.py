@@ -12,9 +12,10 @@ the same (somebody subscribed meanwhile) starts the next convoy, which waits for
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from gateway.fanout import SLICE
 from gateway.hub import Hub
@@ -32,8 +33,20 @@ MAX_WAITING: Final = (
 )
 AT_ONCE: Final = 8 * SLICE  # deliveries in one turn of the loop that do not wait for a slice, about 2 ms
 
-Target = tuple[Mailbox, TopicCopy]
 Topic = tuple[Hub, str]
+
+log = logging.getLogger(__name__)
+
+
+class Targets(NamedTuple):
+    """The subscribers of a message, and at the same places what each gets."""
+
+    mailboxes: list[Mailbox]
+    copies: list[TopicCopy]
+
+    def add(self, mailbox: Mailbox, copy: TopicCopy) -> None:
+        self.mailboxes.append(mailbox)
+        self.copies.append(copy)
 
 
 class _Passenger:
@@ -49,20 +62,20 @@ class _Passenger:
 class _Convoy:
     __slots__ = ("circle", "passengers", "position")
 
-    def __init__(self, circle: Sequence[Mailbox], passenger: _Passenger) -> None:
+    def __init__(self, circle: list[Mailbox], passenger: _Passenger) -> None:
         self.circle = circle
         self.position = 0
         self.passengers = [passenger]
 
-    def stops(self, most: int) -> Iterator[tuple[Mailbox, list[TopicCopy]]]:
-        """The next subscribers, and what each gets; passengers that have been everywhere leave."""
-        for _ in range(min(most, *(passenger.left for passenger in self.passengers))):
-            at = self.position
-            self.position = at + 1 if at + 1 < len(self.circle) else 0
-            for passenger in self.passengers:
-                passenger.left -= 1
-            yield self.circle[at], [passenger.copies[at] for passenger in self.passengers]
-        self.passengers = [passenger for passenger in self.passengers if passenger.left]
+    def move(self, most: int) -> tuple[range, list[_Passenger]]:
+        """The places of the next subscribers, and who travels there; passengers that have been everywhere leave."""
+        passengers, at = self.passengers, self.position
+        count = min(most, len(self.circle) - at, *(passenger.left for passenger in passengers))
+        self.position = at + count if at + count < len(self.circle) else 0
+        for passenger in passengers:
+            passenger.left -= count
+        self.passengers = [passenger for passenger in passengers if passenger.left]
+        return range(at, at + count), passengers
 
 
 class Postman:
@@ -85,16 +98,17 @@ class Postman:
             return True
         return False
 
-    def deliver(self, hub: Hub, topic: str, targets: Sequence[Target]) -> None:
-        if not targets:
+    def deliver(self, hub: Hub, topic: str, targets: Targets) -> None:
+        circle, copies = targets
+        if not circle:
             return
         convoys = self._convoys.get((hub, topic))
-        if convoys is None and self._may_go_now(len(targets)):
-            for mailbox, copy in targets:
-                self.hand(mailbox, [copy])
+        if convoys is None and self._may_go_now(len(circle)):
+            for mailbox, copy in zip(circle, copies, strict=True):
+                self.hand(mailbox, copy)
             return
-        self.waiting += len(targets)
-        circle, passenger = [mailbox for mailbox, _ in targets], _Passenger([copy for _, copy in targets])
+        self.waiting += len(circle)
+        passenger = _Passenger(copies)
         if convoys is None:
             self._convoys[hub, topic] = deque((_Convoy(circle, passenger),))
             self._turns.append((hub, topic))
@@ -120,30 +134,34 @@ class Postman:
 
     def _turn(self) -> None:
         left = SLICE
-        try:
-            while left > 0 and self._turns:
-                left -= self._move(self._turns.popleft(), left)
-        finally:  # one message that cannot be sent must not stop the others
-            if self._turns:
-                asyncio.get_running_loop().call_soon(self._turn)
-            self._resume()
+        while left > 0 and self._turns:
+            left -= self._move(self._turns.popleft(), left)
+        if self._turns:
+            asyncio.get_running_loop().call_soon(self._turn)
+        self._resume()
 
     def _move(self, topic: Topic, most: int) -> int:
         """Take the first convoy of a topic some stops further; how many."""
-        convoys, stops = self._convoys[topic], 0
-        try:
-            for mailbox, copies in convoys[0].stops(most):
-                stops += 1
-                self.waiting -= len(copies)
-                self.hand(mailbox, copies)
-        finally:
-            if not convoys[0].passengers:
-                convoys.popleft()
-            if convoys:
-                self._turns.append(topic)
-            else:
-                del self._convoys[topic]
-        return stops
+        convoys = self._convoys[topic]
+        convoy = convoys[0]
+        places, passengers = convoy.move(most)
+        self.waiting -= len(places) * len(passengers)
+        circle, copies, alone = convoy.circle, passengers[0].copies, len(passengers) == 1
+        for at in places:
+            try:
+                if alone:
+                    self.hand(circle[at], copies[at])
+                else:
+                    self.hand_all(circle[at], [passenger.copies[at] for passenger in passengers])
+            except Exception:  # one message that cannot be sent must not stop the others
+                log.exception("a message was not handed over")
+        if not convoy.passengers:
+            convoys.popleft()
+        if convoys:
+            self._turns.append(topic)
+        else:
+            del self._convoys[topic]
+        return len(places)
 
     def _resume(self) -> None:
         while self._paused and self.waiting < MAX_WAITING // 2:
@@ -151,37 +169,47 @@ class Postman:
             del self._paused[connection]
             connection.resume_reading()
 
-    def hand(self, mailbox: Mailbox, copies: Sequence[TopicCopy]) -> None:
+    def hand(self, mailbox: Mailbox, copy: TopicCopy) -> None:
         """To one subscriber: now, or into its queue."""
-        session, member, dropped = mailbox.session, mailbox.member, mailbox.dropped
-        if session is None or member is None:
-            for copy in copies:
-                if copy.qos:
-                    self._put(mailbox, copy)
-        elif member.blocked:
-            for copy in copies:
-                if copy.qos:
-                    mailbox.put(copy)
-                else:
-                    mailbox.dropped += 1  # QoS 0 to a socket that does not drain
+        session, member = mailbox.session, mailbox.member
+        if session is None or member is None or member.blocked:
+            self._leave(mailbox, copy)
+            return
+        dropped = mailbox.dropped
+        frame = session.send_copy(copy, self._clock.now)
+        if frame is not None:
+            self._metrics.topic_messages.value += 1
+            member.send(frame)
         else:
-            self._send(session, member, copies)
-        self._metrics.topic_dropped.value += mailbox.dropped - dropped
+            self._note(session, member, mailbox.dropped - dropped)
 
-    def _send(self, session: Session, member: Member, copies: Sequence[TopicCopy]) -> None:
-        now = self._clock.now
-        if len(copies) == 1:
-            frame = session.send_copy(copies[0], now)
-            if frame is not None:
-                self._metrics.topic_messages.value += 1
-                member.send(frame)
-        else:
-            frames = [frame for copy in copies if (frame := session.send_copy(copy, now)) is not None]
-            self._metrics.topic_messages.value += len(frames)
-            member.send(b"".join(frames))
+    def hand_all(self, mailbox: Mailbox, copies: Sequence[TopicCopy]) -> None:
+        """The same for several messages: in one write."""
+        session, member = mailbox.session, mailbox.member
+        if session is None or member is None or member.blocked:
+            for copy in copies:
+                self._leave(mailbox, copy)
+            return
+        dropped, now = mailbox.dropped, self._clock.now
+        frames = [frame for copy in copies if (frame := session.send_copy(copy, now)) is not None]
+        self._metrics.topic_messages.value += len(frames)
+        member.send(b"".join(frames))
+        self._note(session, member, mailbox.dropped - dropped)
+
+    def _note(self, session: Session, member: Member, dropped: int) -> None:
+        self._metrics.topic_dropped.value += dropped
         if session.held is not None:
             self._metrics.topic_messages.value += len(session.held)
             member.send_held()
+
+    def _leave(self, mailbox: Mailbox, copy: TopicCopy) -> None:
+        """For a client that is away or does not read."""
+        dropped = mailbox.dropped
+        if copy.qos:
+            self._put(mailbox, copy)
+        elif mailbox.session is not None:
+            mailbox.dropped += 1  # QoS 0 to a socket that does not drain
+        self._metrics.topic_dropped.value += mailbox.dropped - dropped
 
     @staticmethod
     def _put(mailbox: Mailbox, copy: TopicCopy) -> None:

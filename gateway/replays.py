@@ -78,7 +78,7 @@ class Replays:
         copy = TopicCopy(message, qos, retain=True, subscription_ids=(identifier,) if identifier else NO_IDS)
         if qos and mailbox.log is not None:
             self._keep(hub, message, [(copy, [mailbox])])
-        self._postman.hand(mailbox, [copy])
+        self._postman.hand(mailbox, copy)
 
 
 def _stands(hub: Hub, message: TopicMessage) -> bool:

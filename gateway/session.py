@@ -276,8 +276,15 @@ class Session:
 
     def send_copy(self, copy: TopicCopy, now: float) -> bytes | None:
         """An ordinary message for this subscriber: its packet, or None if it was queued, held or dropped."""
-        mailbox = self.own_mailbox()
-        if copy.qos == 0:
+        mailbox = self.mailbox or self.own_mailbox()
+        if copy.qos == 1 and self.unacked is None and self.manners is PLAIN:
+            if not (mailbox.queue or mailbox.in_flight or self.resend):  # the hot case: any id is free
+                packet_id = self.next_id
+                self.unacked = {packet_id: copy}
+                self.waiting_since = now
+                self.next_id = packet_id + 1 if packet_id < MAX_PACKET_ID else 1
+                return copy.frames(self.encoding.version, now)[packet_id]
+        elif copy.qos == 0:
             frame = self._frame(copy, 0, now)
             if frame is None:
                 mailbox.drop(copy)
@@ -418,7 +425,8 @@ class Session:
             if not unacked:
                 self.unacked = None
             self.waiting_since = now
-            self._acked_copy(item, packet_id)
+            if item.qos == 2 or (self.mailbox is not None and self.mailbox.log is not None):
+                self._acked_copy(item, packet_id)
         elif not packet_id:
             raise ProtocolError("packet id 0")  # MQTT5-2.2.1-3
         return None

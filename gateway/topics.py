@@ -125,7 +125,8 @@ class _Subscribers:
 class Found(NamedTuple):
     """The subscriptions a message meets."""
 
-    members: Mapping[Mailbox, Sequence[Entry]]
+    members: Mapping[Mailbox, Entry]  # by one filter each
+    several: Mapping[Mailbox, Sequence[Entry]]  # by overlapping filters
     groups: Sequence[SharedGroup]
 
 
@@ -195,17 +196,23 @@ class SubscriptionIndex:
 
     def match(self, topic: str) -> Found:
         """The subscriptions a message on this topic meets, by subscriber."""
-        members: dict[Mailbox, list[Entry]] = {}
+        members: dict[Mailbox, Entry] = {}
+        several: dict[Mailbox, list[Entry]] = {}
         groups: list[SharedGroup] = []
         for subscribers in self._matching(topic):
             if subscribers.groups:
                 groups.extend(subscribers.groups.values())
-            if not members:  # most often the only filter that matches
-                members = {mailbox: [entry] for mailbox, entry in subscribers.members.items()}
+            if not members and not several:  # most often the only filter that matches
+                members = subscribers.members.copy()
                 continue
             for mailbox, entry in subscribers.members.items():
-                members.setdefault(mailbox, []).append(entry)
-        return Found(members, groups)
+                if mailbox in several:
+                    several[mailbox].append(entry)
+                elif mailbox in members:
+                    several[mailbox] = [members.pop(mailbox), entry]
+                else:
+                    members[mailbox] = entry
+        return Found(members, several, groups)
 
     def _matching(self, topic: str) -> Iterator[_Subscribers]:
         words = topic.split("/")
