@@ -152,10 +152,7 @@ class Connection(asyncio.Protocol):
                 push = session.acked(packet_id, now)
                 if push is not None:
                     note(push, devno)
-        mailbox = session.mailbox
-        if session.behind or (
-            mailbox is not None and (mailbox.queue or mailbox.in_flight or mailbox.replays)
-        ):
+        if session.behind or (session.mailbox is not None and session.mailbox.waiting):
             self.catch_up()
         if end < len(data):
             self._take(data[end:])

@@ -29,13 +29,12 @@ from gateway.mqtt import (
     Unsuback,
     Unsubscribe,
     encode,
-    split_share,
 )
 from gateway.postman import Postman, Targets
 from gateway.replays import Replays
 from gateway.session import Session
 from gateway.sys_topics import SysTopics
-from gateway.topics import SharedGroup
+from gateway.topics import SharedGroup, split_group
 from gateway.wheel import Clock
 
 if TYPE_CHECKING:
@@ -112,8 +111,7 @@ class Exchange:
         assert hub is not None
         if subscription.filter == PUSH_TOPIC and session.devno >= 0:
             return Reason.GRANTED_QOS_1, None  # implicit, and always acknowledged
-        share = split_share(subscription.filter)
-        plain = share[1] if share else subscription.filter
+        share, plain = split_group(subscription.filter)
         if not self.fits(subscription.filter):
             return Reason.TOPIC_FILTER_INVALID, None
         if not hub.access.may_subscribe(*role_of(connection.key), plain):
@@ -182,7 +180,7 @@ class Exchange:
             ended = [
                 topic_filter
                 for topic_filter in mailbox.subscriptions
-                if not hub.access.may_subscribe(role, name, _plain(topic_filter))
+                if not hub.access.may_subscribe(role, name, split_group(topic_filter)[1])
             ]
             for topic_filter in ended:
                 self._leave(hub, mailbox, topic_filter)
@@ -201,17 +199,19 @@ class Exchange:
         if packet.retain and not hub.retained.set(message):
             return Reason.QUOTA_EXCEEDED, False
         reason = self.route(hub, message, origin)
-        received = packet.qos == 2 and session is not None and _durable(session.mailbox)
-        if received and session is not None and not packet.retain:
-            session.took(packet.packet_id)  # saved together with the message: exactly once
-        return reason, packet.retain or bool(message.number) or received
+        saving = packet.retain or bool(message.number)
+        if packet.qos == 2 and session is not None and _durable(session.mailbox):
+            saving = True
+            if not packet.retain:
+                session.took(packet.packet_id)  # saved together with the message: exactly once
+        return reason, saving
 
     async def saved(self, hub: Hub, packet: Publish, origin: str, session: Session | None = None) -> None:
         """What was published is durable. Raises StoreError."""
         if packet.retain:
             await self._store.retain([self._as_row(hub.app, packet, origin)])
-        if packet.qos == 2 and session is not None:
-            session.took(packet.packet_id)
+            if packet.qos == 2 and session is not None:
+                session.took(packet.packet_id)
         await self._journal.saved()
 
     async def taken(self, packet: Publish, session: Session) -> None:
@@ -363,11 +363,6 @@ def _too_large(connection: Connection, session: Session, answer: bytes) -> bool:
         return False
     connection.close("packet too large", Reason.PACKET_TOO_LARGE)
     return True
-
-
-def _plain(topic_filter: str) -> str:
-    share = split_share(topic_filter)
-    return share[1] if share else topic_filter
 
 
 def _durable(mailbox: Mailbox | None) -> bool:

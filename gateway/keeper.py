@@ -107,7 +107,7 @@ class Keeper:
         key, now = connection.key, self._clock.now
         mailbox = hub.mailboxes.pop(key, None)
         resend = hub.resend.pop(session.devno, None)
-        known = hub.session_ends.take(session.devno, max(now, asyncio.get_running_loop().time()))  # as noted
+        known = hub.session_ends.take(session.devno, now)
         expired = mailbox is not None and mailbox.expires_at is not None and mailbox.expires_at <= now
         over = clean_start or expired
         self._wills.cancel(hub, key, mailbox, publish=over)
@@ -154,9 +154,7 @@ class Keeper:
 
     def _note_device(self, hub: Hub, devno: int, in_flight: dict[int, int], expiry: int) -> None:
         if devno >= 0:
-            now = (
-                asyncio.get_running_loop().time()
-            )  # the clock may be a tick old, and a session must not end early
+            now = asyncio.get_running_loop().time()  # the clock may be a tick old: it must not end early
             hub.session_ends.note(devno, now, expiry)
             if in_flight and len(hub.resend) < self._max_sessions:
                 hub.resend[devno] = Resend(in_flight, now + expiry)

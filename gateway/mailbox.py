@@ -113,7 +113,7 @@ class Mailbox:
     @property
     def waiting(self) -> bool:
         """Something here is to be sent."""
-        return bool(self.queue) or bool(self.in_flight) or bool(self.replays)
+        return bool(self.queue or self.in_flight or self.replays)
 
     @property
     def empty(self) -> bool:

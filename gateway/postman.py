@@ -203,18 +203,12 @@ class Postman:
             member.send_held()
 
     def _leave(self, mailbox: Mailbox, copy: TopicCopy) -> None:
-        """For a client that is away or does not read."""
+        """For a client that is away or does not read; its session may have ended while the message was on its way."""
         dropped = mailbox.dropped
-        if copy.qos:
-            self._put(mailbox, copy)
+        if mailbox.over:
+            mailbox.done(copy)
+        elif copy.qos:
+            mailbox.put(copy)
         elif mailbox.session is not None:
             mailbox.dropped += 1  # QoS 0 to a socket that does not drain
         self._metrics.topic_dropped.value += mailbox.dropped - dropped
-
-    @staticmethod
-    def _put(mailbox: Mailbox, copy: TopicCopy) -> None:
-        """For an absent client, whose session may have ended while the message was on its way."""
-        if mailbox.over:
-            mailbox.done(copy)
-        else:
-            mailbox.put(copy)

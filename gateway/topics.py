@@ -141,7 +141,7 @@ class SubscriptionIndex:
 
     def add(self, entry: Entry, mailbox: Mailbox) -> None:
         """Subscribe, or change the options of a subscription (MQTT5-3.8.4-3)."""
-        share, plain = _split(entry[0].filter)
+        share, plain = split_group(entry[0].filter)
         level = self._trie.at(plain)
         if level.value is None:
             level.value = _Subscribers()
@@ -158,7 +158,7 @@ class SubscriptionIndex:
 
     def remove(self, topic_filter: str, mailbox: Mailbox) -> bool:
         """False if there was no such subscription."""
-        share, plain = _split(topic_filter)
+        share, plain = split_group(topic_filter)
         level = self._trie.find(plain)
         if level is None or level.value is None:
             return False
@@ -189,7 +189,7 @@ class SubscriptionIndex:
 
     def group(self, topic_filter: str) -> SharedGroup | None:
         """A shared subscription that has members."""
-        share, plain = _split(topic_filter)
+        share, plain = split_group(topic_filter)
         level = self._trie.find(plain)
         groups = level.value.groups if level is not None and level.value is not None else None
         return groups.get(share) if groups and share is not None else None
@@ -233,7 +233,7 @@ class SubscriptionIndex:
                 stack.extend((children[word], depth + 1) for word in wanted if word in children)
 
 
-def _split(topic_filter: str) -> tuple[str | None, str]:
+def split_group(topic_filter: str) -> tuple[str | None, str]:
     """(group, filter) of a shared subscription, (None, filter) of any other."""
     return split_share(topic_filter) or (None, topic_filter)
 
