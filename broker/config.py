@@ -40,6 +40,7 @@ Limit = Annotated[int, Meta(ge=1)]
 Body = Annotated[int, Meta(ge=1024)]
 AdminKey = Annotated[str, Meta(min_length=16)]
 U16 = Annotated[int, Meta(ge=0, le=65535)]
+PositiveU16 = Annotated[int, Meta(ge=1, le=65535)]
 Name = Annotated[str, Meta(min_length=1)]
 Seconds = Annotated[float, Meta(gt=0)]
 
@@ -97,7 +98,7 @@ class Mqtt(msgspec.Struct, frozen=True, kw_only=True):
         Limit | None, _about("new connections a second from one source address; IPv6 counts by /64")
     ] = None
     keep_alive_max: Annotated[
-        int, Meta(ge=1, le=65535), _about("a longer keep-alive is lowered to this (Server Keep Alive)")
+        PositiveU16, _about("a longer keep-alive is lowered to this (Server Keep Alive)")
     ] = 3600
     keep_alive_min: Annotated[
         U16, _about("an MQTT 5 keep-alive below is raised to this (Server Keep Alive); 0: as asked for")
@@ -110,20 +111,17 @@ class Mqtt(msgspec.Struct, frozen=True, kw_only=True):
     max_retained: Annotated[Count, _about("retained messages of one app")] = 10_000
     max_retained_bytes: Annotated[Count, _about("their bytes, topics included")] = 16 << 20
     max_topic_length: Annotated[
-        int, Meta(ge=1, le=65535), _about("bytes of an ordinary topic or filter; a longer one is refused")
+        PositiveU16, _about("bytes of an ordinary topic or filter; a longer one is refused")
     ] = 4096
     max_topic_levels: Annotated[
-        int, Meta(ge=1, le=65535), _about("levels of an ordinary topic or filter; a deeper one is refused")
+        PositiveU16, _about("levels of an ordinary topic or filter; a deeper one is refused")
     ] = 128
     topic_alias_maximum: Annotated[U16, _about("topic aliases that one peer may set; 0: none")] = 16
     receive_maximum: Annotated[
-        int,
-        Meta(ge=1, le=65535),
+        PositiveU16,
         _about("unanswered messages of one peer, and QoS 2 ids it has not released"),
     ] = 256
-    max_inflight: Annotated[
-        int, Meta(ge=1, le=65535), _about("unacknowledged packets to one device, at most")
-    ] = 32
+    max_inflight: Annotated[PositiveU16, _about("unacknowledged packets to one device, at most")] = 32
     sys_interval: Annotated[Seconds, _about("time between two publications of $SYS/#")] = 10.0
     anonymous_app: Annotated[
         Name | None,

@@ -7,7 +7,9 @@ module, which fails if a server logged a traceback.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from random import SystemRandom
 
 import pytest
 
@@ -35,3 +37,11 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartServ
 @pytest.fixture(scope="module")
 def server(start_server: StartServer) -> LocalServer:
     return start_server()
+
+
+@pytest.fixture
+def seed() -> int:
+    """Of a crash test; HOLDFAST_CRASH_SEED repeats one."""
+    chosen = int(os.environ.get("HOLDFAST_CRASH_SEED") or SystemRandom().randrange(2**32))
+    print(f"HOLDFAST_CRASH_SEED={chosen}")  # noqa: T201 - pytest shows it when the test fails
+    return chosen

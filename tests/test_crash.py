@@ -21,7 +21,6 @@ from typing import Any, Final
 
 import aiohttp
 import orjson
-import pytest
 
 from clients.local_server import LocalServer
 from tests.crash_load import Device, HttpPublisher, Load, MqttPublisher
@@ -34,13 +33,6 @@ FLAGS: Final = (
     "--mqtt-max-inflight", "8",  # windows are full all the time
     "--server-log-level", "warning",
 )  # fmt: skip
-
-
-@pytest.fixture
-def seed() -> int:
-    chosen = int(os.environ.get("HOLDFAST_CRASH_SEED") or SystemRandom().randrange(2**32))
-    print(f"HOLDFAST_CRASH_SEED={chosen}")  # noqa: T201 - pytest shows it when the test fails
-    return chosen
 
 
 async def test_nothing_accepted_is_lost_or_unaccounted_across_kills(

@@ -15,10 +15,7 @@ import os
 import signal
 import sqlite3
 from collections.abc import Callable
-from random import SystemRandom
 from typing import Final
-
-import pytest
 
 from clients.local_server import LocalServer
 from tests.crash_sessions import WATCHED, Load
@@ -32,13 +29,6 @@ FLAGS: Final = (
     "--mqtt-max-inflight", "8",  # windows are full all the time
     "--server-log-level", "warning",
 )  # fmt: skip
-
-
-@pytest.fixture
-def seed() -> int:
-    chosen = int(os.environ.get("HOLDFAST_CRASH_SEED") or SystemRandom().randrange(2**32))
-    print(f"HOLDFAST_CRASH_SEED={chosen}")  # noqa: T201 - pytest shows it when the test fails
-    return chosen
 
 
 async def test_ordinary_messages_arrive_as_promised_across_kills(
