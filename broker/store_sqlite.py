@@ -44,12 +44,12 @@ from broker.model import (
     StoredMessage,
     TermKey,
 )
-from broker.sqlite_engine import cannot_open, connect, lock_data_dir, open_database
-from broker.sqlite_index import IndexWrites
-from broker.sqlite_messages import Ids, MessageWrites
-from broker.sqlite_reads import Reads
-from broker.sqlite_routes import AppStates
-from broker.sqlite_threads import (
+from broker.sqlite.engine import cannot_open, connect, lock_data_dir, open_database
+from broker.sqlite.index import IndexWrites
+from broker.sqlite.messages import Ids, MessageWrites
+from broker.sqlite.reads import Reads
+from broker.sqlite.routes import AppStates
+from broker.sqlite.threads import (
     Checkpointer,
     Effects,
     Engine,
@@ -59,7 +59,7 @@ from broker.sqlite_threads import (
     StoreStats,
     Writer,
 )
-from broker.sqlite_upkeep import Upkeep
+from broker.sqlite.upkeep import Upkeep
 from broker.store import StoreError, StoreUnavailable
 
 log = logging.getLogger(__name__)

@@ -12,17 +12,14 @@ from typing import Final
 from aiohttp import web
 
 from broker.admin import AdminListener, Health, LocalActions, describe_app
-from broker.apps import Apps
+from broker.api.http import build_api
+from broker.broker import Broker
 from broker.bus_local import LocalBus
 from broker.command import make_store
 from broker.config import Config, is_loopback
-from broker.devices import Devices
-from broker.http_api import build_api
 from broker.logs import log_event
 from broker.metrics import HttpMetrics, LoopLag, Metrics, StoreMetrics
 from broker.model import App
-from broker.pushes import Pushes
-from broker.reports import Reports
 from broker.store import StoreError
 from gateway.carriers import Carriers
 from gateway.doorkeeper import DoorLimits
@@ -74,7 +71,6 @@ class Service:
     def __init__(self, config: Config) -> None:
         self._config = config
         loop = asyncio.get_running_loop()
-        limits = config.limits()
         self.metrics = Metrics()
         self.health = Health()
         self._lag = LoopLag(self.metrics, loop)
@@ -83,24 +79,19 @@ class Service:
         self._store.stats.on_commit = store_metrics.on_commit
         self.health.checks.append(store_metrics.refusing)
         self._bus = LocalBus()
-        self._apps = Apps(self._store, self._bus, limits)
-        self._devices = Devices(self._store, self._bus, limits)
-        pushes = Pushes(self._store, self._bus, limits)
-        reports = Reports(self._store, limits)
+        self._broker = Broker(self._store, self._bus, config.limits())
         self.node = Node(
             _node_settings(config),
             store=self._store,
             bus=self._bus,
-            apps=self._apps,
-            devices=self._devices,
-            pushes=pushes,
-            reports=reports,
+            apps=self._broker.apps,
+            devices=self._broker.devices,
+            pushes=self._broker.pushes,
+            reports=self._broker.reports,
             carriers=Carriers(config.carriers.directory),
             metrics=self.metrics,
         )
-        api = build_api(
-            self._apps, self._devices, pushes, reports, limits, observe=HttpMetrics(self.metrics).observe
-        )
+        api = build_api(self._broker, HttpMetrics(self.metrics).observe)
         self._api = web.AppRunner(api, access_log=None)
         self._certificate: Certificate | None = None
         self._servers: list[asyncio.Server] = []
@@ -117,9 +108,12 @@ class Service:
             assert config.mqtt.private_key is not None
             self._certificate = Certificate(config.mqtt.certificate, config.mqtt.private_key)
         await self._store.open()
+        await self._broker.open()
         demo_app = await self._demo_app()
         anonymous_app = await self._anonymous_app()
-        actions = LocalActions(self._store, self._apps, self._devices, config.push.offline_limit)
+        actions = LocalActions(
+            self._store, self._broker.apps, self._broker.devices, config.push.offline_limit
+        )
         self._admin = AdminListener(config, actions, self.metrics, self.health, self._lag)
         admin = await self._admin.open()
         self.node.start()
@@ -173,7 +167,7 @@ class Service:
         return None
 
     async def _create_open_app(self, name: str) -> App:
-        return await self._apps.create(name, open=True, offline_limit=self._config.push.offline_limit)
+        return await self._broker.apps.create(name, open=True, offline_limit=self._config.push.offline_limit)
 
     async def _listen_tcp(self, port: int | None, certificate: Certificate | None) -> str | None:
         if port is None:
@@ -222,7 +216,7 @@ class Service:
             self._upkeep.cancel()
             await asyncio.wait([self._upkeep])
         await self.node.close()
-        self._apps.close()
+        await self._broker.close()
         await self._store.close()
         self._lag.close()
         if self._admin is not None:

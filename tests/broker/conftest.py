@@ -14,12 +14,13 @@ import orjson
 import pytest
 from aiohttp import web
 
+from broker.api.call import ApiCounters
+from broker.api.http import build_api
 from broker.apps import Apps
+from broker.broker import Broker
 from broker.bus import Doorbell
 from broker.bus_local import LocalBus
 from broker.devices import Devices
-from broker.http_api import build_api
-from broker.http_call import ApiCounters
 from broker.limits import Limits
 from broker.model import App, Device
 from broker.pushes import Pushes
@@ -60,10 +61,7 @@ class Service:
 
     store: SqliteStore
     bus: LocalBus
-    apps: Apps
-    devices: Devices
-    pushes: Pushes
-    reports: Reports
+    broker: Broker
     limits: Limits
     app: App
     clock: Clock
@@ -71,6 +69,22 @@ class Service:
     rung: asyncio.Queue[Doorbell] = field(default_factory=asyncio.Queue)
     base: str = ""
     session: aiohttp.ClientSession | None = None
+
+    @property
+    def apps(self) -> Apps:
+        return self.broker.apps
+
+    @property
+    def devices(self) -> Devices:
+        return self.broker.devices
+
+    @property
+    def pushes(self) -> Pushes:
+        return self.broker.pushes
+
+    @property
+    def reports(self) -> Reports:
+        return self.broker.reports
 
     @property
     def now(self) -> float:
@@ -126,28 +140,13 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
             store, bus, limits = SqliteStore(tmp_path / "data.db"), LocalBus(), limits or Limits()
             await store.open()
             stack.push_async_callback(store.close)
-            apps = Apps(store, bus, limits)
-            stack.callback(apps.close)
             clock = Clock()
-            service = Service(
-                store,
-                bus,
-                apps,
-                Devices(store, bus, limits, clock),
-                Pushes(store, bus, limits, clock),
-                Reports(store, limits, clock),
-                limits,
-                await apps.create("test", **app),
-                clock,
-            )
+            broker = Broker(store, bus, limits, clock)
+            await broker.open()
+            stack.push_async_callback(broker.close)
+            service = Service(store, bus, broker, limits, await broker.apps.create("test", **app), clock)
             stack.callback(bus.subscribe(service.hear))
-            runner = web.AppRunner(
-                build_api(
-                    apps, service.devices, service.pushes, service.reports, limits,
-                    clock=clock, observe=service.counters.observe,
-                ),
-                access_log=None,
-            )  # fmt: skip
+            runner = web.AppRunner(build_api(broker, service.counters.observe), access_log=None)
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
             await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -9,8 +9,8 @@ from typing import Any
 
 import orjson
 
+from broker.api.http import device_endpoints, push_endpoints, report_endpoints
 from broker.errors import STATUS
-from broker.http_api import device_endpoints, push_endpoints, report_endpoints
 from broker.limits import Limits
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"

@@ -19,7 +19,7 @@ from broker.metrics import (
     Metrics,
     StoreMetrics,
 )
-from broker.sqlite_threads import StoreStats
+from broker.sqlite.threads import StoreStats
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 

@@ -272,10 +272,10 @@ async def test_concurrent_appends_share_commits(path: Path) -> None:
 async def test_the_file_gives_space_back_and_the_log_stays_bounded(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("broker.sqlite_threads.CHECKPOINT_PAGES", 50)
-    monkeypatch.setattr("broker.sqlite_threads.RESET_PAGES", 200)
-    monkeypatch.setattr("broker.sqlite_threads.TRUNCATE_PAGES", 200)
-    monkeypatch.setattr("broker.sqlite_upkeep.FREE_PAGES", 10)
+    monkeypatch.setattr("broker.sqlite.threads.CHECKPOINT_PAGES", 50)
+    monkeypatch.setattr("broker.sqlite.threads.RESET_PAGES", 200)
+    monkeypatch.setattr("broker.sqlite.threads.TRUNCATE_PAGES", 200)
+    monkeypatch.setattr("broker.sqlite.upkeep.FREE_PAGES", 10)
     clock = Clock()
     store = SqliteStore(path, clock=clock)
     await store.open()

@@ -21,10 +21,10 @@ from broker.model import (
     StoredBroadcast,
     StoredMessage,
 )
-from broker.sqlite_engine import decode_bits, read_rows
-from broker.sqlite_index import APP_COLUMNS, DEVICES_BY_RID, app_from_row, device_from_row
-from broker.sqlite_messages import merged
-from broker.sqlite_threads import Handler
+from broker.sqlite.engine import decode_bits, read_rows
+from broker.sqlite.index import APP_COLUMNS, DEVICES_BY_RID, app_from_row, device_from_row
+from broker.sqlite.messages import merged
+from broker.sqlite.threads import Handler
 
 OWED: Final = """
 SELECT json_group_array(json((

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from broker.sqlite_engine import as_store_error
+from broker.sqlite.engine import as_store_error
 from broker.store import StoreFull, StoreUnavailable
 
 log = logging.getLogger(__name__)

@@ -20,6 +20,7 @@ from broker.store import StoreError
 
 log: Final = logging.getLogger(__name__)
 MINUTE: Final = 60
+DONE: Final = b""  # the vendor answers changes with an empty body
 
 Clock = Callable[[], float]
 Observe = Callable[[str, int, float], None]

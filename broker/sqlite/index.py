@@ -14,8 +14,8 @@ import msgspec
 from pyroaring import BitMap
 
 from broker.model import AccessRule, App, Device, DeviceChange, NewDevice, Term, TermKey
-from broker.sqlite_engine import Row, decode_bits, delete_rows, encode_bits, read_rows, write_rows
-from broker.sqlite_threads import Effects, Handler
+from broker.sqlite.engine import Row, decode_bits, delete_rows, encode_bits, read_rows, write_rows
+from broker.sqlite.threads import Effects, Handler
 from broker.store import StoreError, UnknownDevice
 
 APP_COLUMNS: Final = (

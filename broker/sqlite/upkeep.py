@@ -8,9 +8,9 @@ import sqlite3
 from collections.abc import Callable
 from typing import Final
 
-from broker.sqlite_engine import DELETED_KEYS, Row, delete_rows, write_rows
-from broker.sqlite_messages import Ids, MessageWrites, first_id, merged
-from broker.sqlite_threads import Handler
+from broker.sqlite.engine import DELETED_KEYS, Row, delete_rows, write_rows
+from broker.sqlite.messages import Ids, MessageWrites, first_id, merged
+from broker.sqlite.threads import Handler
 
 SLICE_ROWS: Final = 4_000  # of one transaction: about 20 ms
 SLICE_MESSAGES: Final = 500  # expired messages looked at in one transaction; each may have many inbox rows

@@ -18,8 +18,8 @@ from typing import Final
 from pyroaring import BitMap
 
 from broker.model import Appended, BehaviourEvent, NewMessage, Receipt, Retained, SessionItem, Settled
-from broker.sqlite_engine import Row, decode_bits, delete_rows, encode_bits, read_rows, write_rows
-from broker.sqlite_threads import Handler
+from broker.sqlite.engine import Row, decode_bits, delete_rows, encode_bits, read_rows, write_rows
+from broker.sqlite.threads import Handler
 
 FOLD_AFTER: Final = 64  # rows of `settled` for one message; reading one costs about a microsecond
 COUNTED_MESSAGES: Final = (

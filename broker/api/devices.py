@@ -1,0 +1,94 @@
+"""/v1/devices, /v3/devices, /v3/aliases, /v3/tags: who is there, and under which names."""
+
+from __future__ import annotations
+
+import orjson
+
+from broker.api.call import DONE, Call, Endpoint
+from broker.devices import Devices, Registered
+from broker.errors import DEVICE
+from broker.limits import Limits
+
+
+def device_endpoints(devices: Devices, limits: Limits) -> list[Endpoint]:
+    async def register(call: Call) -> bytes:
+        return _registered(await devices.register_json(call.app, call.raw, trusted=call.publisher))
+
+    async def renew(call: Call) -> bytes:
+        renewed = await devices.renew_json(call.app, call.path("id"), call.raw, trusted=call.publisher)
+        return _registered(renewed)
+
+    async def revoke(call: Call) -> bytes:
+        await devices.revoke(call.app, call.path("id"))
+        return DONE
+
+    async def status(call: Call) -> bytes:
+        return orjson.dumps(await devices.status(call.app, call.raw))
+
+    async def get(call: Call) -> bytes:
+        device = await devices.find(call.app, call.path("id"))
+        return orjson.dumps({"tags": sorted(device.tags), "alias": device.alias, "mobile": device.mobile})
+
+    async def change(call: Call) -> bytes:
+        await devices.change(call.app, call.path("id"), call.raw)
+        return DONE
+
+    async def of_alias(call: Call) -> bytes:
+        names = await devices.of_alias(call.app, call.path("alias"), call.query("platform"))
+        return orjson.dumps({"registration_ids": names})
+
+    async def change_alias(call: Call) -> bytes:
+        await devices.change_alias(call.app, call.path("alias"), call.raw)
+        return DONE
+
+    async def delete_alias(call: Call) -> bytes:
+        await devices.delete_alias(call.app, call.path("alias"), call.query("platform"))
+        return DONE
+
+    async def tags(call: Call) -> bytes:
+        return orjson.dumps({"tags": await devices.tags(call.app)})
+
+    async def has_tag(call: Call) -> bytes:
+        return orjson.dumps({"result": await devices.has_tag(call.app, call.path("tag"), call.path("id"))})
+
+    async def change_tag(call: Call) -> bytes:
+        await devices.change_tag(call.app, call.path("tag"), call.raw)
+        return DONE
+
+    async def delete_tag(call: Call) -> bytes:
+        await devices.delete_tag(call.app, call.path("tag"), call.query("platform"))
+        return DONE
+
+    size = limits.max_body
+    own = "/v1/devices"
+    own_token = "/v1/devices/{id}/token"
+    device = ("/v3/devices/{id}", "/v3/device/{id}")
+    alias = ("/v3/aliases/{alias}", "/v3/device/aliases/{alias}")
+    tag = ("/v3/tags/{tag}", "/v3/device/tags/{tag}")
+    member = "/registration_ids/{id}"
+    # In each plan the fixed paths come before those with a parameter in the same place.
+    return [
+        Endpoint("POST", (own,), DEVICE, register, size, device_key=True),
+        Endpoint("POST", (own_token,), DEVICE, renew, size, device_key=True),
+        Endpoint("DELETE", (own_token,), DEVICE, revoke),
+        Endpoint("POST", ("/v3/devices/status", "/v3/device/status"), DEVICE, status, size),
+        Endpoint("GET", ("/v3/tags", "/v3/tags/", "/v3/device/tags", "/v3/device/tags/"), DEVICE, tags),
+        Endpoint("GET", (tag[0] + member, tag[1] + member), DEVICE, has_tag),
+        Endpoint("POST", tag, DEVICE, change_tag, size),
+        Endpoint("DELETE", tag, DEVICE, delete_tag),
+        Endpoint("GET", alias, DEVICE, of_alias),
+        Endpoint("POST", alias, DEVICE, change_alias, size),
+        Endpoint("DELETE", alias, DEVICE, delete_alias),
+        Endpoint("GET", device, DEVICE, get),
+        Endpoint("POST", device, DEVICE, change, size),
+    ]
+
+
+def _registered(registered: Registered) -> bytes:
+    return orjson.dumps(
+        {
+            "registration_id": registered.device.registration_id,
+            "token": registered.token,
+            "expires_at": registered.expires_at,
+        }
+    )
