@@ -79,9 +79,12 @@ $(VENV)/.setup-all: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,check]'
 	@touch $@ $(VENV)/.setup
 
-# MQTT.js, for tests/gateway/test_mqttjs.py: no part of Holdfast. Without npm those tests are skipped.
-$(VENV)/.setup-node: | $(BIN)/python
+# MQTT.js and the vendor's SDKs for Node, for tests: no part of Holdfast. Without npm those tests are skipped.
+# The newest jpush-async (4.2.0) drops query strings and works with no server.
+NODE_PACKAGES := mqtt@5 jpush-sdk@3.5.0 jpush-async@4.1.0
+
+$(VENV)/.setup-node: Makefile | $(BIN)/python
 	@if command -v npm >/dev/null; then \
-	    npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(VENV)/node mqtt@5 && touch $@ || \
-	    echo "MQTT.js could not be installed; its tests are skipped"; \
+	    npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(VENV)/node $(NODE_PACKAGES) && touch $@ || \
+	    echo "the packages for Node could not be installed; their tests are skipped"; \
 	fi

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from broker.bus import Bus, CredentialsChanged, Doorbell
+from broker.keys import ApiKey, find_key
 from broker.limits import Limits
-from broker.model import AccessRule, App
+from broker.model import AccessRule, App, AppSettings
 from broker.store import Store
 
 _V = TypeVar("_V")
@@ -23,7 +24,15 @@ class Login:
     """Whoever proved a secret of this app."""
 
     app: App
-    publisher: bool  # master secret; else the device key, which may only register devices
+    publisher: bool  # master secret or API key; else the device key, which may only register devices
+    key: ApiKey | None = None
+
+    @property
+    def actor(self) -> str:
+        """As the audit log has it."""
+        if self.key is not None:
+            return f"key {self.key.name}"
+        return "master" if self.publisher else "device key"
 
 
 class Apps:
@@ -80,7 +89,8 @@ class Apps:
         return self._logins.get(header)
 
     async def login(self, header: str) -> Login | None:
-        """Check an `Authorization: Basic` header (app key; master secret or device key)."""
+        """Check an `Authorization: Basic` header (app key; master secret, API key's secret or device key). Whether an
+        API key has expired is for the caller to see. Lets StoreError pass."""
         known = self._logins.get(header)
         if known is not None:
             return known
@@ -88,43 +98,51 @@ class Apps:
         app = await self.find(credentials[0]) if credentials else None
         if app is None or credentials is None:
             return None
-        login = self._prove(app, credentials[1])
+        login = await self._prove(app, credentials[1])
         if login is not None and self._apps.get(app.key) is app:
             _put(self._logins, header, login, self._limits.max_apps_cached)
         return login
 
     async def create(self, name: str, *, open: bool = False, offline_limit: int = 100) -> App:
         app = await self._store.create_app(name, open=open, offline_limit=offline_limit)
-        self._changed(app.app_id)
+        self.changed(app.app_id)
         return app
 
     async def rotate_secret(self, key: str) -> App | None:
         """A fresh master secret; the old one stops at once. None: no such app."""
         app = await self._store.rotate_secret(key)
         if app is not None:
-            self._changed(app.app_id)
+            self.changed(app.app_id)
         return app
 
     async def set_access(self, key: str, rules: Sequence[AccessRule]) -> App | None:
         """Other access rules; they hold at once. None: no such app."""
         app = await self._store.set_access(key, rules)
         if app is not None:
-            self._changed(app.app_id)
+            self.changed(app.app_id)
+        return app
+
+    async def set_settings(self, key: str, settings: AppSettings) -> App | None:
+        """Other settings; they hold at once. None: no such app."""
+        app = await self._store.set_settings(key, settings)
+        if app is not None:
+            self.changed(app.app_id)
         return app
 
     async def delete(self, key: str) -> bool:
         app = await self._store.find_app(key)
         if app is None or not await self._store.delete_app(key):
             return False
-        self._changed(app.app_id)
+        self.changed(app.app_id)
         return True
 
-    def _prove(self, app: App, secret: bytes) -> Login | None:
+    async def _prove(self, app: App, secret: bytes) -> Login | None:
         if self.check_master_secret(app, secret):
             return Login(app, publisher=True)
         if self.check_device_key(app, secret):
             return Login(app, publisher=False)
-        return None
+        key = await find_key(self._store, app, secret)
+        return Login(app, publisher=True, key=key) if key else None
 
     def _remember(self, key: str, app: App | None) -> None:
         if app is None:
@@ -132,7 +150,8 @@ class Apps:
         else:
             _put(self._apps, key, app, self._limits.max_apps_cached)
 
-    def _changed(self, app_id: int) -> None:
+    def changed(self, app_id: int) -> None:
+        """The app, or who may act for it, is other now."""
         self.forget(app_id)  # here at once, elsewhere when the bell arrives
         self._bus.ring([CredentialsChanged(app_id, None)])
 

@@ -89,11 +89,14 @@ class Area:
     method: int
     internal: int
     unavailable: int
+    rate: str = "push"  # which rate limit its calls count against: push | report | device
 
 
 PUSH: Final = Area("push", 1002, 1003, 1004, 1004, 1005, 1003, 1001, 1000, 1030)
-REPORT: Final = Area("report", 3004, 3004, 3001, 3001, 3004, 3004, 3004, 1000, 1030)
-DEVICE: Final = Area("device", 7002, 7002, 7001, 7004, 7002, 7013, 7002, 7000, 7030)
+REPORT: Final = Area("report", 3004, 3004, 3001, 3001, 3004, 3004, 3004, 1000, 1030, "report")
+DEVICE: Final = Area("device", 7002, 7002, 7001, 7004, 7002, 7013, 7002, 7000, 7030, "device")
+SCHEDULE: Final = Area("schedule", 8100, 8100, 8101, 8101, 8100, 8100, 8100, 8200, 8203)
+ADMIN: Final = Area("admin", 1002, 1003, 1004, 1004, 1005, 1003, 1001, 1000, 1030)
 
 
 def refusal(error: StoreError, area: Area, sendno: str = "") -> ApiError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 from msgspec import Struct
 from pyroaring import BitMap
@@ -29,6 +29,56 @@ class AccessRule:
     who: str  # devices | publishers | everyone
 
 
+class QuietHours(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """From `start` to `end`, wall-clock time in `zone`; past midnight where `end` is not later than `start`. Pushes
+    of high priority go all the same."""
+
+    start: str  # HH:MM
+    end: str
+    zone: str = "UTC"  # a name of the IANA time zone database
+    action: str = "delay"  # delay: to the end of the quiet hours | suppress
+
+
+class FrequencyCap(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """At most `count` pushes for one device in a calendar hour or day of `zone`; pushes of high priority do not
+    count. What is over it is suppressed."""
+
+    count: int  # 1 to 1000
+    per: str = "day"  # hour | day
+    zone: str = "UTC"
+
+
+class Callback(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Where the publisher wants to be told what becomes of a push."""
+
+    url: str
+    events: tuple[str, ...] = ("delivered", "clicked")  # of CALLBACK_EVENTS
+    params: Mapping[str, Any] | None = None  # sent along as they are
+
+
+CALLBACK_EVENTS: Final = (
+    "delivered",
+    "shown",
+    "clicked",
+    "dismissed",
+    "expired",
+    "evicted",
+    "recalled",
+    "suppressed",
+)
+
+
+class AppSettings(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What an operator or the app's owner may set for one app."""
+
+    restricted: bool = False  # pushes nothing (2003)
+    allow_from: tuple[str, ...] = ()  # networks (CIDR) that may call the API; empty: all
+    limits: Mapping[str, int | None] = {}  # fields of broker.limits.Limits that are other for this app
+    quiet_hours: QuietHours | None = None
+    frequency_caps: tuple[FrequencyCap, ...] = ()
+    callback: Callback | None = None  # of pushes that do not bring one
+
+
 @dataclass(frozen=True, slots=True)
 class App:
     """A tenant."""
@@ -43,6 +93,11 @@ class App:
     created_at: float
     offline_limit: int = 100  # newest-N rule: pushes kept for a device that stays away
     access: tuple[AccessRule, ...] = ()  # the first that fits decides
+    settings: AppSettings = field(default_factory=AppSettings)
+
+
+AttributeValue: TypeAlias = str | float | bool
+"""Integers count as float. `app_version`, `carrier`, `language` and `region` are text; other names are the app's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +114,7 @@ class Device:
     token_generation: int  # tokens of an earlier generation are revoked
     created_at: float
     last_online_at: float | None
+    attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +124,7 @@ class NewDevice:
     alias: str | None = None
     tags: frozenset[str] = frozenset()
     mobile: str | None = None
+    attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +138,9 @@ class DeviceChange:
     add_tags: frozenset[str] = frozenset()
     remove_tags: frozenset[str] = frozenset()
     revoke_tokens: bool = False  # raise the token generation by one
+    attributes: Mapping[str, AttributeValue | None] = field(
+        default_factory=dict
+    )  # None removes one; others stay
 
 
 class Term(enum.StrEnum):
@@ -90,6 +150,7 @@ class Term(enum.StrEnum):
     ALIAS = "a"
     PLATFORM = "p"
     TAG = "t"
+    ATTRIBUTE = "v"  # what a text, a truth value or one binary digit of a number is; see broker/attributes.py
 
 
 TermKey = tuple[Term, str]
@@ -100,12 +161,30 @@ class NewMessage(Struct, frozen=True, gc=False):
 
     app_id: int
     body: bytes  # JSON object with "notification" and/or "message", as the publisher sent them
-    targets: BitMap  # devnos, at least one; fixed from here on (G2)
+    targets: (
+        BitMap  # devnos, at least one; fixed from here on (G2). Those suppressed by a rule are not among them
+    )
     broadcast: bool  # one row in the app's broadcast log, instead of one inbox row for each target
     created_at: float
     expires_at: float  # == created_at: only for devices that are online now
     cid: str | None = None  # idempotency key
     sendno: str = ""  # the publisher's own number, echoed
+    high: bool = False  # priority
+    collapse: str = ""  # of the app's waiting pushes with this key, a device keeps the newest
+    replaces: int = 0  # msg_id of a push that stops waiting wherever this one goes
+    suppressed: BitMap | None = None  # in the audience, but a rule of the app holds it back
+    paced: bool = False  # its targets get it in parts: nothing of this row is ever fetched
+    part_of: int = 0  # msg_id of the paced push that this is a part of
+    callback: Callback | None = None
+
+
+class Withdrawn(Struct, frozen=True, eq=False, gc=False):
+    """What no longer waits. Whoever receives one owns the bitmaps."""
+
+    app_id: int
+    msg_id: int
+    devnos: BitMap  # those that were still to get it
+    reached: BitMap  # those that have it, or were sent it
 
 
 class Appended(Struct, frozen=True, gc=False):
@@ -114,6 +193,7 @@ class Appended(Struct, frozen=True, gc=False):
     msg_id: int
     repeated: bool  # the cid was used before: nothing was stored, msg_id is the first push's
     sendno: str  # of the push that was stored
+    withdrawn: tuple[Withdrawn, ...] = ()  # by `replaces` and `collapse`
 
 
 class StoredMessage(Struct, frozen=True, eq=False, gc=False):
@@ -124,6 +204,13 @@ class StoredMessage(Struct, frozen=True, eq=False, gc=False):
     body: bytes
     created_at: float
     expires_at: float
+    part_of: int = 0  # the id that publishers and devices know it by, if not its own
+    replaces: int = 0
+    high: bool = False
+
+    @property
+    def public_id(self) -> int:
+        return self.part_of or self.msg_id
 
 
 class StoredBroadcast(Struct, frozen=True, eq=False, gc=False):
@@ -131,7 +218,7 @@ class StoredBroadcast(Struct, frozen=True, eq=False, gc=False):
 
     message: StoredMessage
     targets: BitMap
-    settled: BitMap  # delivered or evicted: nothing is owed to these any more
+    settled: BitMap  # delivered, evicted or recalled: nothing is owed to these any more
 
 
 class OwedRequest(Struct, frozen=True, gc=False):
@@ -151,6 +238,10 @@ class Settled(Struct, frozen=True, gc=False):
     broadcast: bool
     delivered: Sequence[int] = ()  # devnos that acknowledged
     evicted: Sequence[int] = ()  # devnos for which the newest-N rule dropped it
+    sent: Sequence[int] = ()  # devnos it was sent to and that have not acknowledged it yet
+    at: float = 0.0  # when it was acknowledged (or sent, or evicted), to a few milliseconds
+    sent_at: float = 0.0  # when what was acknowledged had been sent, the earliest
+    node: str = ""  # where
 
 
 class Receipt(Struct, frozen=True, gc=False):
@@ -160,6 +251,7 @@ class Receipt(Struct, frozen=True, gc=False):
     msg_id: int
     devno: int
     event: str  # shown | clicked | dismissed
+    at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,44 +270,133 @@ class DeliveryState(enum.Enum):
     PENDING = "pending"
     EXPIRED = "expired"
     EVICTED = "evicted"
+    RECALLED = "recalled"
+    SUPPRESSED = "suppressed"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MessageRecord:
-    """The whole truth about one message. For every device in `targets` there is exactly one state (G4)."""
+    """The whole truth about one message, its parts included. For every device in `targets` there is exactly one state
+    (G4): the first of suppressed, delivered, evicted, recalled that it is in, else expired or pending."""
 
     msg_id: int
     app_id: int
     broadcast: bool
     created_at: float
     expires_at: float
-    targets: BitMap
+    targets: BitMap  # suppressed ones included
     delivered: BitMap
     evicted: BitMap
+    recalled: BitMap = field(default_factory=BitMap)
+    suppressed: BitMap = field(default_factory=BitMap)
+    sent: BitMap = field(default_factory=BitMap)  # delivered ones included
+    expired: BitMap | None = None  # of a paced push: what its parts say; else it follows from the time
+    online: int = 0  # targets that were online when it was accepted
     receipts: Mapping[str, BitMap] = field(default_factory=dict)  # event -> devnos
+    sendno: str = ""
+    paced: bool = False
+    parts: int = 0  # so many were released
+    released: BitMap = field(default_factory=BitMap)  # targets of the parts so far
+
+    def sets(self, now: float) -> dict[DeliveryState, BitMap]:
+        """The devnos in each state: a partition of `targets`."""
+        delivered = self.delivered - self.suppressed
+        gone = self.suppressed | delivered
+        evicted = self.evicted - gone
+        gone |= evicted
+        recalled = self.recalled - gone
+        gone |= recalled
+        waiting = self.targets - gone
+        if self.expired is None:
+            expired = waiting if now >= self.expires_at else BitMap()
+        else:
+            expired = waiting & self.expired
+        return {
+            DeliveryState.DELIVERED: delivered,
+            DeliveryState.PENDING: waiting - expired,
+            DeliveryState.EXPIRED: expired,
+            DeliveryState.EVICTED: evicted,
+            DeliveryState.RECALLED: recalled,
+            DeliveryState.SUPPRESSED: self.suppressed,
+        }
 
     def state(self, devno: int, now: float) -> DeliveryState | None:
         """None: the device was not among the targets."""
-        if devno not in self.targets:
-            return None
-        if devno in self.delivered:
-            return DeliveryState.DELIVERED
-        if devno in self.evicted:
-            return DeliveryState.EVICTED
-        return DeliveryState.EXPIRED if now >= self.expires_at else DeliveryState.PENDING
+        return next((state for state, devnos in self.sets(now).items() if devno in devnos), None)
 
     def counts(self, now: float) -> dict[DeliveryState, int]:
         """Deliveries by state; they add up to len(targets)."""
-        delivered = len(self.delivered)
-        evicted = len(self.evicted - self.delivered)
-        waiting = len(self.targets) - delivered - evicted
-        expired = now >= self.expires_at
-        return {
-            DeliveryState.DELIVERED: delivered,
-            DeliveryState.EVICTED: evicted,
-            DeliveryState.EXPIRED: waiting if expired else 0,
-            DeliveryState.PENDING: 0 if expired else waiting,
-        }
+        return {state: len(devnos) for state, devnos in self.sets(now).items()}
+
+
+class Step(Struct, frozen=True, gc=False):
+    """Devices that a message did one step for in one stretch of time at one node. Stretches are a second in the first
+    minute of a message, a minute in its first hour, an hour from then on; 0 where the time is exact."""
+
+    msg_id: int  # of the part, where it has parts
+    step: str  # sent | delivered | evicted | recalled | shown | clicked | dismissed
+    node: str  # "" where no node was concerned
+    start: float
+    width: float
+    devnos: BitMap
+
+
+# Small documents: schedules, segments, keys, …
+
+
+class Record(Struct, frozen=True, gc=False):
+    """A small document of an app; app_id 0: of the installation."""
+
+    app_id: int
+    kind: str  # schedule | pace | segment | file | key | group | …
+    key: str
+    value: bytes
+    version: int  # grows with every change
+    due: float | None = None  # when somebody is to look at it
+
+
+class RecordChange(Struct, frozen=True, gc=False):
+    """Set a record, or (value None) remove it, if its version is still `version`; 0: there is none."""
+
+    app_id: int
+    kind: str
+    key: str  # "": in `append`, the id of the first message, in decimal
+    value: bytes | None
+    version: int
+    due: float | None = None
+
+
+class AuditEntry(Struct, frozen=True, gc=False):
+    """One administrative call."""
+
+    at: float
+    app_id: int  # 0: of the installation
+    actor: str  # "master", "key <name>", "admin", "local" (a command beside the store)
+    address: str  # of the caller; "" if none
+    action: str  # "app.create", "key.delete", …
+    subject: str  # what it was done to
+    outcome: str = "done"  # or the error's message
+
+
+class CallbackEvent(Struct, frozen=True, eq=False, gc=False):
+    """Something a publisher wants to be told: one event of one message, for some devices."""
+
+    event_id: int
+    app_id: int
+    msg_id: int  # the public id
+    event: str
+    at: float
+    devnos: BitMap
+    callback: Callback
+    attempts: int  # made so far
+    error: str = ""  # of the last one
+
+
+class Activity(enum.StrEnum):
+    """What a device did in some hour."""
+
+    ONLINE = "online"  # was connected
+    ACTIVE = "active"  # a person was there: a behaviour event, a clicked or dismissed receipt
 
 
 @dataclass(frozen=True, slots=True)

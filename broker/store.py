@@ -9,7 +9,8 @@ S2  A write that raises has changed nothing. `StoreFull` means there is no room;
 S3  Message ids grow: along the appends of one app as they become visible to `fetch_owed`, so that a device that
     has seen id n never finds a new row below n afterwards (G3).
 S4  A message's targets are fixed when it is appended (G2). For each of them exactly one state holds at any time:
-    delivered, evicted, or waiting (pending until `expires_at`, expired from then on); delivered wins (G4).
+    delivered, evicted, recalled, suppressed, or waiting (pending until `expires_at`, expired from then on); delivered
+    wins (G4).
 S5  Recording is idempotent: settling a delivery twice is settling it once.
 S6  A cid is used once per app in `cid_lifetime`: a second append with it stores nothing and answers the first.
 S7  Apps do not see each other: no call reaches a row of another app_id.
@@ -20,22 +21,28 @@ S9  A claim makes the device routed under a new, larger epoch. A release with an
 S10 Read-your-writes: what an awaited write stored is seen by every read that starts after it returned.
 S11 A session item has the value that was saved last: calls count in the order they were made, and the items of
     one call in theirs. A call is stored as a whole or not at all.
+S12 A record changes only from the version that the change names; the changes of one call happen all or none, and
+    those given to `append` happen with its messages or not at all.
 
 All methods are called from the event loop's thread. None blocks it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
+from typing import Final, Protocol
 
 from pyroaring import BitMap
 
 from broker.model import (
     AccessRule,
+    Activity,
     App,
     Appended,
+    AppSettings,
+    AuditEntry,
     BehaviourEvent,
+    CallbackEvent,
     Claim,
     Device,
     DeviceChange,
@@ -44,13 +51,20 @@ from broker.model import (
     NewMessage,
     OwedRequest,
     Receipt,
+    Record,
+    RecordChange,
     Retained,
     SessionItem,
     Settled,
+    Step,
     StoredBroadcast,
     StoredMessage,
+    Term,
     TermKey,
+    Withdrawn,
 )
+
+PIECE: Final = 65_536  # bytes of one piece of a file
 
 
 class StoreError(Exception):
@@ -65,8 +79,16 @@ class StoreUnavailable(StoreError):
     """The engine is away, read-only, locked by another server, or broken."""
 
 
+class UnknownMessage(StoreError):
+    """No such message in this app, or it is gone."""
+
+
 class UnknownDevice(StoreError):
     """No such device in this app."""
+
+
+class Conflict(StoreError):
+    """A record is not in the version that a change expects: somebody else was faster. Nothing was changed."""
 
 
 class StoreStats(Protocol):
@@ -77,8 +99,75 @@ class StoreStats(Protocol):
     """Called on the event loop's thread after each commit: how many writes shared it, and its seconds."""
 
 
+class Records(Protocol):
+    """Small documents with versions (S12), and with times at which somebody is to look at them."""
+
+    async def find(self, app_id: int, kind: str, key: str) -> Record | None: ...
+
+    async def list(self, app_id: int, kind: str, after: str = "", limit: int = 1000) -> Sequence[Record]:
+        """Those with key > after, in the order of their keys' UTF-8 bytes."""
+
+    async def count(self, app_id: int, kind: str) -> int: ...
+
+    async def due(self, kinds: Sequence[str], now: float, limit: int) -> Sequence[Record]:
+        """Of any app, those with due <= now, oldest first. Records of deleted apps are never due."""
+
+    async def next_due(self, kinds: Sequence[str]) -> float | None:
+        """The earliest `due` of all."""
+
+    async def save(self, changes: Sequence[RecordChange]) -> Sequence[int]:
+        """Make the changes, all or none, and return the new versions (0 where a record was removed). Raises
+        Conflict."""
+
+
+class Files(Protocol):
+    """Bytes that are too many for one record, in pieces. A file is seen once it is complete."""
+
+    async def write(self, app_id: int, file_id: str, pieces: AsyncIterable[bytes]) -> int:
+        """Store the pieces as they come, each at most PIECE bytes, and return how many bytes there are. When the
+        iteration raises, nothing stays."""
+
+    def read(self, app_id: int, file_id: str) -> AsyncIterator[bytes]:
+        """Piece by piece."""
+
+    async def remove(self, app_id: int, file_id: str) -> None: ...
+
+
+class Callbacks(Protocol):
+    """What is to be told to publishers: entered by `append`, `settle`, `recall`, `expire` and `record_receipts` for
+    messages that have a callback, in the same transaction."""
+
+    async def claim(self, now: float, lease: float, limit: int) -> list[CallbackEvent]:
+        """The oldest that are due; they are due again after `lease` seconds, unless settled before."""
+
+    async def done(self, event_ids: Sequence[int]) -> None: ...
+
+    async def failed(self, event_ids: Sequence[int], due: float | None, error: str) -> None:
+        """Another attempt did not work. `due`: when to try next; None: parked, until `retry`."""
+
+    async def retry(self, app_id: int, now: float) -> int:
+        """Make the parked ones due; returns how many."""
+
+    async def drop_parked(self, app_id: int) -> int: ...
+
+    async def list_parked(self, app_id: int, after: int, limit: int) -> list[CallbackEvent]:
+        """With event_id > after, in that order."""
+
+    async def counts(self, app_id: int) -> tuple[int, int]:
+        """How many wait, and how many are parked."""
+
+
 class Store(Protocol):
     """See the module's guarantees. `app_id`s come from `create_app`/`find_app`."""
+
+    @property
+    def records(self) -> Records: ...
+
+    @property
+    def files(self) -> Files: ...
+
+    @property
+    def callbacks(self) -> Callbacks: ...
 
     @property
     def stats(self) -> StoreStats:
@@ -106,6 +195,9 @@ class Store(Protocol):
     async def set_access(self, key: str, rules: Sequence[AccessRule]) -> App | None:
         """Put these access rules in place of the app's; None if there is no such app."""
 
+    async def set_settings(self, key: str, settings: AppSettings) -> App | None:
+        """Put these settings in place of the app's; None if there is no such app."""
+
     async def delete_app(self, key: str) -> bool:
         """Remove the app at once and all its rows in the background. False: no such app."""
 
@@ -121,6 +213,10 @@ class Store(Protocol):
     async def resolve(self, app_id: int, registration_ids: Sequence[str]) -> dict[str, int]:
         """registration id -> devno of those that exist. Cheaper than find_devices."""
 
+    async def resolve_bitmap(self, app_id: int, registration_ids: Sequence[str]) -> BitMap:
+        """The devnos of those that exist. For the thousands of a file: none is remembered. The caller owns the
+        result."""
+
     async def names(self, app_id: int, devnos: Sequence[int]) -> dict[int, str]:
         """devno -> registration id of those that exist."""
 
@@ -131,11 +227,29 @@ class Store(Protocol):
     async def postings(self, app_id: int, terms: Sequence[TermKey]) -> list[BitMap]:
         """The posting list of each term, empty if there is none. The caller must not change them."""
 
+    async def union_bitmap(self, app_id: int, kind: Term, values: Sequence[str]) -> BitMap:
+        """The union of these values' posting lists. For the thousands of a file: none is remembered. The caller owns
+        the result."""
+
     async def list_terms(self, app_id: int, kind: str) -> list[str]:
         """Values of this kind with a posting list that is not empty, sorted."""
 
     async def drop_term(self, app_id: int, term: TermKey, only: BitMap | None = None) -> BitMap:
         """Take an alias or tag away from all devices (or those in `only`) that have it; returns them."""
+
+    # Who was there when
+
+    async def active(self, app_id: int, activity: Activity, start: float, end: float) -> BitMap:
+        """Devices that did this in any hour that touches [start, end). Hours are kept for `activity_lifetime`; days
+        older than two are kept as days. The caller owns the result."""
+
+    async def active_counts(
+        self, app_id: int, activity: Activity, stretches: Sequence[tuple[float, float]]
+    ) -> list[int]:
+        """How many devices in each stretch."""
+
+    async def registered_before(self, app_id: int, times: Sequence[float]) -> list[int]:
+        """How many devices were registered before each time: devnos below this number are older."""
 
     def token_generations(self, app_id: int) -> Mapping[int, int]:
         """devno -> generation, for those above 0 (few: revoked devices). Valid after `find_app` of this app;
@@ -143,9 +257,13 @@ class Store(Protocol):
 
     # Messages
 
-    async def append(self, messages: Sequence[NewMessage]) -> list[Appended]:
+    async def append(
+        self, messages: Sequence[NewMessage], changes: Sequence[RecordChange] = ()
+    ) -> list[Appended]:
         """Store pushes, all or none, in order; ids are assigned here. Messages that expire at once
-        (`expires_at <= created_at`) get a row for the report and nothing that could be fetched."""
+        (`expires_at <= created_at`) get a row for the report and nothing that could be fetched. The record changes
+        are made along with them (S12; raises Conflict), but not if a message's cid was used before. `replaces` must
+        name a message of the app (else UnknownMessage): what waits of it for this one's targets is recalled."""
 
     async def fetch_owed(self, requests: Sequence[OwedRequest]) -> list[list[StoredMessage]]:
         """For each request the waiting, unexpired inbox rows, oldest first, at most `limit`. A message asked for
@@ -157,8 +275,15 @@ class Store(Protocol):
     async def settle(self, settled: Sequence[Settled]) -> None:
         """Record deliveries and evictions, in bulk."""
 
+    async def recall(self, app_id: int, msg_ids: Sequence[int], now: float) -> list[Withdrawn]:
+        """What is still waiting of these messages and their parts never will be again: it is recalled. One answer for
+        each message and part that exists, that had targets left or not. A second time changes nothing."""
+
     async def find_messages(self, app_id: int, msg_ids: Sequence[int]) -> dict[int, MessageRecord]:
-        """The records of those that exist (kept for `report_lifetime`)."""
+        """The records of those that exist (kept for `report_lifetime`). A paced push's has its parts' deliveries."""
+
+    async def find_steps(self, app_id: int, msg_id: int) -> list[Step]:
+        """What happened to a message and its parts, and when."""
 
     async def record_receipts(self, receipts: Sequence[Receipt]) -> None:
         """Receipts for messages or devices that do not match are dropped."""
@@ -167,6 +292,14 @@ class Store(Protocol):
 
     async def list_events(self, app_id: int, after: int, limit: int) -> list[tuple[int, BehaviourEvent]]:
         """Events with their ids, id > after, in order (kept for `event_lifetime`)."""
+
+    # Administrative calls
+
+    async def record_audit(self, entries: Sequence[AuditEntry]) -> None: ...
+
+    async def list_audit(self, app_id: int | None, before: int, limit: int) -> list[tuple[int, AuditEntry]]:
+        """Entries with their ids, id < before (0: from the newest), newest first; None: of all apps. Kept for
+        `audit_lifetime`."""
 
     # Ordinary retained messages
 

@@ -24,8 +24,10 @@ from typing import Any, Final
 
 from pyroaring import BitMap
 
+from broker.calendar import Calendar
 from broker.model import (
     AccessRule,
+    Activity,
     App,
     Appended,
     BehaviourEvent,
@@ -37,18 +39,27 @@ from broker.model import (
     NewMessage,
     OwedRequest,
     Receipt,
+    RecordChange,
     Retained,
     SessionItem,
     Settled,
+    Step,
     StoredBroadcast,
     StoredMessage,
+    Term,
     TermKey,
+    Withdrawn,
 )
+from broker.sqlite.activity import ActivityReads, ActivityWrites, Attendance, Bits, Stretch, add_fresh
+from broker.sqlite.callbacks import CallbackReads, CallbackWrites, SqliteCallbacks
 from broker.sqlite.engine import cannot_open, connect, lock_data_dir, open_database
-from broker.sqlite.index import IndexWrites
-from broker.sqlite.messages import Ids, MessageWrites
+from broker.sqlite.files import FileReads, FileWrites, SqliteFiles, remove_orphans
+from broker.sqlite.index import IndexReads, IndexWrites
+from broker.sqlite.messages import Append, Ids, MessageWrites
 from broker.sqlite.reads import Reads
+from broker.sqlite.records import RecordReads, RecordWrites, SqliteRecords
 from broker.sqlite.routes import AppStates
+from broker.sqlite.settling import SettleWrites
 from broker.sqlite.threads import (
     Checkpointer,
     Effects,
@@ -79,19 +90,32 @@ DROP_SLICE: Final = 4_096  # devices that lose a term in one transaction, so tha
 
 
 class _Engine(Engine):
-    """The tables' handlers, on the writer's connection."""
+    """The tables' handlers, on the writer's connection. What they gather in a transaction is begun and ended here."""
 
-    def __init__(self, index: IndexWrites, messages: MessageWrites, upkeep: Upkeep) -> None:
+    def __init__(
+        self,
+        index: IndexWrites,
+        settling: SettleWrites,
+        callbacks: CallbackWrites,
+        *others: RecordWrites | FileWrites | ActivityWrites | MessageWrites | Upkeep,
+    ) -> None:
         self._index = index
-        self.handlers = {**index.handlers, **messages.handlers, **upkeep.handlers}
+        self._settling = settling
+        self._callbacks = callbacks
+        self.handlers = {}
+        for part in (index, settling, callbacks, *others):
+            self.handlers |= part.handlers
 
     def begin(self) -> Effects:
         effects = Effects()
         self._index.begin(effects)
+        self._settling.begin()
+        self._callbacks.begin()
         return effects
 
     def finish(self) -> None:
         self._index.flush_postings()
+        self._callbacks.flush()
 
 
 class _Postings:
@@ -147,6 +171,8 @@ class SqliteStore:
         report_lifetime: float = 30 * DAY,
         cid_lifetime: float = 1 * DAY,
         event_lifetime: float = 7 * DAY,
+        activity_lifetime: float = 61 * DAY,
+        time_zone: str = "UTC",
         posting_bytes: int = POSTING_BYTES,
     ) -> None:
         self.stats = StoreStats()
@@ -155,6 +181,8 @@ class SqliteStore:
         self._report_lifetime = report_lifetime
         self._cid_lifetime = cid_lifetime
         self._event_lifetime = event_lifetime
+        self._activity_lifetime = activity_lifetime
+        self._calendar = Calendar(time_zone)
         self._open = False
         self._states = AppStates()
         self._deleted: set[int] = set()  # apps that are gone but whose rows may still be there
@@ -165,6 +193,10 @@ class SqliteStore:
         self._writing_last_online: dict[tuple[int, int], float] = {}
         self._last_online_timer: asyncio.TimerHandle | None = None
         self._last_epoch = 0
+        self._attendance = Attendance(self._calendar, clock, self._routed, self._write_activity)
+        self.records = SqliteRecords(self._write, self._list, self._check_app)
+        self.files = SqliteFiles(self._write, self._list, self._check_app)
+        self.callbacks = SqliteCallbacks(self._write, self._list)
 
     # Life
 
@@ -175,6 +207,7 @@ class SqliteStore:
         except sqlite3.Error as error:
             raise cannot_open(self._path, error) from error
         self._open = True
+        self._attendance.open()
 
     def _open_engine(self) -> None:
         self._lock = lock_data_dir(self._path.parent)
@@ -204,7 +237,8 @@ class SqliteStore:
     def _load(self, connection: sqlite3.Connection) -> None:
         greatest = connection.execute(
             "SELECT max(id, coalesce((SELECT max(msg_id) FROM messages), 0),"
-            " coalesce((SELECT max(id) FROM events), 0)) FROM high_water"
+            " coalesce((SELECT max(id) FROM events), 0),"
+            " coalesce((SELECT max(id) FROM callback_events), 0)) FROM high_water"
         ).fetchone()[0]
         self._ids = Ids(greatest, self._clock)
         (self._last_epoch,) = connection.execute(
@@ -215,13 +249,40 @@ class SqliteStore:
         for app_id, devno in connection.execute("SELECT DISTINCT app, devno FROM inbox"):
             owed.setdefault(app_id, BitMap()).add(devno)
         self._states.load_owed(owed)
+        remove_orphans(connection)
 
     def _start(self, connection: sqlite3.Connection) -> None:
-        messages = MessageWrites(
-            connection, self._ids, self._clock, self._cid_lifetime, self._states.without_route
+        callbacks = CallbackWrites(connection, self._ids)
+        settling = SettleWrites(connection, self._clock, callbacks)
+        records = RecordWrites(connection)
+        activity = ActivityWrites(connection, self._calendar, self._activity_lifetime)
+        engine = _Engine(
+            IndexWrites(connection, self._clock),
+            settling,
+            callbacks,
+            records,
+            FileWrites(connection),
+            activity,
+            MessageWrites(
+                connection,
+                self._ids,
+                self._clock,
+                self._cid_lifetime,
+                self._states,
+                settling,
+                records,
+                callbacks,
+            ),
+            Upkeep(
+                connection,
+                self._ids,
+                settling,
+                callbacks,
+                activity,
+                self._report_lifetime,
+                self._event_lifetime,
+            ),
         )
-        upkeep = Upkeep(connection, self._ids, messages, self._report_lifetime, self._event_lifetime)
-        engine = _Engine(IndexWrites(connection, self._clock), messages, upkeep)
         self._checkpointer = Checkpointer(self._connect())
         self._gauge = LogGauge(self._path)
         self._writer = Writer(
@@ -241,12 +302,21 @@ class SqliteStore:
 
     def _new_reader(self, name: str) -> Reader:
         connection = self._connect()
-        return Reader(name, connection, Reads(connection, self._clock).handlers, self._loop)
+        handlers = {
+            **Reads(connection, self._clock).handlers,
+            **IndexReads(connection).handlers,
+            **RecordReads(connection).handlers,
+            **FileReads(connection).handlers,
+            **CallbackReads(connection).handlers,
+            **ActivityReads(connection).handlers,
+        }
+        return Reader(name, connection, handlers, self._loop)
 
     async def close(self) -> None:
         if not self._open:
             return
         self._write_last_online()
+        self._attendance.close()
         self._open = False
         await asyncio.to_thread(self._close_engine)
 
@@ -273,6 +343,10 @@ class SqliteStore:
         reader.worker.submit(Operation(kind, argument, rows, future))
         return future
 
+    def _list(self, kind: str, argument: Any, rows: int = 1) -> asyncio.Future[Any]:
+        """A read that nobody who connects waits for."""
+        return self._read(self._lister, kind, argument, rows)
+
     def _committed(self, operations: list[Operation], effects: Effects) -> None:
         """A group was committed (or failed, then `effects` is empty and the results are errors)."""
         for key, bits in effects.loaded.items():
@@ -283,7 +357,7 @@ class SqliteStore:
             self._states[app_id].generations[devno] = generation
         for operation in operations:
             if operation.kind == "append":
-                self._states.committed(operation.argument[2])
+                self._states.committed(operation.argument.inboxes)
 
     def _check_app(self, app_id: int) -> None:
         if app_id in self._deleted:
@@ -323,6 +397,7 @@ class SqliteStore:
             return False
         self._deleted.add(app_id)
         self._states.drop(app_id)
+        self._attendance.drop(app_id)
         return True
 
     # Devices and the index over them
@@ -353,6 +428,10 @@ class SqliteStore:
             known.update(found)
         return {rid: devno for rid, devno in known.items() if devno is not None}
 
+    async def resolve_bitmap(self, app_id: int, registration_ids: Sequence[str]) -> BitMap:
+        found: BitMap = await self._list("resolve_bitmap", (app_id, registration_ids), len(registration_ids))
+        return found
+
     async def names(self, app_id: int, devnos: Sequence[int]) -> dict[int, str]:
         found: dict[int, str] = await self._read(self._lister, "names", (app_id, devnos))
         return found
@@ -371,6 +450,10 @@ class SqliteStore:
         loaded: list[BitMap] = await self._write("load_postings", (app_id, terms), len(terms))
         return loaded
 
+    async def union_bitmap(self, app_id: int, kind: Term, values: Sequence[str]) -> BitMap:
+        found: BitMap = await self._list("union_bitmap", (app_id, str(kind), values), len(values))
+        return found
+
     async def list_terms(self, app_id: int, kind: str) -> list[str]:
         values: list[str] = await self._read(self._lister, "list_terms", (app_id, str(kind)))
         return values
@@ -386,19 +469,50 @@ class SqliteStore:
             left -= part
         return dropped
 
+    # Who was there when
+
+    def _routed(self, app_id: int) -> BitMap:
+        return self._states[app_id].routed
+
+    def _write_activity(self, rows: list[Bits]) -> asyncio.Future[Any]:
+        return self._write("activity", rows, sum(1 + len(row[-1]) // 65_536 for row in rows))
+
+    async def active(self, app_id: int, activity: Activity, start: float, end: float) -> BitMap:
+        (devnos,) = await self._active(app_id, activity, [(start, end)])
+        return devnos
+
+    async def active_counts(
+        self, app_id: int, activity: Activity, stretches: Sequence[Stretch]
+    ) -> list[int]:
+        return [len(devnos) for devnos in await self._active(app_id, activity, stretches)]
+
+    async def _active(
+        self, app_id: int, activity: Activity, stretches: Sequence[Stretch]
+    ) -> list[BitMap]:
+        fresh = self._attendance.find(app_id, activity)
+        found: list[BitMap] = await self._list("active", (app_id, str(activity), stretches), len(stretches))
+        add_fresh(found, stretches, fresh)
+        return found
+
+    async def registered_before(self, app_id: int, times: Sequence[float]) -> list[int]:
+        counts: list[int] = await self._list("registered_before", (app_id, times), len(times))
+        return counts
+
     def token_generations(self, app_id: int) -> Mapping[int, int]:
         return MappingProxyType(self._states[app_id].generations)
 
     # Messages
 
-    async def append(self, messages: Sequence[NewMessage]) -> list[Appended]:
+    async def append(
+        self, messages: Sequence[NewMessage], changes: Sequence[RecordChange] = ()
+    ) -> list[Appended]:
         inboxes: dict[int, BitMap] = {}
         candidates: dict[int, BitMap] = {}  # for the newest-N rule: something may wait there already
         rows = 0
         for message in messages:
             self._check_app(message.app_id)
             rows += 2
-            if message.broadcast or message.expires_at <= message.created_at:
+            if message.broadcast or message.paced or message.expires_at <= message.created_at:
                 continue
             targets = message.targets
             rows += len(targets)
@@ -408,7 +522,8 @@ class SqliteStore:
                 candidates.setdefault(message.app_id, BitMap()).update(again)
             may_owe |= targets
             inboxes.setdefault(message.app_id, BitMap()).update(targets)
-        appended: list[Appended] = await self._write("append", (messages, candidates, inboxes), rows)
+        call = Append(messages, candidates, inboxes, changes)
+        appended: list[Appended] = await self._write("append", call, rows)
         return appended
 
     async def fetch_owed(self, requests: Sequence[OwedRequest]) -> list[list[StoredMessage]]:
@@ -438,14 +553,27 @@ class SqliteStore:
         rows = sum(1 + len(item.delivered) + len(item.evicted) for item in settled if not item.broadcast)
         await self._write("settle", settled, rows + len(settled))
 
+    async def recall(self, app_id: int, msg_ids: Sequence[int], now: float) -> list[Withdrawn]:
+        withdrawn: list[Withdrawn] = await self._write("recall", (app_id, msg_ids, now), len(msg_ids))
+        return withdrawn
+
+    async def find_steps(self, app_id: int, msg_id: int) -> list[Step]:
+        steps: list[Step] = await self._list("find_steps", (app_id, msg_id))
+        return steps
+
     async def find_messages(self, app_id: int, msg_ids: Sequence[int]) -> dict[int, MessageRecord]:
         found: dict[int, MessageRecord] = await self._read(self._lister, "find_messages", (app_id, msg_ids))
         return found
 
     async def record_receipts(self, receipts: Sequence[Receipt]) -> None:
+        for receipt in receipts:
+            if receipt.event != "shown":
+                self._attendance.note(receipt.app_id, Activity.ACTIVE, receipt.devno)
         await self._write("receipts", receipts, len(receipts))
 
     async def record_events(self, events: Sequence[BehaviourEvent]) -> None:
+        for event in events:
+            self._attendance.note(event.app_id, Activity.ACTIVE, event.devno)
         await self._write("events", events, len(events))
 
     async def list_events(self, app_id: int, after: int, limit: int) -> list[tuple[int, BehaviourEvent]]:
@@ -477,12 +605,14 @@ class SqliteStore:
     def claim_route(self, app_id: int, devno: int, node_id: str, done: Callable[[Claim], None]) -> None:
         if not self._open:
             raise StoreUnavailable("the store is closed")
+        self._attendance.note(app_id, Activity.ONLINE, devno)
         self._last_epoch += 1
         done(Claim(self._last_epoch, self._states[app_id].claim(devno, self._last_epoch)))
 
     def release_route(self, app_id: int, devno: int, epoch: int, now: float) -> None:
         if not self._open:
             raise StoreUnavailable("the store is closed")
+        self._attendance.turn(app_id)
         if not self._states[app_id].release(devno, epoch):
             return
         self._last_online[app_id, devno] = now

@@ -21,7 +21,7 @@ from pyroaring import BitMap
 
 from broker.store import StoreError, StoreFull, StoreUnavailable
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 APPLICATION_ID: Final = 0x484F4C44  # "HOLD": tells our file from any other SQLite file
 ROWS_PER_STATEMENT: Final = 512  # a prepared statement of this size takes about 150 KB
 CACHED_STATEMENTS: Final = 256
@@ -36,6 +36,49 @@ CREATE TABLE session_items (
     value BLOB NOT NULL, PRIMARY KEY (app, session, kind, item)) WITHOUT ROWID;
 """
 
+PUSH_PRODUCT: Final = """
+CREATE TABLE nodes (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);  -- 0: no node
+
+CREATE TABLE steps (  -- who did what when, in stretches of time; chunk = devno >> 16
+    msg_id INTEGER NOT NULL, step TEXT NOT NULL, node INTEGER NOT NULL, start INTEGER NOT NULL,
+    width INTEGER NOT NULL, chunk INTEGER NOT NULL, bits BLOB NOT NULL,
+    PRIMARY KEY (msg_id, step, node, start, width, chunk)) WITHOUT ROWID;
+
+CREATE TABLE records (
+    app INTEGER NOT NULL, kind TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL, version INTEGER NOT NULL,
+    due REAL, PRIMARY KEY (app, kind, key)) WITHOUT ROWID;
+CREATE INDEX records_due ON records (kind, due) WHERE due IS NOT NULL;
+
+CREATE TABLE files (
+    app INTEGER NOT NULL, file TEXT NOT NULL, piece INTEGER NOT NULL, bytes BLOB NOT NULL,
+    PRIMARY KEY (app, file, piece)) WITHOUT ROWID;
+
+CREATE TABLE callback_events (
+    id INTEGER PRIMARY KEY, app INTEGER NOT NULL, msg_id INTEGER NOT NULL, event TEXT NOT NULL, at REAL NOT NULL,
+    bits BLOB NOT NULL, callback TEXT NOT NULL,
+    due REAL,  -- NULL: parked
+    attempts INTEGER NOT NULL DEFAULT 0, error TEXT NOT NULL DEFAULT '');
+CREATE INDEX callback_events_due ON callback_events (due) WHERE due IS NOT NULL;
+CREATE INDEX callback_events_by_app ON callback_events (app, id);
+
+CREATE TABLE activity (  -- who was there in an hour or a day (width, seconds); chunk = devno >> 16
+    app INTEGER NOT NULL, kind TEXT NOT NULL, width INTEGER NOT NULL, start INTEGER NOT NULL,
+    chunk INTEGER NOT NULL, bits BLOB NOT NULL,
+    PRIMARY KEY (app, kind, width, start, chunk)) WITHOUT ROWID;
+
+CREATE TABLE audit (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, app INTEGER NOT NULL, actor TEXT NOT NULL,
+    address TEXT NOT NULL, action TEXT NOT NULL, subject TEXT NOT NULL, outcome TEXT NOT NULL);
+CREATE INDEX audit_by_app ON audit (app, id);
+"""
+
+MESSAGE_INDEXES: Final = """
+CREATE INDEX messages_with_callback ON messages (app) WHERE callback IS NOT NULL;
+CREATE INDEX messages_by_part ON messages (part_of) WHERE part_of IS NOT NULL;
+CREATE INDEX messages_by_collapse ON messages (app, collapse, broadcast, msg_id)
+    WHERE collapse IS NOT NULL AND body IS NOT NULL;
+"""
+
 SCHEMA: Final = f"""
 CREATE TABLE apps (
     app_id INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used again, so that no cache can mix two apps up
@@ -44,13 +87,14 @@ CREATE TABLE apps (
     offline_limit INTEGER NOT NULL,
     deleted INTEGER NOT NULL DEFAULT 0,
     purged_to INTEGER NOT NULL DEFAULT 0,  -- of a deleted app: its messages up to this id are gone
-    access TEXT NOT NULL DEFAULT '[]');  -- access rules, as JSON
+    access TEXT NOT NULL DEFAULT '[]',  -- access rules, as JSON
+    settings TEXT NOT NULL DEFAULT '{{}}');  -- AppSettings, as JSON
 CREATE INDEX deleted_apps ON apps (app_id) WHERE deleted;
 
 CREATE TABLE devices (
     app INTEGER NOT NULL, devno INTEGER NOT NULL, rid TEXT NOT NULL, platform TEXT NOT NULL, alias TEXT,
     tags TEXT NOT NULL, mobile TEXT, generation INTEGER NOT NULL, created_at REAL NOT NULL,
-    last_online_at REAL,
+    last_online_at REAL, attributes TEXT NOT NULL DEFAULT '{{}}',  -- as JSON
     PRIMARY KEY (app, devno)) WITHOUT ROWID;
 CREATE UNIQUE INDEX devices_by_rid ON devices (app, rid);
 CREATE INDEX revoked_devices ON devices (app, devno, generation) WHERE generation > 0;
@@ -64,12 +108,19 @@ CREATE TABLE messages (
     body BLOB,  -- NULL once nobody can be owed it
     created_at REAL NOT NULL, expires_at REAL NOT NULL, sendno TEXT NOT NULL,
     target NOT NULL,  -- a devno (INTEGER), or a bitmap (BLOB); the same for the next two
-    delivered, evicted);
+    delivered, evicted,
+    recalled, sent,  -- the same; sent has those that were sent it and have not acknowledged it
+    suppressed BLOB, online INTEGER NOT NULL DEFAULT 0, high INTEGER NOT NULL DEFAULT 0,
+    collapse TEXT, replaces INTEGER, part_of INTEGER,
+    paced INTEGER NOT NULL DEFAULT 0,  -- a whole that is delivered in parts
+    callback TEXT,  -- as JSON
+    done_at REAL, sent_at REAL, node INTEGER);  -- of a single target: when it was delivered (evicted, recalled)
 CREATE INDEX messages_by_expiry ON messages (expires_at) WHERE body IS NOT NULL;
 CREATE INDEX live_broadcasts ON messages (app, msg_id) WHERE broadcast AND body IS NOT NULL;
-
+{MESSAGE_INDEXES}
 CREATE TABLE settled (  -- what bitmap messages got since they were folded last
-    msg_id INTEGER NOT NULL, delivered BLOB, evicted BLOB);
+    msg_id INTEGER NOT NULL, delivered BLOB, evicted BLOB, recalled BLOB, sent BLOB, at REAL NOT NULL DEFAULT 0,
+    sent_at REAL NOT NULL DEFAULT 0, node INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX settled_by_message ON settled (msg_id);
 
 CREATE TABLE inbox (
@@ -81,10 +132,6 @@ CREATE TABLE cids (
     PRIMARY KEY (app, cid)) WITHOUT ROWID;
 CREATE INDEX cids_by_expiry ON cids (expires_at);
 
-CREATE TABLE receipts (
-    msg_id INTEGER NOT NULL, event TEXT NOT NULL, chunk INTEGER NOT NULL, bits BLOB NOT NULL,
-    PRIMARY KEY (msg_id, event, chunk)) WITHOUT ROWID;
-
 CREATE TABLE events (
     id INTEGER PRIMARY KEY, app INTEGER NOT NULL, devno INTEGER NOT NULL, name TEXT NOT NULL,
     at REAL NOT NULL, payload BLOB NOT NULL);
@@ -95,6 +142,7 @@ CREATE TABLE retained (
     properties BLOB NOT NULL, expires_at REAL, source TEXT NOT NULL DEFAULT '', PRIMARY KEY (app, topic));
 CREATE INDEX retained_by_expiry ON retained (expires_at) WHERE expires_at IS NOT NULL;
 {SESSION_ITEMS}
+{PUSH_PRODUCT}
 CREATE TABLE high_water (
     id INTEGER NOT NULL,  -- the greatest message or event id given out before the last purge
     epoch INTEGER NOT NULL);  -- the route epochs of this run are above it
@@ -106,6 +154,33 @@ UPGRADES: Final = {  # from this version to the next
 {SESSION_ITEMS}
 ALTER TABLE apps ADD COLUMN access TEXT NOT NULL DEFAULT '[]';
 ALTER TABLE retained ADD COLUMN source TEXT NOT NULL DEFAULT '';
+""",
+    2: f"""
+ALTER TABLE apps ADD COLUMN settings TEXT NOT NULL DEFAULT '{{}}';
+ALTER TABLE devices ADD COLUMN attributes TEXT NOT NULL DEFAULT '{{}}';
+ALTER TABLE messages ADD COLUMN recalled;
+ALTER TABLE messages ADD COLUMN sent;
+ALTER TABLE messages ADD COLUMN suppressed BLOB;
+ALTER TABLE messages ADD COLUMN online INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE messages ADD COLUMN high INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE messages ADD COLUMN collapse TEXT;
+ALTER TABLE messages ADD COLUMN replaces INTEGER;
+ALTER TABLE messages ADD COLUMN part_of INTEGER;
+ALTER TABLE messages ADD COLUMN paced INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE messages ADD COLUMN callback TEXT;
+ALTER TABLE messages ADD COLUMN done_at REAL;
+ALTER TABLE messages ADD COLUMN sent_at REAL;
+ALTER TABLE messages ADD COLUMN node INTEGER;
+{MESSAGE_INDEXES}
+ALTER TABLE settled ADD COLUMN recalled BLOB;
+ALTER TABLE settled ADD COLUMN sent BLOB;
+ALTER TABLE settled ADD COLUMN at REAL NOT NULL DEFAULT 0;
+ALTER TABLE settled ADD COLUMN sent_at REAL NOT NULL DEFAULT 0;
+ALTER TABLE settled ADD COLUMN node INTEGER NOT NULL DEFAULT 0;
+{PUSH_PRODUCT}
+INSERT INTO steps (msg_id, step, node, start, width, chunk, bits)
+    SELECT msg_id, event, 0, 0, 0, chunk, bits FROM receipts;
+DROP TABLE receipts;
 """,
 }
 
@@ -121,8 +196,13 @@ DELETED_KEYS: Final = {
     "session_items": ("app", "session", "kind", "item"),
     "messages": ("msg_id",),
     "settled": ("msg_id",),
-    "receipts": ("msg_id",),
+    "steps": ("msg_id",),
     "events": ("id",),
+    "records": ("app", "kind", "key"),
+    "files": ("app", "file", "piece"),
+    "callback_events": ("id",),
+    "activity": ("app", "kind", "width", "start", "chunk"),
+    "audit": ("id",),
 }
 
 

@@ -1,30 +1,35 @@
-"""Messages as the writer thread changes them: appends, settlements, receipts, events, retained messages; and the
-items of durable sessions.
+"""Messages as the writer thread appends them; events, retained messages, and the items of durable sessions.
 
-A message for one device (nearly all) keeps its target as a plain number: "delivered" is then one statement
-over all such messages. A message with a bitmap gets its settlements as rows of `settled`, written without
-reading anything, and folded into the message's own bitmaps once FOLD_AFTER of them have gathered; whoever
-reads the message merges them in (`merged`). So a broadcast to a million devices rewrites its bitmap a few
-dozen times while a million acknowledgements come in.
+Appends that wait together are a few statements. Those that depend on what is there (record changes, `replaces`, a
+collapse key) go one by one: each sees what those before it did.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
+import msgspec
 from pyroaring import BitMap
 
-from broker.model import Appended, BehaviourEvent, NewMessage, Receipt, Retained, SessionItem, Settled
-from broker.sqlite.engine import Row, decode_bits, delete_rows, encode_bits, read_rows, write_rows
-from broker.sqlite.threads import Handler
-
-FOLD_AFTER: Final = 64  # rows of `settled` for one message; reading one costs about a microsecond
-COUNTED_MESSAGES: Final = (
-    16_384  # messages whose rows of `settled` are counted; past it the oldest start anew
+from broker.model import (
+    Appended,
+    BehaviourEvent,
+    NewMessage,
+    RecordChange,
+    Retained,
+    SessionItem,
+    Withdrawn,
 )
+from broker.sqlite.callbacks import CallbackWrites
+from broker.sqlite.engine import Row, delete_rows, encode_bits, read_rows, write_rows
+from broker.sqlite.records import RecordWrites
+from broker.sqlite.routes import AppStates
+from broker.sqlite.settling import SettleWrites
+from broker.sqlite.threads import Handler
+from broker.store import StoreError, UnknownMessage
+
 ID_EPOCH: Final = 1_704_067_200.0  # 2024-01-01: 41 bits of milliseconds reach to 2093
 ID_COUNTER_BITS: Final = 22  # four million ids a millisecond
 
@@ -47,27 +52,54 @@ def first_id(at: float) -> int:
     return max(0, int((at - ID_EPOCH) * 1000)) << ID_COUNTER_BITS
 
 
-def merged(connection: sqlite3.Connection, rows: Iterable[Row]) -> dict[int, tuple[BitMap, BitMap, BitMap]]:
-    """(msg_id, target, delivered, evicted) columns -> msg_id -> the three bitmaps as they are now."""
-    found = {row[0]: (decode_bits(row[1]), decode_bits(row[2]), decode_bits(row[3])) for row in rows}
-    later = read_rows(
-        connection,
-        "SELECT s.msg_id, s.delivered, s.evicted FROM ({values}) v"
-        " CROSS JOIN settled s ON s.msg_id = v.column1",
-        [(msg_id,) for msg_id in found],
+PLAIN_COLUMNS: Final = "msg_id, app, broadcast, body, created_at, expires_at, sendno, target, online"
+SPECIAL_COLUMNS: Final = "suppressed, high, collapse, replaces, part_of, paced, callback"
+
+
+def _is_plain(message: NewMessage) -> bool:
+    """Nearly all are, and half the columns are half the time."""
+    return not (
+        message.high
+        or message.collapse
+        or message.replaces
+        or message.part_of
+        or message.paced
+        or message.callback
+        or message.suppressed
     )
-    for msg_id, more_delivered, more_evicted in later:
-        _, delivered, evicted = found[msg_id]
-        delivered |= decode_bits(more_delivered)
-        evicted |= decode_bits(more_evicted)
-    return {  # whoever was not meant has no state (S4)
-        msg_id: (targets, delivered & targets, evicted & targets)
-        for msg_id, (targets, delivered, evicted) in found.items()
-    }
+
+
+def _special_columns(message: NewMessage) -> Row:
+    return (
+        encode_bits(message.suppressed) if message.suppressed else None,
+        message.high,
+        message.collapse or None,
+        message.replaces or None,
+        message.part_of or None,
+        message.paced,
+        None if message.callback is None else msgspec.json.encode(message.callback).decode(),
+    )
+
+
+class Append(NamedTuple):
+    """One call."""
+
+    messages: Sequence[NewMessage]
+    candidates: Mapping[int, BitMap]  # by app, for the newest-N rule: something may wait there already
+    inboxes: Mapping[int, BitMap]  # by app: who gets an inbox row
+    changes: Sequence[RecordChange]
+
+    @property
+    def depends(self) -> bool:
+        """Whether it must see what the appends before it did."""
+        return bool(self.changes) or any(message.replaces or message.collapse for message in self.messages)
+
+
+Entry = tuple[int, NewMessage]
 
 
 class MessageWrites:
-    """The handlers for messages."""
+    """The handlers for what is appended."""
 
     def __init__(
         self,
@@ -75,21 +107,21 @@ class MessageWrites:
         ids: Ids,
         clock: Callable[[], float],
         cid_lifetime: float,
-        without_route: Callable[[int, BitMap], BitMap],
+        states: AppStates,
+        settling: SettleWrites,
+        records: RecordWrites,
+        callbacks: CallbackWrites,
     ) -> None:
         self._connection = connection
         self._ids = ids
         self._clock = clock
         self._cid_lifetime = cid_lifetime
-        self._without_route = without_route
-        self._unfolded: OrderedDict[int, int] = (
-            OrderedDict()
-        )  # msg_id -> rows of `settled` since its last fold
+        self._states = states
+        self._settling = settling
+        self._records = records
+        self._callbacks = callbacks
         self.handlers: dict[str, Handler] = {
             "append": self._append,
-            "settle": self._settle,
-            "fold": self._fold_all,
-            "receipts": self._receipts,
             "events": self._events,
             "retain": self._retain,
             "session_items": self._save_session_items,
@@ -97,28 +129,83 @@ class MessageWrites:
 
     # Appending
 
-    def _append(
-        self, calls: list[tuple[Sequence[NewMessage], Mapping[int, BitMap], Mapping[int, BitMap]]]
-    ) -> list[list[Appended]]:
-        count = sum(len(messages) for messages, *_ in calls)
-        ids = iter(self._ids.next(count))
-        lists = [[(next(ids), message) for message in messages] for messages, *_ in calls]
+    def _append(self, calls: list[Append]) -> list[list[Appended] | StoreError]:
+        """Ids are given out in the order of the calls, so those that go one by one come last: a newer message never
+        stands before an older one."""
+        together = iter(self._append_together([call for call in calls if not call.depends]))
+        answers = [None if call.depends else next(together) for call in calls]
+        alone = [self._append_alone(call) if call.depends else None for call in calls]
+        self._evict(call.candidates for call in calls)
+        return [answer or one or [] for answer, one in zip(answers, alone, strict=True)]
+
+    def _append_together(self, calls: Sequence[Append]) -> list[list[Appended]]:
+        ids = iter(self._ids.next(sum(len(call.messages) for call in calls)))
+        lists = [[(next(ids), message) for message in call.messages] for call in calls]
         owners = self._claim_cids([entry for entries in lists for entry in entries])
-        fresh: list[tuple[int, NewMessage]] = []
-        answers: list[list[Appended]] = []
-        for entries in lists:
-            answer: list[Appended] = []
-            for msg_id, message in entries:
-                owner = owners.get((message.app_id, message.cid)) if owners else None
-                if owner is None or owner.msg_id == msg_id:
-                    fresh.append((msg_id, message))
-                    answer.append(Appended(msg_id, False, message.sendno))
-                else:
-                    answer.append(owner)
-            answers.append(answer)
+        fresh: list[Entry] = []
+        answers = [self._answer(entries, owners, fresh) for entries in lists]
         self._store(fresh)
-        self._evict(candidates for _, candidates, _ in calls)
         return answers
+
+    @staticmethod
+    def _answer(
+        entries: Sequence[Entry], owners: Mapping[tuple[int, str | None], Appended], fresh: list[Entry]
+    ) -> list[Appended]:
+        """And those of them that are to be stored, into `fresh`."""
+        answer: list[Appended] = []
+        for msg_id, message in entries:
+            owner = owners.get((message.app_id, message.cid)) if owners else None
+            if owner is None or owner.msg_id == msg_id:
+                fresh.append((msg_id, message))
+                answer.append(Appended(msg_id, False, message.sendno))
+            else:
+                answer.append(owner)
+        return answer
+
+    def _append_alone(self, call: Append) -> list[Appended] | StoreError:
+        wrong = self._records.check(call.changes) or self._unknown(call.messages)
+        if wrong is not None:
+            return wrong
+        (answer,) = self._append_together([call])
+        if not any(appended.repeated for appended in answer):
+            self._records.make(call.changes, answer[0].msg_id if answer else 0)
+        return [
+            appended if appended.repeated else msgspec.structs.replace(appended, withdrawn=tuple(taken))
+            for appended, taken in zip(answer, self._take_place(call.messages, answer), strict=True)
+        ]
+
+    def _unknown(self, messages: Sequence[NewMessage]) -> UnknownMessage | None:
+        for message in messages:
+            if message.replaces and not self._exists(message.app_id, message.replaces):
+                return UnknownMessage(str(message.replaces))
+        return None
+
+    def _exists(self, app_id: int, msg_id: int) -> bool:
+        return (
+            self._connection.execute(
+                "SELECT 1 FROM messages WHERE msg_id = ? AND app = ?", (msg_id, app_id)
+            ).fetchone()
+            is not None
+        )
+
+    def _take_place(
+        self, messages: Sequence[NewMessage], answer: Sequence[Appended]
+    ) -> list[list[Withdrawn]]:
+        """What waits no longer because of each message."""
+        now, settling = self._clock(), self._settling
+        taken: list[list[Withdrawn]] = []
+        for message, appended in zip(messages, answer, strict=True):
+            gone: list[Withdrawn] = []
+            taken.append(gone)
+            if appended.repeated or message.paced:
+                continue
+            if message.replaces:
+                gone += settling.recall(message.app_id, [message.replaces], now, message.targets)
+            if message.collapse:
+                gone += settling.collapse(
+                    message.app_id, message.collapse, appended.msg_id, message.targets, now
+                )
+        return taken
 
     def _claim_cids(
         self, entries: Sequence[tuple[int, NewMessage]]
@@ -152,37 +239,53 @@ class MessageWrites:
         )
         return {(app, cid): Appended(msg_id, True, sendno) for app, cid, msg_id, sendno in rows}
 
-    def _store(self, entries: Sequence[tuple[int, NewMessage]]) -> None:
-        messages: list[Row] = []
+    def _store(self, entries: Sequence[Entry]) -> None:
+        plain: list[Row] = []
+        special: list[Row] = []
         inbox: list[Row] = []
         for msg_id, message in entries:
             targets, app = message.targets, message.app_id
-            lasting = message.expires_at > message.created_at
+            lasting = message.expires_at > message.created_at and not message.paced
             single = not message.broadcast and len(targets) == 1
             target = targets.min() if single else encode_bits(targets.copy())
-            messages.append(
-                (
-                    msg_id,
-                    app,
-                    message.broadcast,
-                    message.body if lasting else None,
-                    message.created_at,
-                    message.expires_at,
-                    message.sendno,
-                    target,
-                )
+            row = (
+                msg_id,
+                app,
+                message.broadcast,
+                message.body if lasting else None,
+                message.created_at,
+                message.expires_at,
+                message.sendno,
+                target,
+                self._states.count_online(app, targets),
             )
+            if _is_plain(message):
+                plain.append(row)
+            else:
+                special.append((*row, *_special_columns(message)))
             if lasting and single:
                 inbox.append((app, target, msg_id))
             elif lasting and not message.broadcast:
                 inbox.extend([(app, devno, msg_id) for devno in targets])
+        write_rows(self._connection, f"INSERT INTO messages ({PLAIN_COLUMNS}) {{values}}", plain)
         write_rows(
             self._connection,
-            "INSERT INTO messages (msg_id, app, broadcast, body, created_at, expires_at, sendno, target)"
-            " {values}",
-            messages,
+            f"INSERT INTO messages ({PLAIN_COLUMNS}, {SPECIAL_COLUMNS}) {{values}}",
+            special,
         )
         write_rows(self._connection, "INSERT INTO inbox {values}", inbox)
+        self._note_suppressed(entries)
+
+    def _note_suppressed(self, entries: Sequence[Entry]) -> None:
+        with_callback = [(msg_id, message) for msg_id, message in entries if message.callback is not None]
+        if with_callback:
+            for _, message in with_callback:
+                self._callbacks.expect(message.app_id)
+            self._callbacks.note(
+                (message.app_id, msg_id, "suppressed", message.suppressed, message.created_at)
+                for msg_id, message in with_callback
+                if message.suppressed
+            )
 
     # The newest-N rule (S8)
 
@@ -194,7 +297,7 @@ class MessageWrites:
                 by_app[app_id] = by_app[app_id] | devnos if app_id in by_app else devnos
         by_limit: dict[int, list[Row]] = {}
         for app_id, devnos in by_app.items():
-            away = self._without_route(app_id, devnos)
+            away = self._states.without_route(app_id, devnos)
             if away:
                 rows = by_limit.setdefault(self._offline_limit(app_id), [])
                 rows.extend([(app_id, devno) for devno in away])
@@ -208,7 +311,12 @@ class MessageWrites:
                 rows,
                 (limit,),
             )
-            self._take_out(surplus, "evicted")
+            now = self._clock()
+            self._settling.take_out([(*row, now, 0.0, 0) for row in surplus], "evicted")
+            if self._callbacks.wanted:
+                self._callbacks.note(
+                    (app, msg_id, "evicted", BitMap((devno,)), now) for app, devno, msg_id in surplus
+                )
 
     def _offline_limit(self, app_id: int) -> int:
         row = self._connection.execute(
@@ -216,120 +324,7 @@ class MessageWrites:
         ).fetchone()
         return int(row[0]) if row else 0
 
-    # Settling
-
-    def _settle(self, calls: list[Sequence[Settled]]) -> list[None]:
-        delivered: list[Row] = []
-        evicted: list[Row] = []
-        broadcasts: dict[tuple[int, int], tuple[BitMap, BitMap]] = {}
-        for call in calls:
-            for item in call:
-                app, msg_id = item.app_id, item.msg_id
-                if item.broadcast:
-                    both = broadcasts.setdefault((app, msg_id), (BitMap(), BitMap()))
-                    both[0].update(item.delivered)
-                    both[1].update(item.evicted)
-                    continue
-                delivered.extend([(app, devno, msg_id) for devno in item.delivered])
-                evicted.extend([(app, devno, msg_id) for devno in item.evicted])
-        self._take_out(delivered, "delivered")
-        self._take_out(evicted, "evicted")
-        self._add_settled(broadcasts)
-        return [None] * len(calls)
-
-    def _take_out(self, rows: Sequence[Row], state: str) -> None:
-        """Record the state of (app, devno, msg_id) deliveries of inbox messages; they wait no longer."""
-        delete_rows(self._connection, "inbox", rows)
-        singles = write_rows(
-            self._connection,
-            f"UPDATE messages SET {state} = target, body = NULL FROM ({{values}}) v WHERE"
-            " messages.msg_id = v.column3 AND messages.app = v.column1 AND messages.target = v.column2",
-            rows,
-        )
-        if singles == len(rows):
-            return
-        shared: dict[tuple[int, int], tuple[BitMap, BitMap]] = {}
-        for app, devno, msg_id in rows:
-            both = shared.setdefault((app, msg_id), (BitMap(), BitMap()))
-            both[state == "evicted"].add(devno)
-        self._add_settled(shared)
-
-    def _add_settled(self, items: Mapping[tuple[int, int], tuple[BitMap, BitMap]]) -> None:
-        """For messages with a bitmap, of this app; others are left alone by the join."""
-        write_rows(
-            self._connection,
-            "INSERT INTO settled (msg_id, delivered, evicted) SELECT v.column1, v.column3, v.column4"
-            " FROM ({values}) v CROSS JOIN messages m ON m.msg_id = v.column1 AND m.app = v.column2"
-            " WHERE typeof(m.target) = 'blob'",
-            [
-                (
-                    msg_id,
-                    app,
-                    encode_bits(both[0]) if both[0] else None,
-                    encode_bits(both[1]) if both[1] else None,
-                )
-                for (app, msg_id), both in items.items()
-            ],
-        )
-        due = []
-        for _, msg_id in items:
-            count = self._unfolded.pop(msg_id, 0) + 1
-            if count >= FOLD_AFTER:
-                due.append(msg_id)
-            else:
-                self._unfolded[msg_id] = count
-        while len(self._unfolded) > COUNTED_MESSAGES:
-            self._unfolded.popitem(last=False)
-        self.fold(due)
-
-    def _fold_all(self, calls: list[Sequence[int]]) -> list[None]:
-        self.fold(list({msg_id: None for call in calls for msg_id in call}))
-        return [None] * len(calls)
-
-    def fold(self, msg_ids: Sequence[int]) -> None:
-        """Merge what was settled into the messages. A message that owes nobody any more gives its body up."""
-        rows = read_rows(
-            self._connection,
-            "SELECT m.msg_id, m.target, m.delivered, m.evicted FROM ({values}) v"
-            " CROSS JOIN messages m ON m.msg_id = v.column1 WHERE typeof(m.target) = 'blob'",
-            [(msg_id,) for msg_id in msg_ids],
-        )
-        write_rows(
-            self._connection,
-            "UPDATE messages SET delivered = v.column2, evicted = v.column3,"
-            " body = CASE WHEN v.column4 THEN NULL ELSE body END"
-            " FROM ({values}) v WHERE messages.msg_id = v.column1",
-            [
-                (msg_id, encode_bits(delivered), encode_bits(evicted), targets <= delivered | evicted)
-                for msg_id, (targets, delivered, evicted) in merged(self._connection, rows).items()
-            ],
-        )
-        delete_rows(self._connection, "settled", [(msg_id,) for msg_id in msg_ids])
-
-    # Receipts, events, retained messages, session items
-
-    def _receipts(self, calls: list[Sequence[Receipt]]) -> list[None]:
-        fresh: dict[tuple[int, int, str, int], BitMap] = {}
-        for call in calls:
-            for receipt in call:
-                key = (receipt.app_id, receipt.msg_id, receipt.event, receipt.devno >> 16)
-                fresh.setdefault(key, BitMap()).add(receipt.devno)
-        stored = read_rows(  # devices that are not targets are dropped when the receipts are read
-            self._connection,
-            "SELECT v.column1, v.column2, v.column3, v.column4, r.bits FROM ({values}) v"
-            " CROSS JOIN messages m ON m.msg_id = v.column2 AND m.app = v.column1"
-            " LEFT JOIN receipts r ON r.msg_id = v.column2 AND r.event = v.column3 AND r.chunk = v.column4",
-            list(fresh),
-        )
-        write_rows(
-            self._connection,
-            "INSERT OR REPLACE INTO receipts (msg_id, event, chunk, bits) {values}",
-            [
-                (msg_id, event, chunk, encode_bits(fresh[app, msg_id, event, chunk] | decode_bits(bits)))
-                for app, msg_id, event, chunk, bits in stored
-            ],
-        )
-        return [None] * len(calls)
+    # Events, retained messages, session items
 
     def _events(self, calls: list[Sequence[BehaviourEvent]]) -> list[None]:
         events = [event for call in calls for event in call]

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, NamedTuple
 
 from pyroaring import BitMap
 
@@ -18,12 +18,13 @@ from broker.model import (
     OwedRequest,
     Retained,
     SessionItem,
+    Step,
     StoredBroadcast,
     StoredMessage,
 )
-from broker.sqlite.engine import decode_bits, read_rows
+from broker.sqlite.engine import Row, decode_bits, read_rows
 from broker.sqlite.index import APP_COLUMNS, DEVICES_BY_RID, app_from_row, device_from_row
-from broker.sqlite.messages import merged
+from broker.sqlite.settling import STATE_COLUMNS, STATES, States, merged, unfold
 from broker.sqlite.threads import Handler
 
 OWED: Final = """
@@ -35,6 +36,89 @@ SELECT json_group_array(json((
         ORDER BY i.msg_id LIMIT ?))))
 FROM ({values}) v
 """  # one row comes back, as one piece of JSON: each row would be a step, and wait for the GIL
+
+
+MESSAGE_COLUMNS: Final = (
+    "msg_id, app, body, created_at, expires_at, coalesce(part_of, 0), coalesce(replaces, 0), high"
+)
+
+
+def _stored_message(row: Row) -> StoredMessage:
+    """MESSAGE_COLUMNS."""
+    msg_id, app_id, body, created_at, expires_at, part_of, replaces, high = row
+    return StoredMessage(msg_id, app_id, body, created_at, expires_at, part_of, replaces, bool(high))
+
+
+class _Stored(NamedTuple):
+    """A message or a part of one, as its row has it."""
+
+    msg_id: int
+    states: States
+    app_id: int
+    broadcast: int
+    created_at: float
+    expires_at: float
+    sendno: str
+    suppressed: bytes | None
+    online: int
+    paced: int
+    part_of: int
+
+    def expired(self, now: float) -> BitMap:
+        return self.states.waiting if now >= self.expires_at else BitMap()
+
+
+def _record(
+    stored: _Stored, parts: Sequence[_Stored], receipts: Mapping[str, BitMap], now: float
+) -> MessageRecord:
+    states, suppressed = stored.states, decode_bits(stored.suppressed)
+    for part in parts:
+        for whole, bits in zip(states[1:], part.states[1:], strict=True):
+            whole |= bits  # noqa: PLW2901 - in place
+    released = BitMap.union(BitMap(), *(part.states.targets for part in parts))
+    expired = None
+    if stored.paced:
+        expired = BitMap.union(stored.expired(now) - released, *(part.expired(now) for part in parts))
+    return MessageRecord(
+        stored.msg_id,
+        stored.app_id,
+        bool(stored.broadcast),
+        stored.created_at,
+        stored.expires_at,
+        states.targets | suppressed,
+        states.delivered,
+        states.evicted,
+        states.recalled,
+        suppressed,
+        states.sent | states.delivered,
+        expired,
+        stored.online,
+        receipts,
+        stored.sendno,
+        bool(stored.paced),
+        len(parts),
+        released,
+    )
+
+
+def _single_steps(row: Row) -> list[tuple[str, int, float, BitMap]]:
+    """Of a message for one device: its row has the times."""
+    _, devno, delivered, evicted, recalled, sent, _, done_at, sent_at, node = row
+    target = BitMap((devno,))
+    steps = []
+    if sent_at and (sent is not None or delivered is not None):
+        steps.append(("sent", node, float(sent_at), target))
+    done = next(
+        (
+            state
+            for state, column in (("delivered", delivered), ("evicted", evicted), ("recalled", recalled))
+            if column is not None
+        ),
+        None,
+    )
+    if done is not None and done_at is not None:
+        steps.append((done, node if done == "delivered" else 0, float(done_at), target))
+    return steps
 
 
 class Reads:
@@ -50,6 +134,7 @@ class Reads:
             "list_apps": lambda calls: [self._list_apps(*call) for call in calls],
             "list_terms": lambda calls: [self._list_terms(*call) for call in calls],
             "live_broadcasts": lambda calls: [self._live_broadcasts(app_id) for app_id in calls],
+            "find_steps": lambda calls: [self._find_steps(*call) for call in calls],
             "find_messages": lambda calls: [self._find_messages(*call) for call in calls],
             "list_events": lambda calls: [self._list_events(*call) for call in calls],
             "list_retained": lambda calls: [self._list_retained(app_id) for app_id in calls],
@@ -133,53 +218,59 @@ class Reads:
     def _bodies(self, msg_ids: set[int]) -> dict[int, StoredMessage]:
         rows = read_rows(
             self._connection,
-            "SELECT msg_id, app, body, created_at, expires_at FROM messages WHERE msg_id IN ({values})",
+            f"SELECT {MESSAGE_COLUMNS} FROM messages WHERE msg_id IN ({{values}})",
             [(msg_id,) for msg_id in msg_ids],
         )
-        return {row[0]: StoredMessage(*row) for row in rows}
+        return {row[0]: _stored_message(row) for row in rows}
 
     def _live_broadcasts(self, app_id: int) -> tuple[list[StoredBroadcast], list[int]]:
         """And the ids of those that owe nobody any more, to be folded."""
         rows = self._connection.execute(
-            "SELECT msg_id, target, delivered, evicted, body, created_at, expires_at FROM messages"
+            f"SELECT {STATE_COLUMNS}, {MESSAGE_COLUMNS} FROM messages m"
             " WHERE app = ? AND broadcast AND body IS NOT NULL AND expires_at > ? ORDER BY msg_id",
             (app_id, self._clock()),
         ).fetchall()
-        bitmaps = merged(self._connection, (row[:4] for row in rows))
+        bitmaps = merged(self._connection, rows)
         live: list[StoredBroadcast] = []
         finished: list[int] = []
-        for msg_id, _, _, _, body, created_at, expires_at in rows:
-            targets, delivered, evicted = bitmaps[msg_id]
-            settled = delivered | evicted
-            if targets <= settled:
-                finished.append(msg_id)
+        for row in rows:
+            states = bitmaps[row[0]]
+            if states.waiting:
+                live.append(StoredBroadcast(_stored_message(row[6:]), states.targets, states.settled))
             else:
-                message = StoredMessage(msg_id, app_id, body, created_at, expires_at)
-                live.append(StoredBroadcast(message, targets, settled))
+                finished.append(row[0])
         return live, finished
 
     def _find_messages(self, app_id: int, msg_ids: Sequence[int]) -> dict[int, MessageRecord]:
+        wanted = [(msg_id,) for msg_id in dict.fromkeys(msg_ids)]
+        wholes = self._stored_states("v.column1 = m.msg_id", app_id, wanted)
+        parts: dict[int, list[_Stored]] = {}
+        for part in self._stored_states("v.column1 = m.part_of", app_id, wanted).values():
+            parts.setdefault(part.part_of, []).append(part)
+        receipts = self._receipts({msg_id: stored.states.targets for msg_id, stored in wholes.items()})
+        now = self._clock()
+        return {
+            msg_id: _record(stored, parts.get(msg_id, []), receipts[msg_id], now)
+            for msg_id, stored in wholes.items()
+        }
+
+    def _stored_states(self, join: str, app_id: int, wanted: Sequence[Row]) -> dict[int, _Stored]:
         rows = read_rows(
             self._connection,
-            "SELECT m.msg_id, m.target, m.delivered, m.evicted, m.broadcast, m.created_at, m.expires_at"
-            " FROM ({values}) v CROSS JOIN messages m ON m.msg_id = v.column1 WHERE m.app = ?",
-            [(msg_id,) for msg_id in dict.fromkeys(msg_ids)],
+            f"SELECT {STATE_COLUMNS}, m.app, m.broadcast, m.created_at, m.expires_at, m.sendno, m.suppressed,"
+            " m.online, m.paced, coalesce(m.part_of, 0) FROM ({values}) v"
+            f" CROSS JOIN messages m ON {join} WHERE m.app = ?",
+            wanted,
             (app_id,),
         )
-        bitmaps = merged(self._connection, (row[:4] for row in rows))
-        receipts = self._receipts({msg_id: bitmap[0] for msg_id, bitmap in bitmaps.items()})
-        return {
-            msg_id: MessageRecord(
-                msg_id, app_id, bool(broadcast), created_at, expires_at, *bitmaps[msg_id], receipts[msg_id]
-            )
-            for msg_id, _, _, _, broadcast, created_at, expires_at in rows
-        }
+        states = merged(self._connection, rows)
+        return {row[0]: _Stored(row[0], states[row[0]], *row[6:]) for row in rows}
 
     def _receipts(self, targets: dict[int, BitMap]) -> dict[int, dict[str, BitMap]]:
         rows = read_rows(
             self._connection,
-            "SELECT r.msg_id, r.event, r.bits FROM ({values}) v"
-            " CROSS JOIN receipts r ON r.msg_id = v.column1",
+            "SELECT s.msg_id, s.step, s.bits FROM ({values}) v CROSS JOIN steps s ON s.msg_id = v.column1"
+            f" WHERE s.step NOT IN {STATES}",
             [(msg_id,) for msg_id in targets],
         )
         found: dict[int, dict[str, BitMap]] = {msg_id: {} for msg_id in targets}
@@ -188,6 +279,42 @@ class Reads:
             if shown:
                 found[msg_id][event] = found[msg_id].get(event, BitMap()) | shown
         return found
+
+    def _find_steps(self, app_id: int, msg_id: int) -> list[Step]:
+        """In the order of their times. What is not folded yet is put into stretches here, as `fold` would."""
+        rows = self._connection.execute(
+            f"SELECT {STATE_COLUMNS}, m.created_at, m.done_at, m.sent_at, coalesce(m.node, 0) FROM messages m"
+            " WHERE m.app = ?1 AND (m.msg_id = ?2 OR m.part_of = ?2)",
+            (app_id, msg_id),
+        ).fetchall()
+        names = dict(self._connection.execute("SELECT id, name FROM nodes").fetchall()) | {0: ""}
+        steps: list[Step] = []
+        for row in rows:
+            own = _single_steps(row) if isinstance(row[1], int) else []
+            steps += [Step(row[0], step, names[node], at, 0.0, devnos) for step, node, at, devnos in own]
+            steps += self._stored_steps(row, names)
+        return sorted(steps, key=lambda step: (step.start, step.msg_id, step.step))
+
+    def _stored_steps(self, row: Row, names: Mapping[int, str]) -> list[Step]:
+        msg_id, targets, created_at = row[0], decode_bits(row[1]), row[6]
+        found: dict[tuple[str, int, int, int], BitMap] = {}
+        for step, node, start, width, bits in self._connection.execute(
+            "SELECT step, node, start, width, bits FROM steps WHERE msg_id = ?", (msg_id,)
+        ):
+            found.setdefault((step, node, start, width), BitMap()).update(decode_bits(bits) & targets)
+        unfolded = self._connection.execute(
+            "SELECT at, sent_at, node, delivered, evicted, recalled, sent FROM settled WHERE msg_id = ? ORDER BY at",
+            (msg_id,),
+        ).fetchall()
+        states = States(*map(decode_bits, row[1:6]))
+        for at, sent_at, node, *columns in unfolded:
+            for step, when, devnos in unfold(states, created_at, at, sent_at, columns):
+                found.setdefault((step, node, *when), BitMap()).update(devnos)
+        return [
+            Step(msg_id, step, names[node], float(start), float(width), devnos)
+            for (step, node, start, width), devnos in found.items()
+            if devnos
+        ]
 
     def _list_events(self, app_id: int, after: int, limit: int) -> list[tuple[int, BehaviourEvent]]:
         rows = self._connection.execute(

@@ -58,9 +58,14 @@ class AppStates:
         self._states.pop(app_id, None)
 
     def without_route(self, app_id: int, devnos: BitMap) -> BitMap:
-        """The only method the writer thread calls: one operation under the GIL."""
+        """Called by the writer thread: one operation under the GIL."""
         state = self._states.get(app_id)
         return devnos - state.routed if state else devnos
+
+    def count_online(self, app_id: int, devnos: BitMap) -> int:
+        """How many of them have a route; likewise."""
+        state = self._states.get(app_id)
+        return int(state.routed.intersection_cardinality(devnos)) if state else 0
 
     # Who may have something waiting. A bit is set when an append is submitted and again when it is committed;
     # it is cleared by a fetch from the start that found nothing, unless an append was committed since the

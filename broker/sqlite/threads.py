@@ -256,6 +256,7 @@ INDEX_KINDS: Final = frozenset(
         "create_app",
         "rotate_secret",
         "set_access",
+        "set_settings",
         "delete_app",
         "register",
         "change_devices",
@@ -278,7 +279,8 @@ ALONE: Final = "expire"  # upkeep: a transaction of its own, between two groups
 
 def phases(group: list[Operation]) -> list[tuple[str, list[Operation]]]:
     """The group in the order of its execution: the index in order of arrival (runs of one kind together),
-    then all of each other kind. Nobody can tell: the calls of one group were all waiting at once."""
+    then all of each other kind, those of LATER_KINDS first. Nobody can tell: the calls of one group were all waiting
+    at once."""
     runs: list[tuple[str, list[Operation]]] = []
     later: dict[str, list[Operation]] = {}
     for operation in group:
@@ -288,7 +290,8 @@ def phases(group: list[Operation]) -> list[tuple[str, list[Operation]]]:
             runs[-1][1].append(operation)
         else:
             runs.append((operation.kind, [operation]))
-    return runs + [(kind, later[kind]) for kind in LATER_KINDS if kind in later]
+    ordered = [kind for kind in LATER_KINDS if kind in later]
+    return runs + [(kind, later[kind]) for kind in dict.fromkeys([*ordered, *later])]
 
 
 class Writer:

@@ -8,8 +8,11 @@ import sqlite3
 from collections.abc import Callable
 from typing import Final
 
+from broker.sqlite.activity import ActivityWrites
+from broker.sqlite.callbacks import CallbackWrites
 from broker.sqlite.engine import DELETED_KEYS, Row, delete_rows, write_rows
-from broker.sqlite.messages import Ids, MessageWrites, first_id, merged
+from broker.sqlite.messages import Ids, first_id
+from broker.sqlite.settling import STATE_COLUMNS, SettleWrites, merged
 from broker.sqlite.threads import Handler
 
 SLICE_ROWS: Final = 4_000  # of one transaction: about 20 ms
@@ -18,19 +21,36 @@ SCAN_MESSAGES: Final = 20_000  # messages passed over in one transaction while l
 FREE_PAGES: Final = 1_000  # kept for what comes next (4 MB)
 VACUUM_PAGES: Final = 500  # given back in one transaction
 
+APP_TABLES: Final = (  # whose rows a deleted app takes with it; its messages are found by scanning
+    "inbox",
+    "devices",
+    "postings",
+    "cids",
+    "retained",
+    "session_items",
+    "events",
+    "records",
+    "files",
+    "callback_events",
+    "activity",
+)
+
 
 class Upkeep:
     def __init__(
         self,
         connection: sqlite3.Connection,
         ids: Ids,
-        messages: MessageWrites,
+        settling: SettleWrites,
+        callbacks: CallbackWrites,
+        activity: ActivityWrites,
         report_lifetime: float,
         event_lifetime: float,
     ) -> None:
         self._connection = connection
         self._ids = ids
-        self._messages = messages
+        self._settling = settling
+        self._callbacks = callbacks
         self._report_lifetime = report_lifetime
         self._event_lifetime = event_lifetime
         self._steps: tuple[Callable[[float], int], ...] = (
@@ -40,6 +60,7 @@ class Upkeep:
             self._drop_events,
             self._drop_retained,
             self._drop_apps,
+            activity.expire,
             self._give_space_back,
         )
         self.handlers: dict[str, Handler] = {"expire": lambda calls: [self._expire(now) for now in calls]}
@@ -50,22 +71,25 @@ class Upkeep:
 
     def _expire_messages(self, now: float) -> int:
         rows = self._connection.execute(
-            "SELECT msg_id, target, delivered, evicted, app, broadcast FROM messages"
+            f"SELECT {STATE_COLUMNS}, app, broadcast, expires_at FROM messages m"
             " WHERE body IS NOT NULL AND expires_at <= ? ORDER BY expires_at LIMIT ?",
             (now, SLICE_MESSAGES),
         ).fetchall()
-        bitmaps = merged(self._connection, (row[:4] for row in rows))
+        bitmaps = merged(self._connection, rows)
         waiting: list[Row] = []
         done: list[Row] = []
-        for msg_id, _, _, _, app, broadcast in rows:
-            targets, delivered, evicted = bitmaps[msg_id]
+        for row in rows:
+            msg_id, (app, broadcast, expires_at) = row[0], row[6:]
+            expired = bitmaps[msg_id].waiting
             if not broadcast:
-                waiting.extend([(app, devno, msg_id) for devno in targets - delivered - evicted])
+                waiting.extend([(app, devno, msg_id) for devno in expired])
+            if expired and self._callbacks.wanted:
+                self._callbacks.note([(app, msg_id, "expired", expired, expires_at)])
             done.append((msg_id,))
             if len(waiting) >= SLICE_ROWS:
                 break
         delete_rows(self._connection, "inbox", waiting)
-        self._messages.fold([msg_id for (msg_id,) in done])
+        self._settling.fold([msg_id for (msg_id,) in done])
         write_rows(self._connection, "UPDATE messages SET body = NULL WHERE msg_id IN ({values})", done)
         return len(waiting) + len(done)
 
@@ -80,7 +104,7 @@ class Upkeep:
         rows = self._connection.execute(query, parameters).fetchall()
         if not rows:
             return 0
-        for table in ("settled", "receipts", "messages"):
+        for table in ("settled", "steps", "messages"):
             delete_rows(self._connection, table, rows)
         self._keep_high_water()
         return len(rows)
@@ -127,7 +151,7 @@ class Upkeep:
 
     def _drop_rows(self, app_id: int) -> int:
         gone = 0
-        for table in ("inbox", "devices", "postings", "cids", "retained", "session_items", "events"):
+        for table in APP_TABLES:
             gone += self._drop(table, "app = ?", (app_id,), SLICE_ROWS - gone)
         return gone
 

@@ -10,15 +10,21 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
+from pyroaring import BitMap
 
-from broker.model import App, NewDevice, NewMessage, Retained, SessionItem, Settled, Term
+from broker.model import App, NewDevice, NewMessage, SessionItem, Settled, Term
+from broker.sqlite.engine import APPLICATION_ID, encode_bits
 from broker.store import Store, StoreError, StoreFull, StoreUnavailable
 from broker.store_sqlite import SqliteStore
+from tests.broker.message_contract import MessageContract
 from tests.broker.store_contract import (
+    HOUR,
     START,
     Clock,
     MakeStore,
@@ -30,7 +36,7 @@ from tests.broker.store_contract import (
 )
 
 
-class TestSqliteStore(StoreContract):
+class TestSqliteStore(StoreContract, MessageContract):
     @pytest.fixture
     def make_store(self, clock: Clock, tmp_path: Path) -> MakeStore:
         async def make() -> Store:
@@ -132,30 +138,64 @@ async def test_a_file_we_cannot_use_is_refused_with_the_reason(
         await SqliteStore(path).open()
 
 
-VERSION_1 = """
-ALTER TABLE apps DROP COLUMN access;
-ALTER TABLE retained DROP COLUMN source;
-DROP TABLE session_items;
-PRAGMA user_version = 1;
-"""  # what version 2 brought, taken back
+SCHEMAS = Path(__file__).parent / "schemas"
+ROWS = {  # of every table that a version changed
+    1: "INSERT INTO retained VALUES (1, 't', x'31', 1, x'', NULL);",
+    2: "INSERT INTO retained VALUES (1, 't', x'31', 1, x'', NULL, '');"
+    " INSERT INTO session_items VALUES (1, 1, 's', 1, x'31');",
+}
+APP = "INSERT INTO apps (key, name, master_secret, device_key, signing_key, open, created_at, offline_limit)"
+OLD_ROWS = f"""
+{APP} VALUES ('old', 'old', 'secret', 'key', x'00', 0, 1.0, 100);
+INSERT INTO devices VALUES (1, 0, 'phone', 'ios', NULL, '[]', NULL, 0, 1.0, NULL);
+INSERT INTO messages VALUES (7, 1, 0, x'7b7d', {START}, {START + HOUR}, '', 0, NULL, NULL);
+INSERT INTO inbox VALUES (1, 0, 7);
+INSERT INTO receipts VALUES (7, 'shown', 0, ?);
+"""
 
 
-async def test_a_file_of_schema_version_1_is_brought_up_to_date(path: Path) -> None:
-    store = SqliteStore(path, clock=Clock())
+def _tables(path: Path) -> dict[str, list[tuple[Any, ...]]]:
+    """The columns of every table, and the indexes."""
+    with closing(sqlite3.connect(path)) as connection:
+        names = connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'").fetchall()
+        tables = {
+            name: sorted(row[1:4] for row in connection.execute(f"PRAGMA table_info({name})"))
+            for (name,) in names
+        }
+        indexes = connection.execute(
+            "SELECT tbl_name, name, sql FROM sqlite_schema WHERE type = 'index' AND sql NOT NULL ORDER BY name"
+        ).fetchall()
+    return tables | {"indexes": indexes}
+
+
+@pytest.mark.parametrize("version", ROWS)
+async def test_a_file_of_an_older_schema_version_is_brought_up_to_date(
+    tmp_path: Path, path: Path, version: int
+) -> None:
+    fresh = tmp_path / "fresh" / "holdfast.db"
+    store = SqliteStore(fresh, clock=Clock())
     await store.open()
-    app = await store.create_app("old")
-    retained = Retained(app.app_id, "t", b"1", 1, b"", None)
-    await store.retain([retained])
     await store.close()
-    connection = sqlite3.connect(path)
-    connection.executescript(VERSION_1)
-    connection.close()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript((SCHEMAS / f"version_{version}.sql").read_text())
+        connection.executescript(
+            OLD_ROWS.replace("?", f"x'{encode_bits(BitMap((0,))).hex()}'") + ROWS[version]
+        )
+        connection.executescript(
+            f"PRAGMA journal_mode = WAL; PRAGMA user_version = {version}; PRAGMA application_id = {APPLICATION_ID};"
+        )
+    store = SqliteStore(path, clock=Clock())
     for _ in range(2):  # the second time it is done
         await store.open()
-        assert await store.find_app(app.key) == app
-        assert await store.list_retained(app.app_id) == [retained]
-        await store.save_session_items([SessionItem(app.app_id, 1, "s", 1, b"1")])
-        assert len(await store.list_session_items(app.app_id)) == 1
+        assert _tables(path) == _tables(fresh)
+        app = await store.find_app("old")
+        assert app is not None
+        assert len(await store.list_retained(app.app_id)) == 1
+        assert len(await store.list_session_items(app.app_id)) == version - 1
+        assert (await store.find_devices(app.app_id, ["phone"]))["phone"].attributes == {}
+        assert await owed(store, app, 0) == [7]
+        record = (await store.find_messages(app.app_id, [7]))[7]
+        assert (record.receipts["shown"], record.targets) == (BitMap((0,)), BitMap((0,)))
         await store.close()
 
 

@@ -1,0 +1,463 @@
+"""Telling publishers what became of their pushes: signed POSTs, in batches, tried again, never in anybody's way.
+
+The store enters each event in the transaction in which it happened, so none is lost; here they are claimed, sent and
+taken out. An event goes out at least once: a receiver that saw it while its answer was lost sees the same `event_id`
+again. Events of one app and URL form a lane. A lane has one POST at a time, so they arrive in order while all goes
+well; a lane whose receiver fails waits, the longer the more often it failed, and what comes for it meanwhile is
+handed back to the store untried. So memory holds at most HELD events, one receiver at most HOST_HELD of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import random
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final
+
+import aiohttp
+import orjson
+from yarl import URL
+
+from broker.callback_urls import CheckedResolver, Refused, check_literal
+from broker.logs import log_event
+from broker.metrics import Metrics
+from broker.model import App, CallbackEvent
+from broker.store import Store, StoreError
+
+log: Final = logging.getLogger(__name__)
+DAY: Final = 86_400.0
+
+PAUSE: Final = 1.0  # between looks at the store; also how long events gather
+CLAIMED: Final = 500  # events of one look
+HELD: Final = 2000  # events in memory; the others stay in the store
+HOST_HELD: Final = 500  # of these, for one receiving host: a slow one does not take the room of the others
+BATCH_EVENTS: Final = 200  # of one POST
+BATCH_BYTES: Final = 256 << 10  # of one POST's body, by estimate
+LANES: Final = 4096  # app and URL pairs remembered; past it the failures of the oldest idle ones are forgotten
+LEASE: Final = 120.0  # what was claimed and not finished by then is due again
+CROWDED_PAUSE: Final = 5.0  # until events that found no room are looked at again
+COUNT_PAUSE: Final = 10.0  # between two counts of what waits, for the metrics
+ERROR_SIZE: Final = 200  # characters of an error that are kept
+EVENT_BYTES: Final = 160  # of an event's JSON, less params and ids
+ID_BYTES: Final = 70  # of one registration id in JSON, at most
+SECRET_LABEL: Final = b"holdfast callback signature"
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class CallbackSettings:
+    """Times are seconds."""
+
+    timeout: float = 10.0  # of one POST, from name look-up to the answer's head
+    first_pause: float = 5.0  # after a first failure; doubled for each further one
+    max_pause: float = 900.0
+    max_attempts: int = 100  # then an event is parked
+    max_age: float = DAY  # or when it is so old
+    connections: int = 64
+    connections_per_host: int = 4
+    private_addresses: bool = False  # may callbacks go to loopback, private and link-local addresses?
+
+
+# Signature
+
+
+def signing_secret(app: App) -> str:
+    """What signs an app's callbacks; shown to its owner."""
+    return hmac.new(app.signing_key, SECRET_LABEL, hashlib.sha256).hexdigest()
+
+
+def sign(secret: str, at: int, body: bytes) -> str:
+    """The value of the Holdfast-Signature header: `t=<Unix seconds>,v1=<hex HMAC-SHA256 of "t.body">`."""
+    signed = hmac.new(secret.encode(), b"%d." % at + body, hashlib.sha256).hexdigest()
+    return f"t={at},v1={signed}"
+
+
+# What is sent, and to whom
+
+
+class Stats:
+    """Counters for the metrics."""
+
+    def __init__(self) -> None:
+        self.told = 0
+        self.failed = 0
+        self.parked = 0
+        self.waiting_now = 0
+        self.parked_now = 0
+        self.on_post: Callable[[bool, float], None] | None = None
+        """Called after each POST: was it taken, and its seconds."""
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """The events of one app for one URL that are in memory."""
+
+    app_id: int
+    url: str
+    host: Host
+    events: deque[tuple[float, CallbackEvent]] = field(default_factory=deque)  # claimed until
+    busy: bool = False
+    failures: int = 0  # in a row
+    retry_at: float = 0.0
+    error: str = ""  # of the last failure
+
+
+@dataclass(slots=True, eq=False)
+class Host:
+    """What all lanes to one scheme, name and port share."""
+
+    held: int = 0
+    sending: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    error: str = ""  # "": it was taken
+    final: bool = False  # another attempt would not help
+
+
+class Callbacks:
+    """`open` starts sending, `close` ends it. `clock` gives Unix seconds, `chance` a number in [0, 1)."""
+
+    def __init__(
+        self,
+        store: Store,
+        settings: CallbackSettings | None = None,
+        clock: Clock = time.time,
+        chance: Callable[[], float] = random.random,
+        pause: float = PAUSE,
+    ) -> None:
+        self.stats = Stats()
+        self._store = store
+        self._settings = settings or CallbackSettings()
+        self._clock = clock
+        self._chance = chance
+        self._pause = pause
+        self._lanes: OrderedDict[tuple[int, str], Lane] = OrderedDict()  # least lately used first
+        self._hosts: dict[str, Host] = {}
+        self._held = 0
+        self._counted_at = -COUNT_PAUSE
+        self._sending: set[asyncio.Task[None]] = set()
+        self._moved = asyncio.Event()  # a POST ended, or somebody wants a look at the store
+        self._session: aiohttp.ClientSession | None = None
+        self._run: asyncio.Task[None] | None = None
+
+    # Life
+
+    async def open(self) -> None:
+        self._run = asyncio.get_running_loop().create_task(self._keep_on(), name="callbacks")
+
+    async def close(self) -> None:
+        """POSTs under way are given up, and come again."""
+        tasks = [task for task in (self._run, *self._sending) if task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        if self._session is not None:
+            await self._session.close()
+        left = [event.event_id for lane in self._lanes.values() for _, event in lane.events]
+        if left:
+            with suppress(StoreError):  # then they come when their lease ends
+                await self._store.callbacks.postpone(left, self._clock())
+
+    async def _keep_on(self) -> None:
+        while True:
+            self._moved.clear()
+            try:
+                more = await self.turn()
+                await self._count()
+            except StoreError as error:
+                more = False
+                log.warning("callbacks wait, trying again: %s", error)
+            if not more:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._pause):
+                        await self._moved.wait()
+
+    def wake(self) -> None:
+        """Look at the store now."""
+        self._moved.set()
+
+    # One look at the store
+
+    async def turn(self) -> bool:
+        """Claim what is due and start what may start. True: there may be more that is due. Raises StoreError."""
+        room = min(CLAIMED, HELD - self._held)
+        now = self._clock()
+        claimed = await self._store.callbacks.claim(now, LEASE, room) if room > 0 else []
+        later: dict[float, list[int]] = {}
+        parked: dict[str, list[int]] = {}
+        for event in claimed:
+            self._take(event, now, later, parked)
+        self._start()
+        for due, event_ids in later.items():
+            await self._store.callbacks.postpone(event_ids, due)
+        for error, event_ids in parked.items():
+            await self._park(event_ids, error)
+        return room > 0 and len(claimed) == room
+
+    def _take(
+        self, event: CallbackEvent, now: float, later: dict[float, list[int]], parked: dict[str, list[int]]
+    ) -> None:
+        """Put a claimed event into its lane, or say when it is to come again, or that it is given up."""
+        lane = self._lane(event.app_id, event.callback.url)
+        if lane.retry_at > now:
+            if now - event.at >= self._settings.max_age:
+                parked.setdefault(lane.error, []).append(event.event_id)
+            else:
+                later.setdefault(lane.retry_at, []).append(event.event_id)
+        elif lane.host.held >= HOST_HELD:
+            later.setdefault(now + CROWDED_PAUSE, []).append(event.event_id)
+        else:
+            lane.events.append((now + LEASE, event))
+            lane.host.held += 1
+            self._held += 1
+
+    def _lane(self, app_id: int, url: str) -> Lane:
+        lane = self._lanes.get((app_id, url))
+        if lane is None:
+            self._forget_lanes()
+            host = self._hosts.setdefault(_origin(url), Host())
+            lane = self._lanes[app_id, url] = Lane(app_id, url, host)
+        self._lanes.move_to_end((app_id, url))
+        return lane
+
+    def _forget_lanes(self) -> None:
+        if len(self._lanes) < LANES:
+            return
+        idle = [key for key, lane in self._lanes.items() if not lane.events and not lane.busy]
+        for key in idle[: LANES // 8]:
+            del self._lanes[key]
+        used = {id(lane.host) for lane in self._lanes.values()}
+        self._hosts = {origin: host for origin, host in self._hosts.items() if id(host) in used}
+
+    def _start(self) -> None:
+        """One POST for each lane that has something, while there are connections."""
+        for lane in self._lanes.values():
+            if len(self._sending) >= self._settings.connections:
+                return
+            if lane.events and not lane.busy and lane.host.sending < self._settings.connections_per_host:
+                lane.busy = True
+                lane.host.sending += 1
+                task = asyncio.get_running_loop().create_task(self._serve(lane))
+                self._sending.add(task)
+                task.add_done_callback(self._sending.discard)
+
+    async def _count(self) -> None:
+        now = time.monotonic()
+        if now - self._counted_at >= COUNT_PAUSE:
+            self._counted_at = now
+            self.stats.waiting_now, self.stats.parked_now = await self._store.callbacks.counts(0)
+
+    # One POST
+
+    async def _serve(self, lane: Lane) -> None:
+        """Send the next batch of a lane, and write down what came of it."""
+        batch = self._next_batch(lane)
+        try:
+            if batch:
+                await self._tell(lane, batch)
+        except StoreError as error:
+            log.warning("callbacks wait for the store, they come again: %s", error)
+        finally:
+            lane.busy = False
+            lane.host.sending -= 1
+            self._moved.set()
+
+    def _next_batch(self, lane: Lane) -> list[CallbackEvent]:
+        """Events whose lease will do; the others come again from the store. A lane that waits keeps nothing."""
+        latest = self._clock() + self._settings.timeout
+        batch: list[CallbackEvent] = []
+        size = 0
+        while lane.events and len(batch) < BATCH_EVENTS:
+            until, event = lane.events[0]
+            if latest < until:
+                size += _size(event)
+                if batch and size > BATCH_BYTES:
+                    break
+                batch.append(event)
+            lane.events.popleft()
+            lane.host.held -= 1
+            self._held -= 1
+        return batch
+
+    async def _tell(self, lane: Lane, batch: list[CallbackEvent]) -> None:
+        app = await self._find_app(lane.app_id)
+        event_ids = [event.event_id for event in batch]
+        if app is None:
+            await self._store.callbacks.done(event_ids)
+            return
+        body = await self._body(app, batch)
+        started = time.perf_counter()
+        outcome = await self._post(app, lane.url, body)
+        if self.stats.on_post is not None:
+            self.stats.on_post(not outcome.error, time.perf_counter() - started)
+        if outcome.error:
+            await self._failed(app, lane, batch, outcome)
+            return
+        if lane.failures:
+            log_event(log, logging.INFO, "callbacks arrive again", app=app.key, host=URL(lane.url).host)
+        lane.failures, lane.retry_at, lane.error = 0, 0.0, ""
+        await self._store.callbacks.done(event_ids)
+        self.stats.told += len(batch)
+
+    async def _find_app(self, app_id: int) -> App | None:
+        apps = await self._store.list_apps(app_id - 1, 1)
+        return apps[0] if apps and apps[0].app_id == app_id else None
+
+    async def _body(self, app: App, batch: Sequence[CallbackEvent]) -> bytes:
+        devnos = list({devno: None for event in batch for devno in event.devnos})
+        names = await self._store.names(app.app_id, devnos)
+        return orjson.dumps(
+            {
+                "app_key": app.key,
+                "sent_at": self._clock(),
+                "events": [_event(event, (names[d] for d in event.devnos if d in names)) for event in batch],
+            }
+        )
+
+    async def _post(self, app: App, url: str, body: bytes) -> Outcome:
+        headers = {
+            "Content-Type": "application/json",
+            "Holdfast-Signature": sign(signing_secret(app), int(self._clock()), body),
+        }
+        try:
+            target = URL(url)
+            check_literal(target, private=self._settings.private_addresses)
+            async with self._client().post(target, data=body, headers=headers, allow_redirects=False) as answer:
+                return _outcome(answer.status)
+        except TimeoutError:
+            return Outcome(f"no answer within {self._settings.timeout:g} seconds")
+        except aiohttp.ClientConnectorError as error:
+            return Outcome(_cut(str(error.os_error)), isinstance(error.os_error, Refused))
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            return Outcome(_cut(f"{type(error).__name__}: {error}"), isinstance(error, Refused))
+
+    def _client(self) -> aiohttp.ClientSession:
+        """No cookies, no proxy of the environment, no address that was not checked."""
+        if self._session is None:
+            connector = aiohttp.TCPConnector(
+                limit=self._settings.connections,
+                resolver=CheckedResolver(private=self._settings.private_addresses),
+            )
+            self._session = aiohttp.ClientSession(
+                connector=connector,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                timeout=aiohttp.ClientTimeout(total=self._settings.timeout),
+                headers={"User-Agent": "holdfast-callbacks"},
+            )
+        return self._session
+
+    # What came of it
+
+    async def _failed(self, app: App, lane: Lane, batch: Sequence[CallbackEvent], outcome: Outcome) -> None:
+        now = self._clock()
+        settings = self._settings
+        if not lane.failures:
+            log_event(
+                log, logging.WARNING, "callbacks fail", app=app.key, host=URL(lane.url).host, reason=outcome.error
+            )
+        lane.failures += 1
+        lane.error = outcome.error
+        lane.retry_at = now + self._backoff(lane.failures)
+        over = [
+            event.event_id
+            for event in batch
+            if outcome.final
+            or event.attempts + 1 >= settings.max_attempts
+            or now - event.at >= settings.max_age
+        ]
+        again = [event.event_id for event in batch if event.event_id not in set(over)]
+        self.stats.failed += len(again)
+        if again:
+            await self._store.callbacks.failed(again, lane.retry_at, outcome.error)
+        if over:
+            await self._park(over, outcome.error)
+        await self._hand_back(lane)
+
+    def _backoff(self, failures: int) -> float:
+        """Seconds until the next attempt: a random part of what doubles with each failure."""
+        whole = min(self._settings.max_pause, self._settings.first_pause * 2.0 ** min(failures - 1, 40))
+        return whole * (0.5 + self._chance() / 2)
+
+    async def _hand_back(self, lane: Lane) -> None:
+        """What a failing lane still holds waits in the store, so that others have the room."""
+        event_ids = [event.event_id for _, event in lane.events]
+        lane.events.clear()
+        lane.host.held -= len(event_ids)
+        self._held -= len(event_ids)
+        if event_ids:
+            await self._store.callbacks.postpone(event_ids, lane.retry_at)
+
+    async def _park(self, event_ids: Sequence[int], error: str) -> None:
+        await self._store.callbacks.failed(event_ids, None, error)
+        self.stats.parked += len(event_ids)
+
+    # For the API
+
+    async def retry_parked(self, app: App) -> int:
+        """Try the parked ones again, at once: what their receivers did before is forgotten."""
+        for lane in self._lanes.values():
+            if lane.app_id == app.app_id:
+                lane.failures, lane.retry_at = 0, 0.0
+        count = await self._store.callbacks.retry(app.app_id, self._clock())
+        self.wake()
+        return count
+
+
+def _origin(url: str) -> str:
+    return str(URL(url).origin())
+
+
+def _size(event: CallbackEvent) -> int:
+    params = event.callback.params
+    return EVENT_BYTES + (len(orjson.dumps(params)) if params else 0) + ID_BYTES * len(event.devnos)
+
+
+def _event(event: CallbackEvent, registration_ids: Iterable[str]) -> dict[str, object]:
+    return {
+        "event_id": str(event.event_id),
+        "msg_id": str(event.msg_id),
+        "event": event.event,
+        "at": event.at,
+        "registration_ids": list(registration_ids),
+        "params": event.callback.params,
+    }
+
+
+def _outcome(status: int) -> Outcome:
+    if 200 <= status < 300:
+        return Outcome()
+    if 300 <= status < 400:
+        return Outcome(f"HTTP {status}: redirects are not followed")
+    return Outcome(f"HTTP {status}", final=status == 410)  # 410 Gone: told not to come again
+
+
+def _cut(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text[:ERROR_SIZE])
+
+
+class CallbackMetrics:
+    def __init__(self, metrics: Metrics, stats: Stats) -> None:
+        posts = metrics.counters("callback_posts", "POSTs to receivers of callbacks.", "outcome")
+        self._taken, self._refused = posts.labels("taken"), posts.labels("failed")
+        self._seconds = metrics.histogram("callback_seconds", "Time of one POST.")
+        metrics.read_counter("callbacks_told", "Callback events that were taken.", lambda: stats.told)
+        metrics.read_counter("callbacks_failed", "Callback events to be tried again.", lambda: stats.failed)
+        metrics.read_counter("callbacks_given_up", "Callback events that were parked.", lambda: stats.parked)
+        metrics.gauge("callbacks_waiting", "Callback events to be sent, now.", lambda: stats.waiting_now)
+        metrics.gauge("callbacks_parked", "Callback events given up, now.", lambda: stats.parked_now)
+        stats.on_post = self._on_post
+
+    def _on_post(self, taken: bool, seconds: float) -> None:
+        (self._taken if taken else self._refused).value += 1
+        self._seconds.observe(seconds)

@@ -1,0 +1,106 @@
+"""Bytes that are too many for one record, in rows of up to PIECE bytes, each a write of its own: nothing is held, and
+other writes go between. A crash half-way leaves pieces that belong to no record; opening the store removes them."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from typing import Any, Final
+
+from broker.sqlite.engine import Row, delete_rows, write_rows
+from broker.sqlite.threads import Handler
+from broker.store import PIECE, StoreError
+
+KIND: Final = "file"  # of the record that makes a file exist
+SLICE_PIECES: Final = 64  # removed in one transaction: 4 MB
+
+Submit = Callable[[str, Any, int], Awaitable[Any]]
+"""Runs a handler in the writer or a reader: its name, its argument, about how many rows."""
+
+
+class FileWrites:
+    """The writer's side."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        self.handlers: dict[str, Handler] = {
+            "write_pieces": self._write_pieces,
+            "remove_pieces": lambda calls: [self._remove_pieces(*call) for call in calls],
+        }
+
+    def _write_pieces(self, rows: list[Row]) -> list[None]:
+        write_rows(self._connection, "INSERT OR REPLACE INTO files {values}", rows)
+        return [None] * len(rows)
+
+    def _remove_pieces(self, app_id: int, file_id: str) -> int:
+        """A slice of them; returns how many went."""
+        keys = self._connection.execute(
+            "SELECT app, file, piece FROM files WHERE app = ? AND file = ? LIMIT ?",
+            (app_id, file_id, SLICE_PIECES),
+        ).fetchall()
+        delete_rows(self._connection, "files", keys)
+        return len(keys)
+
+
+def remove_orphans(connection: sqlite3.Connection) -> int:
+    """Remove the pieces of files that were never finished, or are half removed. While nobody writes one: at open."""
+    orphans = connection.execute(
+        "SELECT DISTINCT app, file FROM files f WHERE NOT EXISTS"
+        " (SELECT 1 FROM records r WHERE r.app = f.app AND r.kind = ? AND r.key = f.file)",
+        (KIND,),
+    ).fetchall()
+    for key in orphans:
+        connection.execute("DELETE FROM files WHERE app = ? AND file = ?", key)
+    return len(orphans)
+
+
+class FileReads:
+    """The readers' side."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        self.handlers: dict[str, Handler] = {
+            "read_piece": lambda calls: [self._read_piece(call) for call in calls]
+        }
+
+    def _read_piece(self, key: Row) -> bytes | None:
+        row = self._connection.execute(
+            "SELECT bytes FROM files WHERE app = ? AND file = ? AND piece = ?", key
+        ).fetchone()
+        return row[0] if row else None
+
+
+class SqliteFiles:
+    """`store.files`."""
+
+    def __init__(self, write: Submit, read: Submit, check_app: Callable[[int], None]) -> None:
+        self._write = write
+        self._read = read
+        self._check_app = check_app
+
+    async def write(self, app_id: int, file_id: str, pieces: AsyncIterable[bytes]) -> int:
+        size = number = 0
+        try:
+            async for piece in pieces:
+                if len(piece) > PIECE:
+                    raise StoreError(f"a piece has at most {PIECE} bytes, not {len(piece)}")
+                self._check_app(app_id)
+                await self._write("write_pieces", (app_id, file_id, number, piece), 1)
+                number += 1
+                size += len(piece)
+        except BaseException:
+            with suppress(StoreError):  # what is left now, goes when the store is opened again
+                await self.remove(app_id, file_id)
+            raise
+        return size
+
+    async def read(self, app_id: int, file_id: str) -> AsyncIterator[bytes]:
+        number = 0
+        while (piece := await self._read("read_piece", (app_id, file_id, number), 1)) is not None:
+            yield piece
+            number += 1
+
+    async def remove(self, app_id: int, file_id: str) -> None:
+        while await self._write("remove_pieces", (app_id, file_id), SLICE_PIECES):
+            pass

@@ -1,0 +1,31 @@
+"""Devices as the API shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+AttributeValue = str | float | bool
+
+
+class DeviceInfo(msgspec.Struct, frozen=True):
+    tags: frozenset[str]
+    alias: str | None
+    mobile: str | None
+    attributes: Mapping[str, AttributeValue] = {}
+
+
+class DeviceStatus(msgspec.Struct, frozen=True):
+    """`last_online_time` is UTC, `2026-01-31 23:59:59`; None while online, or if it never was."""
+
+    online: bool
+    last_online_time: str | None = None
+
+
+class Registered(msgspec.Struct, frozen=True):
+    """`expires_at` in Unix seconds."""
+
+    registration_id: str
+    token: str
+    expires_at: int
