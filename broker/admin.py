@@ -12,6 +12,7 @@ import ipaddress
 import os
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
@@ -21,13 +22,16 @@ import orjson
 from aiohttp import hdrs, web
 
 from broker.access import describe_rules, parse_rules
-from broker.apps import Apps, read_basic
+from broker.app_settings import describe_settings, read_settings
+from broker.apps import read_basic
+from broker.audit import Deed, describe_page, read_page
+from broker.broker import Broker
 from broker.config import Config
-from broker.devices import Devices
 from broker.errors import ApiError
+from broker.groups import Group
 from broker.metrics import LoopLag, Metrics
 from broker.model import App
-from broker.store import Store, StoreError
+from broker.store import StoreError
 
 MAX_BODY: Final = 524_288  # room for the longest list of access rules; nothing else comes near it
 MAX_NAME: Final = 200
@@ -43,56 +47,141 @@ class Actions(Protocol):
     async def rotate_secret(self, key: str) -> object: ...
     async def show_access(self, key: str) -> object: ...
     async def set_access(self, key: str, rules: object) -> object: ...
+    async def show_settings(self, key: str) -> object: ...
+    async def set_settings(self, key: str, settings: object) -> object: ...
     async def delete_app(self, key: str) -> object: ...
     async def issue_token(self, key: str, registration_id: str) -> object: ...
+    async def create_group(self, group: object) -> object: ...
+    async def list_groups(self) -> object: ...
+    async def change_group(self, key: str, group: object) -> object: ...
+    async def delete_group(self, key: str) -> object: ...
+    async def list_audit(self, key: str | None, before: str | None, limit: str | None) -> object: ...
 
 
 class LocalActions:
-    """On the store of this process."""
+    """On the store of this process. What changes something is in the audit log, as done by `actor` from `address`."""
 
-    def __init__(self, store: Store, apps: Apps, devices: Devices, offline_limit: int) -> None:
-        self._store = store
-        self._apps = apps
-        self._devices = devices
+    def __init__(
+        self, broker: Broker, offline_limit: int, *, actor: str = "local", address: str = ""
+    ) -> None:
+        self._broker = broker
+        self._apps = broker.apps
         self._offline_limit = offline_limit  # of new apps
+        self._actor = actor
+        self._address = address
+
+    def by(self, actor: str, address: str) -> LocalActions:
+        """The same, done by somebody else."""
+        return LocalActions(self._broker, self._offline_limit, actor=actor, address=address)
+
+    def _deed(self, action: str, subject: str) -> AbstractAsyncContextManager[Deed]:
+        return self._broker.audit.deed(self._actor, self._address, action, subject)
 
     async def create_app(self, name: str, *, open: bool) -> object:
-        if not name.strip() or len(name) > MAX_NAME or not name.isprintable():
-            raise ApiError(1003, f"name must be 1 to {MAX_NAME} printable characters")
-        app = await self._apps.create(name, open=open, offline_limit=self._offline_limit)
+        async with self._deed("app.create", name) as deed:
+            if not name.strip() or len(name) > MAX_NAME or not name.isprintable():
+                raise ApiError(1003, f"name must be 1 to {MAX_NAME} printable characters")
+            app = await self._apps.create(name, open=open, offline_limit=self._offline_limit)
+            deed.app_id, deed.subject = app.app_id, f"{app.key} {name}"
         return {**describe_app(app), "is_new_created": True}
 
     async def list_apps(self) -> object:
         apps: list[App] = []
-        while page := await self._store.list_apps(apps[-1].app_id if apps else 0, PAGE):
+        while page := await self._broker.store.list_apps(apps[-1].app_id if apps else 0, PAGE):
             apps += page
         return [describe_app(app) for app in apps]
 
     async def rotate_secret(self, key: str) -> object:
-        app = await self._apps.rotate_secret(key)
-        return describe_app(app or _no_app(key))
+        async with self._deed("app.rotate_secret", key) as deed:
+            app = await self._apps.rotate_secret(key) or _no_app(key)
+            deed.app_id = app.app_id
+        return describe_app(app)
 
     async def show_access(self, key: str) -> object:
-        return describe_rules((await self._apps.find(key) or _no_app(key)).access)
+        return describe_rules((await self._app(key)).access)
 
     async def set_access(self, key: str, rules: object) -> object:
-        app = await self._apps.set_access(key, parse_rules(rules))
-        return describe_rules((app or _no_app(key)).access)
+        async with self._deed("app.set_access", key) as deed:
+            app = await self._apps.set_access(key, parse_rules(rules)) or _no_app(key)
+            deed.app_id = app.app_id
+        return describe_rules(app.access)
+
+    async def show_settings(self, key: str) -> object:
+        return describe_settings((await self._app(key)).settings)
+
+    async def set_settings(self, key: str, settings: object) -> object:
+        """All of them: what is left out gets its default."""
+        async with self._deed("app.set_settings", key) as deed:
+            read = read_settings(orjson.dumps(settings), self._broker.limits)
+            app = await self._apps.set_settings(key, read) or _no_app(key)
+            deed.app_id = app.app_id
+        return describe_settings(app.settings)
 
     async def delete_app(self, key: str) -> object:
-        if not await self._apps.delete(key):
-            _no_app(key)
+        async with self._deed("app.delete", key) as deed:
+            app = await self._app(key)
+            deed.app_id, deed.subject = app.app_id, f"{key} {app.name}"
+            if not await self._apps.delete(key):
+                _no_app(key)
         return {"success": "delete app success"}
 
     async def issue_token(self, key: str, registration_id: str) -> object:
         """Registers the device if it is new."""
-        app = await self._apps.find(key) or _no_app(key)
-        registered = await self._devices.register(app, registration_id=registration_id, trusted=True)
+        async with self._deed("device.issue_token", f"{key} {registration_id}") as deed:
+            app = await self._app(key)
+            deed.app_id = app.app_id
+            registered = await self._broker.devices.register(
+                app, registration_id=registration_id, trusted=True
+            )
         return {
             "registration_id": registered.device.registration_id,
             "token": registered.token,
             "expires_at": registered.expires_at,
         }
+
+    async def create_group(self, group: object) -> object:
+        """`{"name", "apps"?}`."""
+        async with self._deed("group.create", "") as deed:
+            made = await self._broker.groups.create(orjson.dumps(group))
+            deed.subject = _about_group(made)
+        return made.describe()
+
+    async def list_groups(self) -> object:
+        return [group.describe() for group in await self._broker.groups.every()]
+
+    async def change_group(self, key: str, group: object) -> object:
+        """`{"name"?, "apps"?}`: what is left out stays."""
+        async with self._deed("group.change", key) as deed:
+            changed = await self._broker.groups.change(key, orjson.dumps(group))
+            deed.subject = _about_group(changed)
+        return changed.describe()
+
+    async def delete_group(self, key: str) -> object:
+        async with self._deed("group.delete", key) as deed:
+            deed.subject = _about_group(await self._broker.groups.delete(key))
+        return {"success": "delete group success"}
+
+    async def list_audit(self, key: str | None, before: str | None, limit: str | None) -> object:
+        """Of one app, or of all; newest first."""
+        app_id = None if key is None else (await self._app(key)).app_id
+        start, count = read_page(before, limit)
+        found = await self._broker.audit.entries(app_id, start, count)
+        return describe_page(found, count, await self._keys({entry.app_id for _, entry in found}))
+
+    async def _keys(self, app_ids: set[int]) -> dict[int, str]:
+        """Keys of those apps that are there."""
+        keys: dict[int, str] = {}
+        for app_id in app_ids - {0}:
+            for app in await self._broker.store.list_apps(app_id - 1, 1):
+                keys[app.app_id] = app.key
+        return keys
+
+    async def _app(self, key: str) -> App:
+        return await self._apps.find(key) or _no_app(key)
+
+
+def _about_group(group: Group) -> str:
+    return f"{group.key} {group.name}: {', '.join(group.apps) or 'no apps'}"
 
 
 def describe_app(app: App) -> dict[str, object]:
@@ -175,7 +264,7 @@ class AdminListener:
     """Serves the admin application, and says where in `admin.json`. Made with the data directory locked."""
 
     def __init__(
-        self, config: Config, actions: Actions, metrics: Metrics, health: Health, lag: LoopLag
+        self, config: Config, actions: LocalActions, metrics: Metrics, health: Health, lag: LoopLag
     ) -> None:
         self._config = config
         self._key = _admin_key(config)
@@ -239,7 +328,7 @@ def _answer(body: object, status: int = 200) -> web.Response:
 
 
 def admin_application(
-    actions: Actions, metrics: Metrics, health: Health, lag: LoopLag, key: str
+    actions: LocalActions, metrics: Metrics, health: Health, lag: LoopLag, key: str
 ) -> web.Application:
     async def show_metrics(request: web.Request) -> web.Response:
         body, content_type = metrics.render(request.headers.get(hdrs.ACCEPT, ""))
@@ -252,49 +341,79 @@ def admin_application(
         reasons = health.reasons()
         return _answer({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
 
-    async def create_app(request: web.Request) -> web.Response:
-        body = await _read(request, _NewApp)
-        return _answer(await actions.create_app(body.name or body.app_name, open=body.open))
-
-    async def list_apps(_: web.Request) -> web.Response:
-        return _answer(await actions.list_apps())
-
-    async def rotate_secret(request: web.Request) -> web.Response:
-        return _answer(await actions.rotate_secret(request.match_info["key"]))
-
-    async def show_access(request: web.Request) -> web.Response:
-        return _answer(await actions.show_access(request.match_info["key"]))
-
-    async def set_access(request: web.Request) -> web.Response:
-        rules = await _read(request, object)
-        return _answer(await actions.set_access(request.match_info["key"], rules))
-
-    async def delete_app(request: web.Request) -> web.Response:
-        return _answer(await actions.delete_app(request.match_info["key"]))
-
-    async def issue_token(request: web.Request) -> web.Response:
-        body = await _read(request, _NewToken)
-        return _answer(await actions.issue_token(request.match_info["key"], body.registration_id))
-
     application = web.Application(middlewares=[_guard(key)], client_max_size=MAX_BODY)
     application.add_routes(
         [
             web.get("/metrics", show_metrics),
             web.get("/healthz", show_health),
             web.get("/readyz", show_readiness),
-            web.post("/v1/app", create_app),
-            web.get("/v1/apps", list_apps),
-            web.post("/v1/app/{key}/rotate-secret", rotate_secret),
-            web.get("/v1/apps/{key}/access", show_access),
-            web.put("/v1/apps/{key}/access", set_access),
-            web.post("/v1/app/{key}/delete", delete_app),
-            web.post("/v1/app/{key}/device-token", issue_token),
+            *(web.route(method, path, _acting(actions, act)) for method, path, act in ADMIN_CALLS),
         ]
     )
     return application
 
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Act = Callable[[LocalActions, web.Request], Awaitable[object]]
+
+
+def _acting(actions: LocalActions, act: Act) -> Handler:
+    async def handle(request: web.Request) -> web.Response:
+        return _answer(await act(actions.by("admin", request.remote or ""), request))
+
+    return handle
+
+
+async def _create_app(actions: LocalActions, request: web.Request) -> object:
+    body = await _read(request, _NewApp)
+    return await actions.create_app(body.name or body.app_name, open=body.open)
+
+
+async def _issue_token(actions: LocalActions, request: web.Request) -> object:
+    body = await _read(request, _NewToken)
+    return await actions.issue_token(_key(request), body.registration_id)
+
+
+async def _set_access(actions: LocalActions, request: web.Request) -> object:
+    return await actions.set_access(_key(request), await _read(request, object))
+
+
+async def _set_settings(actions: LocalActions, request: web.Request) -> object:
+    return await actions.set_settings(_key(request), await _read(request, object))
+
+
+async def _create_group(actions: LocalActions, request: web.Request) -> object:
+    return await actions.create_group(await _read(request, object))
+
+
+async def _change_group(actions: LocalActions, request: web.Request) -> object:
+    return await actions.change_group(_key(request), await _read(request, object))
+
+
+def _list_audit(actions: LocalActions, request: web.Request) -> Awaitable[object]:
+    return actions.list_audit(*(request.query.get(name) for name in ("app", "before", "limit")))
+
+
+ADMIN_CALLS: Final[Sequence[tuple[str, str, Act]]] = (
+    ("POST", "/v1/app", _create_app),
+    ("GET", "/v1/apps", lambda actions, _: actions.list_apps()),
+    ("POST", "/v1/app/{key}/rotate-secret", lambda actions, request: actions.rotate_secret(_key(request))),
+    ("GET", "/v1/apps/{key}/access", lambda actions, request: actions.show_access(_key(request))),
+    ("PUT", "/v1/apps/{key}/access", _set_access),
+    ("GET", "/v1/apps/{key}/settings", lambda actions, request: actions.show_settings(_key(request))),
+    ("PUT", "/v1/apps/{key}/settings", _set_settings),
+    ("POST", "/v1/app/{key}/delete", lambda actions, request: actions.delete_app(_key(request))),
+    ("POST", "/v1/app/{key}/device-token", _issue_token),
+    ("POST", "/v1/groups", _create_group),
+    ("GET", "/v1/groups", lambda actions, _: actions.list_groups()),
+    ("PUT", "/v1/groups/{key}", _change_group),
+    ("DELETE", "/v1/groups/{key}", lambda actions, request: actions.delete_group(_key(request))),
+    ("GET", "/v1/audit", _list_audit),
+)
+
+
+def _key(request: web.Request) -> str:
+    return request.match_info["key"]
 
 
 def _guard(key: str) -> Any:

@@ -15,9 +15,10 @@ from zoneinfo import ZoneInfo
 import msgspec
 from msgspec import Struct
 
+from broker.callback_urls import read_callback
 from broker.errors import ADMIN, ApiError
 from broker.limits import NO_LIMIT, Limits
-from broker.model import AppSettings, Callback, FrequencyCap, QuietHours
+from broker.model import AppSettings, FrequencyCap, QuietHours
 from broker.networks import is_within, read_network
 from broker.requests import decode
 
@@ -97,14 +98,8 @@ def _read_owners(request: SettingsRequest) -> dict[str, Any]:
         "allow_from": read_networks(request.allow_from or ()),
         "quiet_hours": _check_quiet_hours(request.quiet_hours),
         "frequency_caps": _check_caps(request.frequency_caps or ()),
-        "callback": None if request.callback is None else _read_callback(request.callback),
+        "callback": None if request.callback is None else read_callback(request.callback),
     }
-
-
-def _read_callback(value: dict[str, Any]) -> Callback:
-    from broker.callbacks import read_callback
-
-    return read_callback(value)
 
 
 def read_networks(texts: Sequence[str]) -> tuple[str, ...]:
@@ -187,7 +182,9 @@ def _check_zone(path: str, zone: str) -> None:
     try:
         ZoneInfo(zone)
     except (KeyError, ValueError, OSError):  # ZoneInfo opens a file of that name
-        raise _wrong(f"{path} = {zone[:40]!r}: must be a name of the IANA time zones, like Asia/Tokyo") from None
+        raise _wrong(
+            f"{path} = {zone[:40]!r}: must be a name of the IANA time zones, like Asia/Tokyo"
+        ) from None
 
 
 def _plain(value: Any) -> object:

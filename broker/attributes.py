@@ -162,6 +162,21 @@ def terms(name: str, value: AttributeValue) -> Iterator[TermKey]:
     yield from _ones(name, "#", number_code(value))
 
 
+def term_changes(
+    before: Mapping[str, AttributeValue], after: Mapping[str, AttributeValue]
+) -> tuple[set[TermKey], set[TermKey]]:
+    """The terms that hold no more, and those that hold now. Of a number that changes, only the digits that do."""
+    old: set[TermKey] = set()
+    new: set[TermKey] = set()
+    for name in before.keys() | after.keys():
+        was, now = before.get(name), after.get(name)
+        if was is not None and (was != now or type(was) is not type(now)):
+            old.update(terms(name, was))
+        if now is not None and (was != now or type(was) is not type(now)):
+            new.update(terms(name, now))
+    return old - new, new - old
+
+
 # Questions
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 
 import msgspec
 from pyroaring import BitMap
 
+from broker.errors import ApiError
+from broker.files import devices_of_file
 from broker.model import Term, TermKey
+from broker.segment_rules import EVERYONE, find_segment, resolve_rules
 from broker.store import Store
 
 
 class Audience(msgspec.Struct, frozen=True, gc=False):
-    """() in a field means that it does not restrict. A Struct: one is made for each push, in a tenth of the time
-    of a frozen dataclass."""
+    """() or "" in a field means that it does not restrict. A Struct: one is made for each push, in a tenth of the
+    time of a frozen dataclass."""
 
     everyone: bool = False
     registration_ids: tuple[str, ...] = ()  # any of them
@@ -22,35 +26,73 @@ class Audience(msgspec.Struct, frozen=True, gc=False):
     tags_and: tuple[str, ...] = ()  # all of them
     tags_not: tuple[str, ...] = ()  # none of them
     platforms: tuple[str, ...] = ()  # any of them
+    segment: str = ""  # id of a segment
+    file_id: str = ""  # of an uploaded list
 
     def terms(self) -> list[TermKey]:
-        """The posting lists that it needs."""
+        """The posting lists that it needs, beside those of its segment."""
         terms = [(Term.ALIAS, alias) for alias in self.aliases] if self.aliases else []
         if self.platforms:
             terms += [(Term.PLATFORM, platform) for platform in self.platforms]
         for tags in (self.tags, self.tags_and, self.tags_not):
             if tags:
                 terms += [(Term.TAG, tag) for tag in tags]
-        if not (self.registration_ids or self.aliases or self.tags or self.tags_and or self.platforms):
+        if not self._says_who():
             terms.append(EVERYONE)
         return terms
 
+    def _says_who(self) -> bool:
+        """Or only who not."""
+        return bool(
+            self.registration_ids
+            or self.aliases
+            or self.tags
+            or self.tags_and
+            or self.platforms
+            or self.segment
+            or self.file_id
+        )
 
-EVERYONE: TermKey = (Term.ALL, "")
 
-
-async def resolve(store: Store, app_id: int, audiences: Sequence[Audience]) -> list[BitMap]:
-    """The devnos of each audience, in one or two calls of the store; the caller owns the results."""
+async def resolve(
+    store: Store, app_id: int, audiences: Sequence[Audience], now: float | None = None
+) -> list[BitMap]:
+    """The devnos of each audience, in one or two calls of the store, and a few more for those with a segment or a
+    file; the caller owns the results. `now` (None: the computer's clock) is what "last active" counts back from.
+    Raises ApiError 1003 if there is no such segment or file."""
     ids = [registration_id for audience in audiences for registration_id in audience.registration_ids]
     devnos = await store.resolve(app_id, ids) if ids else {}
     terms = list(dict.fromkeys(term for audience in audiences for term in audience.terms()))
     postings = dict(zip(terms, await store.postings(app_id, terms), strict=True)) if terms else {}
-    return [combine(audience, devnos, postings) for audience in audiences]
+    return [
+        combine(audience, devnos, postings, await _listed(store, app_id, audience, now))
+        for audience in audiences
+    ]
 
 
-def combine(audience: Audience, devnos: Mapping[str, int], postings: Mapping[TermKey, BitMap]) -> BitMap:
-    """`devnos` has the known registration ids. Posting lists are left as they are."""
-    sets = []
+async def _listed(store: Store, app_id: int, audience: Audience, now: float | None) -> list[BitMap]:
+    """The devices of its segment and of its file."""
+    listed = []
+    now = time.time() if now is None else now
+    if audience.segment:
+        segment = await find_segment(store, app_id, audience.segment)
+        if segment is None:
+            raise ApiError(1003, f"audience.segment: there is no segment {audience.segment:.64}")
+        listed += await resolve_rules(store, app_id, [segment.read_rule()], now)
+    if audience.file_id:
+        listed.append(await devices_of_file(store, app_id, audience.file_id, now))
+    return listed
+
+
+def combine(
+    audience: Audience,
+    devnos: Mapping[str, int],
+    postings: Mapping[TermKey, BitMap],
+    listed: Sequence[BitMap] = (),
+) -> BitMap:
+    """`devnos` has the known registration ids, `listed` its segment's and its file's devices. Posting lists are left
+    as they are."""
+    sets = list(listed)
     if audience.registration_ids:
         sets.append(BitMap([devnos[i] for i in audience.registration_ids if i in devnos]))
     if audience.aliases:

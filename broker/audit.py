@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -63,26 +63,26 @@ class Audit:
         finally:
             await self.record(deed.app_id, actor, address, action, deed.subject, outcome)
 
-    async def list(self, app_id: int | None, before: int = 0, limit: int = 100) -> dict[str, object]:
-        """Newest first; `before` of the answer continues, 0: that was all. None: of all apps. Lets StoreError pass."""
-        found = await self._store.list_audit(app_id, before, limit)
-        return {
-            "entries": [_describe(entry_id, entry, named=app_id is None) for entry_id, entry in found],
-            "before": found[-1][0] if len(found) == limit else 0,
-        }
+    async def entries(
+        self, app_id: int | None, before: int = 0, limit: int = 100
+    ) -> list[tuple[int, AuditEntry]]:
+        """With their ids, those below `before` (0: all), newest first. None: of all apps. Lets StoreError pass."""
+        return await self._store.list_audit(app_id, before, limit)
 
 
-def _describe(entry_id: int, entry: AuditEntry, *, named: bool) -> dict[str, object]:
-    return {
-        "id": entry_id,
-        "at": entry.at,
-        **({"app_id": entry.app_id} if named else {}),
-        "actor": entry.actor,
-        "address": entry.address,
-        "action": entry.action,
-        "subject": entry.subject,
-        "outcome": entry.outcome,
-    }
+def describe_page(
+    found: Sequence[tuple[int, AuditEntry]], limit: int, keys: Mapping[int, str] | None = None
+) -> dict[str, object]:
+    """`before` continues, 0: that was all. `keys`: of the apps, where there may be several."""
+    entries = []
+    for entry_id, entry in found:
+        row: dict[str, object] = {"id": entry_id, "at": entry.at}
+        if keys is not None:
+            row["app_key"] = keys.get(entry.app_id)
+        for name in ("actor", "address", "action", "subject", "outcome"):
+            row[name] = getattr(entry, name)
+        entries.append(row)
+    return {"entries": entries, "before": found[-1][0] if len(found) == limit else 0}
 
 
 def read_page(before: str | None, limit: str | None) -> tuple[int, int]:

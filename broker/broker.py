@@ -5,13 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from broker.accounts import Accounts
 from broker.apps import Apps
+from broker.audit import Audit
 from broker.bus import Bus
+from broker.callbacks import Callbacks, CallbackSettings
 from broker.devices import Devices
+from broker.files import Files
+from broker.groups import GroupPushes, Groups
+from broker.keys import Keys
 from broker.limits import Limits
+from broker.pacer import Pacer
 from broker.pushes import Pushes
+from broker.quotas import Quotas
 from broker.reports import Reports
+from broker.rules import Rules
+from broker.schedules import Schedules
+from broker.segments import Segments
 from broker.store import Store
+from broker.timekeeper import Timekeeper
+from broker.users import Users
+from broker.withdrawals import Withdrawals
 
 Clock = Callable[[], float]
 
@@ -21,18 +35,52 @@ class Broker:
     `clock` gives Unix seconds."""
 
     def __init__(
-        self, store: Store, bus: Bus, limits: Limits | None = None, clock: Clock = time.time
+        self,
+        store: Store,
+        bus: Bus,
+        limits: Limits | None = None,
+        clock: Clock = time.time,
+        callbacks: CallbackSettings | None = None,
     ) -> None:
         self.limits = limits or Limits()
         self.clock = clock
         self.store = store
         self.apps = Apps(store, bus, self.limits)
+        self.audit = Audit(store, clock)
+        self.keys = Keys(store, self.apps.changed, self.limits, clock)
+        self.groups = Groups(store, self.apps, self.limits, clock)
+        self.quotas = Quotas(store, self.limits, clock)
         self.devices = Devices(store, bus, self.limits, clock)
-        self.pushes = Pushes(store, bus, self.limits, clock)
+        self.segments = Segments(store, self.limits, clock)
+        self.files = Files(store, self.limits, clock)
+        self.rules = Rules(store, clock)
+        self.timekeeper = Timekeeper(store.records, clock)
+        self.pacer = Pacer(store, bus, self.timekeeper.wake, self.limits, clock)
+        self.pushes = Pushes(store, bus, self.limits, clock, rules=self.rules, quotas=self.quotas)
+        self.pushes.on_later = self.timekeeper.wake
+        self.withdrawals = Withdrawals(store, bus, self.pacer, self.limits, clock)
+        self.timekeeper.register(self.pacer.handlers)
         self.reports = Reports(store, self.limits, clock)
+        self.accounts = Accounts(store, clock)
+        self.users = Users(store, self.limits, clock)
+        self.callbacks = Callbacks(store, callbacks, clock)
+
+        self.group_pushes = GroupPushes(self.apps, self.pushes)
+        self.timekeeper = Timekeeper(store.records, clock)
+        self.schedules = Schedules(store, self.pushes, self.timekeeper.wake, self.limits, clock)
+        self.pacer = Pacer(store, bus, self.timekeeper.wake, self.limits, clock)
+        self.timekeeper.register(self.schedules.handlers | self.pacer.handlers)
+        self.pushes.on_later = self.timekeeper.wake
 
     async def open(self) -> None:
-        pass
+        self.timekeeper.open()
+        await self.callbacks.open()
+        self.timekeeper.open()
 
     async def close(self) -> None:
+        await self.timekeeper.close()
+        await self.timekeeper.close()
+        await self.callbacks.close()
+        await self.quotas.close()
+        await self.rules.close()
         self.apps.close()

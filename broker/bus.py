@@ -16,7 +16,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from broker.model import StoredBroadcast, StoredMessage
+from broker.model import StoredBroadcast, StoredMessage, Withdrawn
 
 
 class Targeted(Struct, frozen=True, gc=False):
@@ -32,6 +32,12 @@ class Broadcast(Struct, frozen=True, gc=False):
     broadcast: StoredBroadcast
 
 
+class Recalled(Struct, frozen=True, gc=False):
+    """These pushes are owed to these devices no longer. The receiver leaves the bitmaps as they are."""
+
+    withdrawn: Sequence[Withdrawn]
+
+
 @dataclass(frozen=True, slots=True)
 class CredentialsChanged:
     """Devices whose tokens were revoked, or (devnos None) an app that changed or was deleted."""
@@ -40,7 +46,7 @@ class CredentialsChanged:
     devnos: Sequence[int] | None
 
 
-Doorbell = Targeted | Broadcast | CredentialsChanged
+Doorbell = Targeted | Broadcast | Recalled | CredentialsChanged
 Subscriber = Callable[[Sequence[Doorbell]], None]
 
 

@@ -37,8 +37,8 @@ class Refused(OSError):
 
 
 def read_callback(value: object, default: Callback | None = None) -> Callback:
-    """The `callback` of a push, or of an app's settings: `{"url", "events", "params"}`, or with the vendor's "type" in
-    place of "events". Without a URL it goes to that of `default`. Raises ApiError 1003."""
+    """The `callback` of a push or of an app's settings: `{"url", "events", "params"}`, or with the vendor's "type"
+    for "events". Without a URL it goes to that of `default`. Raises ApiError 1003."""
     if not isinstance(value, dict):
         raise _wrong("callback", "must be an object")
     if unknown := [key for key in value if key not in KEYS]:

@@ -40,7 +40,9 @@ HELD: Final = 2000  # events in memory; the others stay in the store
 HOST_HELD: Final = 500  # of these, for one receiving host: a slow one does not take the room of the others
 BATCH_EVENTS: Final = 200  # of one POST
 BATCH_BYTES: Final = 256 << 10  # of one POST's body, by estimate
-LANES: Final = 4096  # app and URL pairs remembered; past it the failures of the oldest idle ones are forgotten
+LANES: Final = (
+    4096  # app and URL pairs remembered; past it the failures of the oldest idle ones are forgotten
+)
 LEASE: Final = 120.0  # what was claimed and not finished by then is due again
 CROWDED_PAUSE: Final = 5.0  # until events that found no room are looked at again
 COUNT_PAUSE: Final = 10.0  # between two counts of what waits, for the metrics
@@ -333,7 +335,9 @@ class Callbacks:
         try:
             target = URL(url)
             check_literal(target, private=self._settings.private_addresses)
-            async with self._client().post(target, data=body, headers=headers, allow_redirects=False) as answer:
+            async with self._client().post(
+                target, data=body, headers=headers, allow_redirects=False
+            ) as answer:
                 return _outcome(answer.status)
         except TimeoutError:
             return Outcome(f"no answer within {self._settings.timeout:g} seconds")
@@ -364,7 +368,12 @@ class Callbacks:
         settings = self._settings
         if not lane.failures:
             log_event(
-                log, logging.WARNING, "callbacks fail", app=app.key, host=URL(lane.url).host, reason=outcome.error
+                log,
+                logging.WARNING,
+                "callbacks fail",
+                app=app.key,
+                host=URL(lane.url).host,
+                reason=outcome.error,
             )
         lane.failures += 1
         lane.error = outcome.error

@@ -25,7 +25,10 @@ import click
 import msgspec
 from msgspec import Meta, field
 
+from broker.calendar import Calendar
+from broker.callbacks import CallbackSettings
 from broker.limits import Limits
+from broker.networks import read_network
 
 PREFIX: Final = "HOLDFAST_"
 OFF: Final = "off"
@@ -136,6 +139,12 @@ class Http(msgspec.Struct, frozen=True, kw_only=True):
     port: Annotated[Port, _about("public HTTP API; 0: any free port")] = 8080
     max_body: Annotated[Body, _about("largest body of one call")] = 1_048_576
     max_batch_body: Annotated[Body, _about("largest body of one batch call")] = 8_388_608
+    https_only: Annotated[
+        bool, _about("refuse calls that did not come over TLS; trusted_proxies say which did")
+    ] = False
+    trusted_proxies: Annotated[
+        str, _about("networks with commas whose X-Forwarded-For and -Proto are believed; empty: none")
+    ] = ""
     push_rate: Annotated[Limit | None, _about("push calls of one app in a minute")] = None
     report_rate: Annotated[Limit | None, _about("report calls of one app in a minute")] = None
     device_rate: Annotated[Limit | None, _about("device, tag and alias calls of one app in a minute")] = None
@@ -157,6 +166,19 @@ class Push(msgspec.Struct, frozen=True, kw_only=True):
     max_ttl: Annotated[Count, _about("longest time a push may wait; a longer one is refused")] = 10 * DAY
     offline_limit: Annotated[Limit, _about("newest pushes kept for an absent device, in new apps")] = 100
     token_lifetime: Annotated[Limit, _about("a device token is valid for this long")] = 180 * DAY
+    schedule_zone: Annotated[
+        Name, _about("time zone (IANA name) of schedules that name none; JPush's is Asia/Shanghai")
+    ] = "Asia/Shanghai"
+    schedule_grace: Annotated[Count, _about("a schedule missed by more than this does not fire late")] = 3600
+    max_schedules: Annotated[Limit | None, _about("live schedules of one app")] = None
+    max_slow_pushes: Annotated[Limit | None, _about("slow pushes of one app at once")] = 20
+    daily_pushes: Annotated[Limit | None, _about("pushes of one app in a UTC day")] = None
+    monthly_pushes: Annotated[Limit | None, _about("pushes of one app in a UTC month")] = None
+    daily_broadcasts: Annotated[
+        Limit | None, _about("pushes of one app for more than fanout_limit devices in a UTC day")
+    ] = None
+    max_targets: Annotated[Limit | None, _about("devices that one push may be for")] = None
+    alias_devices: Annotated[Limit | None, _about("devices that may have the same alias")] = None
 
 
 class Store(msgspec.Struct, frozen=True, kw_only=True):
@@ -164,6 +186,24 @@ class Store(msgspec.Struct, frozen=True, kw_only=True):
     report_lifetime: Annotated[Limit, _about("what became of a push can be asked for this long")] = 30 * DAY
     cid_lifetime: Annotated[Limit, _about("a push with the same cid is not pushed again for this long")] = DAY
     event_lifetime: Annotated[Limit, _about("events of devices are kept for this long")] = 7 * DAY
+    audit_lifetime: Annotated[Limit, _about("the audit log is kept for this long")] = 365 * DAY
+    activity_lifetime: Annotated[Limit, _about("which devices were there is kept for this long")] = 61 * DAY
+    time_zone: Annotated[Name, _about("days of the users report begin at midnight here (IANA name)")] = "UTC"
+
+
+class Callbacks(msgspec.Struct, frozen=True, kw_only=True):
+    timeout: Annotated[Seconds, _about("longest time one POST to a receiver may take")] = 10.0
+    first_pause: Annotated[
+        Seconds, _about("a receiver that failed is left alone for this long; doubled each time")
+    ] = 5.0
+    max_pause: Annotated[Seconds, _about("and at most for this long")] = 900.0
+    max_attempts: Annotated[Limit, _about("attempts for one event; then it is parked")] = 100
+    max_age: Annotated[Seconds, _about("an event so old that still fails is parked")] = DAY
+    connections: Annotated[Limit, _about("POSTs at once")] = 64
+    connections_per_host: Annotated[Limit, _about("of these, to one host")] = 4
+    private_addresses: Annotated[
+        bool, _about("let callbacks go to loopback, private and link-local addresses")
+    ] = False
 
 
 class Carriers(msgspec.Struct, frozen=True, kw_only=True):
@@ -179,6 +219,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     admin: Admin = field(default_factory=Admin)
     push: Push = field(default_factory=Push)
     store: Store = field(default_factory=Store)
+    callbacks: Callbacks = field(default_factory=Callbacks)
     carriers: Carriers = field(default_factory=Carriers)
 
     def limits(self) -> Limits:
@@ -193,7 +234,26 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             push_rate=self.http.push_rate,
             report_rate=self.http.report_rate,
             device_rate=self.http.device_rate,
+            schedule_zone=self.push.schedule_zone,
+            schedule_grace=self.push.schedule_grace,
+            max_schedules=self.push.max_schedules,
+            max_slow_pushes=self.push.max_slow_pushes,
+            cid_lifetime=self.store.cid_lifetime,
+            report_lifetime=self.store.report_lifetime,
+            daily_pushes=self.push.daily_pushes,
+            monthly_pushes=self.push.monthly_pushes,
+            daily_broadcasts=self.push.daily_broadcasts,
+            max_targets=self.push.max_targets,
+            alias_devices=self.push.alias_devices,
         )
+
+    def callback_settings(self) -> CallbackSettings:
+        return CallbackSettings(**msgspec.structs.asdict(self.callbacks))
+
+    @property
+    def trusted_proxies(self) -> tuple[str, ...]:
+        """As CIDR. Raises ValueError."""
+        return tuple(read_network(part) for part in self.http.trusted_proxies.split(",") if part.strip())
 
     @property
     def on_loopback(self) -> bool:
@@ -418,6 +478,19 @@ def _conflicts(config: Config) -> Iterator[str]:
             f"mqtt.ws_origins = {mqtt.ws_origins!r}: must be same, any, or origins such as "
             "https://app.example.com with commas between"
         )
+    try:
+        Calendar(config.store.time_zone)
+    except ValueError as error:
+        yield f"store.time_zone: {error}"
+    try:
+        Calendar(push.schedule_zone)
+    except ValueError as error:
+        yield f"push.schedule_zone: {error}"
+    try:
+        if config.http.https_only and not config.trusted_proxies:
+            yield "http.https_only = true: nobody could call; name the proxies that end TLS in trusted_proxies"
+    except ValueError as error:
+        yield f"http.trusted_proxies = {config.http.trusted_proxies!r}: must be networks with commas between; {error}"
     if push.default_ttl > push.max_ttl:
         yield f"push.default_ttl = {push.default_ttl}: must be at most push.max_ttl = {push.max_ttl}"
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
@@ -15,33 +14,15 @@ from pyroaring import BitMap
 
 from broker import tokens
 from broker.bus import Bus, CredentialsChanged
+from broker.device_checks import AddRemove, ChangeRequest, Checks, Properties
+from broker.device_checks import platforms as read_platforms
 from broker.errors import DEVICE, ApiError, refusing
-from broker.limits import Limits
-from broker.model import PLATFORMS, App, Device, DeviceChange, NewDevice, Term, TermKey
-from broker.requests import check_name, decode
+from broker.limits import Limits, limits_of
+from broker.model import App, AttributeValue, Device, DeviceChange, NewDevice, Term, TermKey
+from broker.requests import decode
 from broker.store import Store
 
 Clock = Callable[[], float]
-
-
-class RegisterRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    platform: str | None = None
-    alias: str | None = None
-    tags: list[str | int] | None = None
-    mobile: str | None = None
-    registration_id: str | None = None
-
-
-class AddRemove(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    add: list[str | int] | None = None
-    remove: list[str | int] | None = None
-
-
-class ChangeRequest(msgspec.Struct, frozen=True):
-    tags: str | list[str | int] | AddRemove | None = None  # "" clears, a list replaces
-    alias: str | None = None  # "" clears
-    mobile: str | None = None  # "" clears
-    platform: str | None = None
 
 
 class Ids(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -56,12 +37,16 @@ class Renewal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     token: str | None = None
 
 
-_read_register: Final = msgspec.json.Decoder(RegisterRequest).decode
+class Import(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    devices: list[Properties]
+
+
+_read_register: Final = msgspec.json.Decoder(Properties).decode
+_read_import: Final = msgspec.json.Decoder(Import).decode
 _read_change: Final = msgspec.json.Decoder(ChangeRequest).decode
 _read_ids: Final = msgspec.json.Decoder(Ids).decode
 _read_id_changes: Final = msgspec.json.Decoder(IdChanges).decode
 _read_renewal: Final = msgspec.json.Decoder(Renewal).decode
-_MOBILE: Final = re.compile(r"[0-9+][0-9 -]{0,31}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +73,7 @@ class Devices:
 
     async def register_json(self, app: App, raw: bytes, *, trusted: bool) -> Registered:
         request = decode(_read_register, raw or b"{}", DEVICE)
-        return await self.register(
-            app,
-            platform=request.platform,
-            alias=request.alias,
-            tags=None if request.tags is None else [str(tag) for tag in request.tags],
-            mobile=request.mobile,
-            registration_id=request.registration_id,
-            trusted=trusted,
-        )
+        return await self._register(app, request, trusted=trusted)
 
     async def register(
         self,
@@ -107,34 +84,58 @@ class Devices:
         tags: Iterable[str] | None = None,
         mobile: str | None = None,
         registration_id: str | None = None,
+        attributes: Mapping[str, AttributeValue] | None = None,
         trusted: bool = False,
     ) -> Registered:
         """Register a device, under a fresh id unless one is given. `trusted` (the publisher asks): an id that
         exists gets a new token and the given properties. Otherwise that is refused, for every installation
         knows the device key and could take over another's id; in an open app it may anyway. Store failures
         become ApiErrors."""
-        new = NewDevice(
-            secrets.token_hex(10) if registration_id is None else self.check_registration_id(registration_id),
-            _check_platform(platform) or "other",
-            self._check_alias(alias) or None,
-            self._check_tags(tags or ()),
-            _check_mobile(mobile) or None,
+        given = Properties(
+            platform,
+            alias,
+            None if tags is None else list(tags),
+            mobile,
+            registration_id,
+            None if attributes is None else dict(attributes),
         )
+        return await self._register(app, given, trusted=trusted)
+
+    async def _register(self, app: App, given: Properties, *, trusted: bool) -> Registered:
+        new = self._checks(app).new(_id(given), given)
         with refusing(DEVICE):
-            if registration_id is None:
+            await self._check_aliases(app, {new.registration_id: new.alias})
+            if given.registration_id is None:
                 device = (await self._store.register(app.app_id, [new]))[0]
             elif trusted or app.open:
-                change = DeviceChange(alias, mobile, platform, set_tags=None if tags is None else new.tags)
-                device = await self._register_or_change(app, new, change)
+                device = (await self._register_or_change(app, [new], [given]))[0]
             else:
                 device = await self._register_unclaimed(app, new)
         return self._issue(app, device)
+
+    async def import_json(self, app: App, raw: bytes) -> list[Registered]:
+        """`{"devices": […]}`, each as a trusted registration, in their order. Those that are new are registered all
+        or none, then those that exist are changed all or none. Store failures become ApiErrors."""
+        devices, checks = decode(_read_import, raw, DEVICE).devices, self._checks(app)
+        if not 0 < len(devices) <= checks.limits.max_imported:
+            raise ApiError(7013, f"devices: 1 to {checks.limits.max_imported} of them, got {len(devices)}")
+        new = []
+        for i, given in enumerate(devices):
+            try:
+                new.append(checks.new(_id(given), given))
+            except ApiError as error:
+                raise ApiError(error.code, f"devices[{i}].{error.message}") from None
+        if len({one.registration_id for one in new}) < len(new):
+            raise ApiError(7002, "devices: a registration_id is there twice")
+        with refusing(DEVICE):
+            await self._check_aliases(app, {one.registration_id: one.alias for one in new})
+            return [self._issue(app, device) for device in await self._register_or_change(app, new, devices)]
 
     async def register_open(self, app: App, client_id: str) -> Device:
         """The device of an open app that connects with the device key; registered on first sight. Store
         failures become ApiErrors."""
         assert app.open
-        self.check_registration_id(client_id)
+        self._checks(app).registration_id(client_id)
         with refusing(DEVICE):
             found = await self._store.find_devices(app.app_id, [client_id])
             if client_id in found:
@@ -169,24 +170,17 @@ class Devices:
 
     async def change(self, app: App, registration_id: str, raw: bytes) -> Device:
         """The body of POST /v3/devices/{registration_id}. Store failures become ApiErrors."""
-        request = decode(_read_change, raw, DEVICE)
-        set_tags, add, remove = self._read_tags(request.tags)
-        change = DeviceChange(
-            alias=self._check_alias(request.alias),
-            mobile=_check_mobile(request.mobile),
-            platform=_check_platform(request.platform),
-            set_tags=set_tags,
-            add_tags=add,
-            remove_tags=remove,
-        )
+        checks = self._checks(app)
+        change = checks.change(decode(_read_change, raw, DEVICE))
         with refusing(DEVICE):
-            if add:
-                self._check_tag_count((await self.find(app, registration_id)).tags - remove | add)
+            if change.add_tags or change.attributes:
+                checks.room(await self.find(app, registration_id), change)
+            await self._check_aliases(app, {registration_id: change.alias})
             return (await self._store.change_devices(app.app_id, {registration_id: change}))[registration_id]
 
     async def status(self, app: App, raw: bytes) -> dict[str, dict[str, object]]:
         """By registration id, in the order asked; ids that are no device of this app are left out."""
-        ids = self._bounded("registration_ids", decode(_read_ids, raw, DEVICE).registration_ids)
+        ids = self._checks(app).bounded("registration_ids", decode(_read_ids, raw, DEVICE).registration_ids)
         found = await self._store.find_devices(app.app_id, ids)
         online = await self._store.online(app.app_id, BitMap([device.devno for device in found.values()]))
         return {i: _status(found[i], found[i].devno in online) for i in ids if i in found}
@@ -208,7 +202,7 @@ class Devices:
             raise ApiError(
                 7002, "registration_ids.add: not supported here, use POST /v3/devices/{registration_id}"
             )
-        ids = self._bounded("registration_ids.remove", change.remove or ())
+        ids = self._checks(app).bounded("registration_ids.remove", change.remove or ())
         if not ids:
             raise ApiError(7002, "registration_ids.remove is required")
         devnos = await self._store.resolve(app.app_id, ids)
@@ -226,16 +220,17 @@ class Devices:
     async def change_tag(self, app: App, tag: str, raw: bytes) -> None:
         """`{"registration_ids": {"add": […], "remove": […]}}`, all or none. Store failures become
         ApiErrors."""
-        self._name(tag, "tag")
+        checks = self._checks(app)
+        checks.name(tag, "tag")
         change = decode(_read_id_changes, raw, DEVICE).registration_ids
-        add = self._bounded("registration_ids.add", change.add or ())
-        remove = self._bounded("registration_ids.remove", change.remove or ())
+        add = checks.bounded("registration_ids.add", change.add or ())
+        remove = checks.bounded("registration_ids.remove", change.remove or ())
         if not add and not remove:
             raise ApiError(7002, "registration_ids.add or registration_ids.remove is required")
         changes = {i: DeviceChange(remove_tags=frozenset((tag,))) for i in remove}
         changes |= {i: DeviceChange(add_tags=frozenset((tag,))) for i in add}
         for device in (await self._store.find_devices(app.app_id, add)).values():
-            self._check_tag_count(device.tags | {tag})
+            checks.tag_count(device.tags | {tag})
         with refusing(DEVICE):
             await self._store.change_devices(app.app_id, changes)
 
@@ -244,52 +239,24 @@ class Devices:
 
     # Checks
 
-    def check_registration_id(self, registration_id: str) -> str:
-        """1 to 64 bytes of printable text, which is also what a client id of an open app must be."""
-        most = self._limits.registration_id_size
-        if not 0 < len(registration_id.encode("utf-8", "replace")) <= most:
-            raise ApiError(7002, f"registration_id: must be 1 to {most} bytes")
-        if not registration_id.isprintable():
-            raise ApiError(7002, "registration_id: must have printable characters only")
-        return registration_id
+    def _checks(self, app: App) -> Checks:
+        return Checks(limits_of(self._limits, app))
 
-    def _check_alias(self, alias: str | None) -> str | None:
-        return self._name(alias, "alias") if alias else alias
-
-    def _check_tags(self, tags: Iterable[str]) -> frozenset[str]:
-        checked = frozenset(self._name(tag, "tags") for tag in tags)
-        self._check_tag_count(checked)
-        return checked
-
-    def _check_tag_count(self, tags: frozenset[str]) -> None:
-        if len(tags) > self._limits.max_device_tags:
-            raise ApiError(
-                7013, f"tags: a device has at most {self._limits.max_device_tags}, not {len(tags)}"
-            )
-
-    def _name(self, name: str, path: str) -> str:
-        return check_name(name, path, self._limits, DEVICE.invalid)
-
-    def _bounded(self, path: str, ids: Sequence[str | int]) -> list[str]:
-        if len(ids) > self._limits.max_ids:
-            raise ApiError(7013, f"{path}: at most {self._limits.max_ids} values, got {len(ids)}")
-        return [str(i) for i in ids]
-
-    def _read_tags(
-        self, tags: str | list[str | int] | AddRemove | None
-    ) -> tuple[frozenset[str] | None, frozenset[str], frozenset[str]]:
-        """What to set, add and remove."""
-        none: frozenset[str] = frozenset()
-        if tags is None:
-            return None, none, none
-        if isinstance(tags, AddRemove):
-            add = self._check_tags(map(str, tags.add or ()))
-            return None, add, frozenset(map(str, tags.remove or ()))
-        if isinstance(tags, str):
-            if tags:
-                raise ApiError(7002, 'tags: must be "" to clear, a list, or {"add": […], "remove": […]}')
-            return none, none, none
-        return self._check_tags(map(str, tags)), none, none
+    async def _check_aliases(self, app: App, aliases: Mapping[str, str | None]) -> None:
+        """That no alias gets too many devices; `aliases` by registration id. Calls that overlap may together let a
+        few more through: the limit sells plans, it does not protect."""
+        most = limits_of(self._limits, app).alias_devices
+        named = {rid: alias for rid, alias in aliases.items() if alias}
+        if most is None or not named:
+            return
+        names = list(dict.fromkeys(named.values()))
+        lists = await self._store.postings(app.app_id, [(Term.ALIAS, alias) for alias in names])
+        known = await self._store.resolve(app.app_id, list(named))
+        for alias, devnos in zip(names, lists, strict=True):
+            mine = [rid for rid, name in named.items() if name == alias]
+            fresh = sum(rid not in known or known[rid] not in devnos for rid in mine)
+            if fresh and len(devnos) + fresh > most:
+                raise ApiError(7015, f"alias: {alias} has {len(devnos)} devices, at most {most} may have it")
 
     def _check_token(self, app: App, device: Device, token: str) -> None:
         try:
@@ -317,14 +284,28 @@ class Devices:
         finally:
             self._claiming.discard(claim)
 
-    async def _register_or_change(self, app: App, new: NewDevice, change: DeviceChange) -> Device:
-        known = await self._store.resolve(app.app_id, [new.registration_id])
-        device = (await self._store.register(app.app_id, [new]))[0]
-        if not known or change == DeviceChange():
-            return device
-        return (await self._store.change_devices(app.app_id, {new.registration_id: change}))[
-            new.registration_id
-        ]
+    async def _register_or_change(
+        self, app: App, new: Sequence[NewDevice], given: Sequence[Properties]
+    ) -> list[Device]:
+        """Register those that are not known, and give those that are what was given."""
+        known = await self._store.resolve(app.app_id, [one.registration_id for one in new])
+        changes = {
+            one.registration_id: change
+            for one, properties in zip(new, given, strict=True)
+            if one.registration_id in known and (change := _as_change(one, properties)) != DeviceChange()
+        }
+        if changes:
+            await self._check_room(app, changes)
+        devices = await self._store.register(app.app_id, new)
+        if not changes:
+            return devices
+        changed = await self._store.change_devices(app.app_id, changes)
+        return [changed.get(device.registration_id, device) for device in devices]
+
+    async def _check_room(self, app: App, changes: Mapping[str, DeviceChange]) -> None:
+        checks = self._checks(app)
+        for rid, device in (await self._store.find_devices(app.app_id, list(changes))).items():
+            checks.room(device, changes[rid])
 
     def _issue(self, app: App, device: Device) -> Registered:
         now, lifetime = self._clock(), self._limits.token_lifetime
@@ -334,7 +315,7 @@ class Devices:
         return Registered(device, token, int(now + lifetime))
 
     async def _having(self, app: App, term: TermKey, platforms: str | None) -> BitMap:
-        names = _read_platforms(platforms)
+        names = read_platforms(platforms)
         terms = [term, *((Term.PLATFORM, name) for name in names)]
         devnos, *on = await self._store.postings(app.app_id, terms)
         return devnos & BitMap.union(*on) if on else devnos
@@ -352,26 +333,20 @@ def _unknown(registration_id: str) -> ApiError:
     return ApiError(7002, f"no such device in this app: {registration_id}")
 
 
-def _check_mobile(mobile: str | None) -> str | None:
-    if mobile and not _MOBILE.fullmatch(mobile):
-        raise ApiError(7002, "mobile: must be a telephone number: up to 32 digits, blanks and -, + first")
-    return mobile
+def _id(given: Properties) -> str:
+    """An id for a device that did not choose one. An empty id is a choice, and refused as one."""
+    return secrets.token_hex(10) if given.registration_id is None else given.registration_id
 
 
-def _check_platform(platform: str | None) -> str | None:
-    if platform is not None and platform not in PLATFORMS:
-        raise ApiError(7002, f"platform: must be one of {', '.join(PLATFORMS)}")
-    return platform
-
-
-def _read_platforms(platforms: str | None) -> list[str]:
-    """The `platform` parameter: names with commas between; absent or "all" means no filter."""
-    if not platforms or platforms == "all":
-        return []
-    names = platforms.split(",")
-    for name in names:
-        _check_platform(name)
-    return names
+def _as_change(new: NewDevice, given: Properties) -> DeviceChange:
+    """What a registration of a known device changes: what was given."""
+    return DeviceChange(
+        given.alias,
+        given.mobile,
+        given.platform,
+        set_tags=None if given.tags is None else new.tags,
+        attributes={} if given.attributes is None else {**dict.fromkeys(given.attributes), **new.attributes},
+    )
 
 
 def _status(device: Device, online: bool) -> dict[str, object]:

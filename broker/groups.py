@@ -15,13 +15,13 @@ import orjson
 from msgspec import Struct
 
 from broker.apps import Apps, read_basic
-from broker.errors import ADMIN, ApiError
+from broker.errors import ADMIN, PUSH, ApiError, refusal
 from broker.limits import Limits
 from broker.model import Record, RecordChange
 from broker.networks import is_within
 from broker.pushes import Accepted, Pushes
 from broker.requests import decode
-from broker.store import Conflict, Store
+from broker.store import Conflict, Store, StoreError
 
 Clock = Callable[[], float]
 KIND: Final = "group"
@@ -102,7 +102,7 @@ class Groups:
                 continue
             return group
 
-    async def list(self) -> list[Group]:
+    async def every(self) -> list[Group]:
         records = await self._records.list(0, KIND, limit=self._limits.max_groups)
         return sorted((_read_group(record.value) for record in records), key=lambda group: group.created_at)
 
@@ -150,7 +150,9 @@ class GroupPushes:
         self._apps = apps
         self._pushes = pushes
 
-    async def push(self, group: Group, raw: bytes, address: str) -> tuple[str, dict[str, Accepted | ApiError]]:
+    async def push(
+        self, group: Group, raw: bytes, address: str
+    ) -> tuple[str, dict[str, Accepted | ApiError]]:
         """The id of the group's push, and the result by app key. The same cid gives the same id, and each app that
         accepted it the first time answers what it did then."""
         if not group.apps:
@@ -168,6 +170,8 @@ class GroupPushes:
             return await self._pushes.push(app, raw)
         except ApiError as error:
             return error
+        except StoreError as error:
+            return refusal(error, PUSH)
 
 
 def _group_msgid(group: Group, raw: bytes) -> str:

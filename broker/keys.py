@@ -1,7 +1,7 @@
 """API keys: secrets beside the master secret, each for some scopes, from some networks, until some time.
 
-A secret is `hk_<id>_<192 random bits>`. Only HMAC-SHA256 of it is kept, under the app's signing key: what slow password
-hashes are for, guessing, does not work on 192 random bits, and a call must not wait for one.
+A secret is `hk_<id>_<192 random bits>`. Only HMAC-SHA256 of it is kept, under the app's signing key: what slow
+password hashes are for, guessing, does not work on 192 random bits, and a call must not wait for one.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Keys:
         await self._records.save([RecordChange(app.app_id, KIND, key_id, msgspec.json.encode(key), 0)])
         return key, secret
 
-    async def list(self, app: App) -> list[ApiKey]:
+    async def of_app(self, app: App) -> list[ApiKey]:
         """Oldest first."""
         most = limits_of(self._limits, app).max_keys
         records = await self._records.list(app.app_id, KIND, limit=max(most, self._limits.max_keys))

@@ -40,13 +40,14 @@ class Limits:
     max_rule_parts: int = 200  # its conditions, and the values they name; each is a posting list or 64
     max_rule_times: int = 10  # its last_active conditions; each unites the bitmaps of many hours
 
-    max_files: int = 100  # of one app at a time
+    max_files: int = 20  # of one app at a time
     max_file_lines: int = 1_000_000
     max_file_size: int = 96 << 20  # a million of the longest ids and more
     file_lifetime: int = 30 * DAY
     name_size: int = 40  # one tag or alias
     registration_id_size: int = 64
     cid_size: int = 128
+    collapse_key_size: int = 64
     sendno_size: int = 64  # the publisher's own number is stored with the push
 
     max_push: int = 4000  # Android notification + message; iOS message; any other platform
@@ -54,6 +55,7 @@ class Limits:
     max_event: int = 4096  # a behaviour event's payload
     max_event_name: int = 64
     max_events: int = 1000  # in one answer of /v1/events
+    max_user_days: int = 60  # in one answer of /v3/users
 
     max_listed: int = 10_000  # registration ids of an alias, or tags of an app, in one answer
 
@@ -64,6 +66,11 @@ class Limits:
     max_schedule_frequency: int = 100
     schedule_zone: str = "Asia/Shanghai"  # what existing JPush SDKs mean by a time without a zone
     schedule_grace: int = 3600  # what was missed by more is not fired any more
+    override_lifetime: int = DAY  # how long after a push another may take its place
+    cid_lifetime: int = DAY  # of a schedule's cid; the store knows its own
+    report_lifetime: int = 30 * DAY  # a schedule that is over is kept as long as the reports of its pushes
+    max_slow_minutes: int = 1400  # over which one push may be spread
+    max_slow_pushes: int | None = 20  # of an app at once (1012)
 
     token_lifetime: int = 180 * DAY
     max_apps_cached: int = 65_536  # apps kept ready; beyond it the oldest entry is read again

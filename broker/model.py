@@ -360,10 +360,11 @@ class RecordChange(Struct, frozen=True, gc=False):
 
     app_id: int
     kind: str
-    key: str  # "": in `append`, the id of the first message, in decimal
+    key: str  # "": in `append`, the id of one of its messages, in decimal
     value: bytes | None
     version: int
     due: float | None = None
+    message: int = 0  # which one; if its cid was used before, the change is not made
 
 
 class AuditEntry(Struct, frozen=True, gc=False):

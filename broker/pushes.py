@@ -1,26 +1,41 @@
-"""Accepting pushes: check, resolve, store durably, ring, answer; in this order (architecture, decision 4).
+"""Accepting pushes: check, resolve, apply the app's rules, store durably, ring, answer; in this order (architecture,
+decision 4).
 
-Used by the HTTP API and by publishers that push over MQTT. Every failure is an ApiError.
+Used by the HTTP API, by publishers that push over MQTT, by schedules and the bridge. Every failure is an
+ApiError.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 from pyroaring import BitMap
 
 from broker.audience import resolve
-from broker.bus import Broadcast, Bus, Doorbell, Targeted
+from broker.bus import Broadcast, Bus, Doorbell, Recalled, Targeted
 from broker.errors import PUSH, ApiError, refusal
-from broker.limits import Limits
-from broker.model import App, NewMessage, StoredBroadcast, StoredMessage
-from broker.requests import Checked, check_item, read_batch, read_push
-from broker.store import Store, StoreError
+from broker.limits import Limits, limits_of
+from broker.model import (
+    App,
+    Appended,
+    AppSettings,
+    NewMessage,
+    RecordChange,
+    StoredBroadcast,
+    StoredMessage,
+)
+from broker.paces import SLOW, start_pace
+from broker.quotas import Quotas
+from broker.requests import NO_WISHES, Checked, check_item, read_batch, read_push
+from broker.rules import Rules, has_rules, quiet_until
+from broker.store import Conflict, Store, StoreError, UnknownMessage
 
 Clock = Callable[[], float]
+MINUTE: Final = 60
+NO_SETTINGS: Final = AppSettings()
 
 
 class Accepted(msgspec.Struct, frozen=True, gc=False):
@@ -34,25 +49,52 @@ class Pushes:
     """`clock` gives Unix seconds. Called on the event loop's thread; any number of calls may overlap."""
 
     def __init__(
-        self, store: Store, bus: Bus, limits: Limits | None = None, clock: Clock = time.time
+        self,
+        store: Store,
+        bus: Bus,
+        limits: Limits | None = None,
+        clock: Clock = time.time,
+        *,
+        rules: Rules | None = None,
+        quotas: Quotas | None = None,
     ) -> None:
         self._store = store
         self._bus = bus
         self._limits = limits or Limits()
         self._clock = clock
+        self._rules = rules or Rules(store, clock)
+        self._quotas = quotas or Quotas(store, self._limits, clock)
+        self.on_later: Callable[[], None] = _nobody
+        """Called when something was stored that is to happen later."""
 
-    async def push(self, app: App, raw: bytes) -> Accepted:
-        """`raw`: the JSON push object."""
-        checked = read_push(raw, self._limits)
+    def read(self, app: App, raw: bytes) -> Checked:
+        """What is right with a push in itself; whom it reaches is not asked."""
+        return read_push(raw, limits_of(self._limits, app), app.settings.callback)
+
+    async def push(self, app: App, raw: bytes, changes: Sequence[RecordChange] = ()) -> Accepted:
+        """`raw`: the JSON push object. `changes` are made along with it, not if its cid was used before; Conflict
+        passes."""
+        return await self.push_checked(app, self.read(app, raw), changes)
+
+    async def push_checked(
+        self, app: App, checked: Checked, changes: Sequence[RecordChange] = ()
+    ) -> Accepted:
+        """What `read` gave."""
         try:
             targets = await self._targets(app, checked)
-            return (await self._accept(app, [checked], [targets]))[0]
+            return (await self._accept(app, [checked], [targets], changes))[0]
+        except Conflict:
+            raise
+        except UnknownMessage as error:  # since it was looked up
+            raise ApiError(
+                1003, f"options.override_msg_id: {error} is gone", sendno=checked.sendno
+            ) from error
         except StoreError as error:
             raise refusal(error, PUSH, checked.sendno) from error
 
     async def validate(self, app: App, raw: bytes) -> Accepted:
         """All checks of `push`, its audience included, and nothing sent; msg_id is 0."""
-        checked = read_push(raw, self._limits)
+        checked = self.read(app, raw)
         try:
             await self._targets(app, checked)
         except StoreError as error:
@@ -64,12 +106,13 @@ class Pushes:
     ) -> dict[str, Accepted | ApiError]:
         """A result for each cid. What is right goes into one append, all or none; raises if that fails, or if
         the batch as a whole cannot be read."""
-        items, wrong = read_batch(raw, self._limits)
+        limits = limits_of(self._limits, app)
+        items, wrong = read_batch(raw, limits)
         results: dict[str, Accepted | ApiError] = dict(wrong)
         right: list[Checked] = []
         for cid, item in items.items():
             try:
-                right.append(check_item(cid, item, by, self._limits))
+                right.append(check_item(cid, item, by, limits, app.settings.callback))
             except ApiError as error:
                 results[cid] = error
         try:
@@ -79,50 +122,174 @@ class Pushes:
         return results
 
     async def _targets(self, app: App, checked: Checked) -> BitMap:
-        targets = (await resolve(self._store, app.app_id, [checked.audience]))[0]
+        targets = (await resolve(self._store, app.app_id, [checked.audience], self._clock()))[0]
         if not targets:
             raise ApiError(1011, sendno=checked.sendno)
+        if checked.wishes is not NO_WISHES:
+            await self._check_wishes(app, checked)
         return targets
 
+    async def _check_wishes(self, app: App, checked: Checked) -> None:
+        """Those that depend on what else there is."""
+        limits, wishes = limits_of(self._limits, app), checked.wishes
+        most = limits.max_slow_pushes if wishes.slow_minutes else None
+        if most is not None and await self._store.records.count(app.app_id, SLOW) >= most:
+            many = f"{most} slow pushes are under way, which is the limit of the app"
+            raise ApiError(1012, many, sendno=checked.sendno)
+        if wishes.replaces:
+            found = (await self._store.find_messages(app.app_id, [wishes.replaces])).get(wishes.replaces)
+            if found is None or found.created_at < self._clock() - limits.override_lifetime:
+                unknown = (
+                    f"options.override_msg_id: {wishes.replaces} is no push of this app in the last"
+                    f" {limits.override_lifetime} seconds"
+                )
+                raise ApiError(1003, unknown, sendno=checked.sendno)
+
     async def _accept_batch(self, app: App, batch: Sequence[Checked]) -> dict[str, Accepted | ApiError]:
-        targets = await resolve(self._store, app.app_id, [checked.audience for checked in batch])
-        reached = [(checked, devnos) for checked, devnos in zip(batch, targets, strict=True) if devnos]
+        targets = await resolve(
+            self._store, app.app_id, [checked.audience for checked in batch], self._clock()
+        )
+        results: dict[str, Accepted | ApiError] = {}
+        reached: list[tuple[Checked, BitMap]] = []
+        for checked, devnos in zip(batch, targets, strict=True):
+            if not devnos:
+                results[checked.cid] = ApiError(1011, sendno=checked.sendno)
+                continue
+            try:
+                if checked.wishes is not NO_WISHES:
+                    await self._check_wishes(app, checked)
+            except ApiError as error:
+                results[checked.cid] = error
+            else:
+                reached.append((checked, devnos))
         accepted = await self._accept(app, [c for c, _ in reached], [devnos for _, devnos in reached])
-        results: dict[str, Accepted | ApiError] = {
-            checked.cid: ApiError(1011, sendno=checked.sendno)
-            for checked, devnos in zip(batch, targets, strict=True)
-            if not devnos
-        }
         results.update((c.cid, answer) for (c, _), answer in zip(reached, accepted, strict=True))
         return results
 
-    async def _accept(self, app: App, batch: Sequence[Checked], targets: Sequence[BitMap]) -> list[Accepted]:
+    async def _accept(
+        self,
+        app: App,
+        batch: Sequence[Checked],
+        targets: Sequence[BitMap],
+        changes: Sequence[RecordChange] = (),
+    ) -> list[Accepted]:
+        """Of pushes that have targets."""
         if not batch:
             return []
-        now = self._clock()
-        messages = [
-            NewMessage(
-                app.app_id,
-                checked.body,
-                devnos,
-                len(devnos) > self._limits.fanout_limit,
-                now,
-                now + checked.ttl,
-                checked.cid or None,
-                checked.sendno,
-            )
-            for checked, devnos in zip(batch, targets, strict=True)
+        quotas, spent = self._quotas, (0, 0)
+        if quotas.applies(app):
+            spent = (len(batch), sum(len(t) > self._limits.fanout_limit for t in targets))
+            for devnos in targets:
+                quotas.check_targets(app, len(devnos))
+            await quotas.spend(app, *spent)
+        drafts = [
+            await self._draft(app, checked, devnos) for checked, devnos in zip(batch, targets, strict=True)
         ]
-        appended = await self._store.append(messages)
-        self._bus.ring(
-            [_doorbell(m, a.msg_id) for m, a in zip(messages, appended, strict=True) if not a.repeated]
+        try:
+            appended = await self._store_and_ring(drafts, changes)
+        except BaseException:
+            await self._undo(app, drafts)
+            quotas.refund(app, *spent)
+            raise
+        repeated = [draft for draft, one in zip(drafts, appended, strict=True) if one.repeated]
+        if repeated:
+            await self._undo(app, repeated)
+            if any(spent):
+                wide = sum(draft.wide for draft in repeated)
+                quotas.refund(app, len(repeated), wide)
+        return [Accepted(one.msg_id, one.sendno) for one in appended]
+
+    async def _draft(self, app: App, checked: Checked, targets: BitMap) -> _Draft:
+        """The message with the app's rules applied to it."""
+        now, wishes = self._clock(), checked.wishes
+        wide = len(targets) > self._limits.fanout_limit
+        suppressed, starts_at = None, now
+        if has_rules(app) and not wishes.high:
+            suppressed = await self._rules.suppressed(app, targets, fleeting=not checked.ttl)
+            starts_at = quiet_until(app.settings, now) or now
+        targets = targets - suppressed if suppressed else targets
+        duration = wishes.slow_minutes * MINUTE
+        paced = bool(targets) and (duration > 0 or starts_at > now)
+        message = NewMessage(
+            app.app_id,
+            checked.body,
+            targets,
+            len(targets) > self._limits.fanout_limit,
+            now,
+            starts_at + duration + checked.ttl if paced else now + checked.ttl,
+            checked.cid or None,
+            checked.sendno,
         )
-        return [Accepted(answer.msg_id, answer.sendno) for answer in appended]
+        if wishes is not NO_WISHES or suppressed or paced:
+            message = msgspec.structs.replace(
+                message,
+                high=wishes.high,
+                collapse=wishes.collapse,
+                replaces=wishes.replaces,
+                suppressed=suppressed,
+                paced=paced,
+                callback=wishes.callback,
+            )
+        return _Draft(message, wide, (starts_at, duration, checked.ttl))
+
+    async def _store_and_ring(
+        self, drafts: Sequence[_Draft], changes: Sequence[RecordChange]
+    ) -> list[Appended]:
+        messages = [draft.message for draft in drafts]
+        paces = [
+            start_pace(draft.message, draft.plan, index)
+            for index, draft in enumerate(drafts)
+            if draft.message.paced
+        ]
+        appended = await self._store.append(messages, [*changes, *paces])
+        self._bus.ring(doorbells(messages, appended))
+        if paces:
+            self.on_later()
+        return appended
+
+    async def _undo(self, app: App, drafts: Sequence[_Draft]) -> None:
+        """They were not stored: nobody got them."""
+        if app.settings.frequency_caps:
+            for draft in drafts:
+                if not draft.message.high:
+                    await self._rules.forget(app, draft.message.targets)
+
+
+class _Draft(msgspec.Struct, frozen=True, gc=False):
+    message: NewMessage
+    wide: bool  # its audience, rules aside, is over the fan-out limit
+    plan: tuple[float, float, int]  # if it goes in parts: start, duration and time to live, seconds
+
+
+def doorbells(messages: Sequence[NewMessage], appended: Sequence[Appended]) -> list[Doorbell]:
+    """What the nodes are told of an append: first what waits no longer because of it."""
+    bells: list[Doorbell] = []
+    for message, answer in zip(messages, appended, strict=True):
+        if answer.repeated:
+            continue
+        if answer.withdrawn:
+            bells.append(Recalled(answer.withdrawn))
+        if not message.paced and message.targets:
+            bells.append(_doorbell(message, answer.msg_id))
+    return bells
 
 
 def _doorbell(message: NewMessage, msg_id: int) -> Doorbell:
-    stored = StoredMessage(msg_id, message.app_id, message.body, message.created_at, message.expires_at)
+    stored = StoredMessage(
+        msg_id,
+        message.app_id,
+        message.body,
+        message.created_at,
+        message.expires_at,
+        message.part_of,
+        message.replaces,
+        message.high,
+    )
     if message.broadcast:
         # Receivers own the bitmaps; the store may have kept ours.
         return Broadcast(StoredBroadcast(stored, message.targets.copy(), BitMap()))
     return Targeted(stored, tuple(message.targets))
+
+
+def _nobody() -> None:
+    pass

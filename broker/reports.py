@@ -12,7 +12,7 @@ import orjson
 from pyroaring import BitMap
 
 from broker.errors import REPORT, ApiError
-from broker.limits import Limits
+from broker.limits import Limits, limits_of
 from broker.model import App, BehaviourEvent, DeliveryState, MessageRecord, Receipt, Term
 from broker.requests import PUSH_PLATFORMS, decode
 from broker.store import Store
@@ -21,7 +21,8 @@ Clock = Callable[[], float]
 RECEIPTS: Final = ("shown", "clicked", "dismissed")
 _DATE: Final = re.compile(r"\d{4}-\d\d-\d\d")
 
-# Status of one message for one device, on the wire.
+# Status of one message for one device, on the wire. 4, the vendor's "system error", is none of ours: a call that
+# cannot be answered fails as a whole.
 DELIVERED, NOT_DELIVERED, NOT_A_DEVICE, NOT_A_TARGET = range(4)
 
 
@@ -51,16 +52,28 @@ class Reports:
     async def received(self, app: App, msg_ids: str | None) -> list[dict[str, object]]:
         """`msg_ids`: ids with commas between. One row for each, in that order; null counts where the id is
         unknown."""
-        ids = self._read_ids(msg_ids)
+        ids = self._read_ids(app, msg_ids)
         records, platforms = await self._records(app, ids)
         return [_received(i, records.get(i), platforms) for i in ids]
 
     async def received_detail(self, app: App, msg_ids: str | None) -> list[dict[str, object]]:
         """`received`, by channel, with the whole accounting of each message."""
-        ids = self._read_ids(msg_ids)
+        ids = self._read_ids(app, msg_ids)
         records, platforms = await self._records(app, ids)
         now = self._clock()
-        return [_detail(i, records.get(i), platforms) | _accounts(records.get(i), now) for i in ids]
+        return [{**_detail(i, records.get(i), platforms), **_account(records.get(i), now)} for i in ids]
+
+    async def messages(self, app: App, msg_ids: str | None) -> list[dict[str, object]]:
+        """By platform: to how many each message was to go, was sent, and came, and how many were clicked."""
+        ids = self._read_ids(app, msg_ids)
+        records, platforms = await self._records(app, ids)
+        return [_message(i, records.get(i), platforms) for i in ids]
+
+    async def messages_detail(self, app: App, msg_ids: str | None) -> list[dict[str, object]]:
+        """`messages`, by channel."""
+        ids = self._read_ids(app, msg_ids)
+        records, platforms = await self._records(app, ids)
+        return [_message_detail(i, records.get(i), platforms) for i in ids]
 
     async def status(self, app: App, raw: bytes) -> dict[str, dict[str, int]]:
         """`{"msg_id", "registration_ids"}` -> `{registration_id: {"status": 0..3}}`."""
@@ -68,11 +81,12 @@ class Reports:
         ids = request.registration_ids
         if not ids:
             raise ApiError(3004, "registration_ids: at least one value is required")
-        if len(ids) > self._limits.max_ids:
-            raise ApiError(3004, f"registration_ids: at most {self._limits.max_ids} values, got {len(ids)}")
+        most = limits_of(self._limits, app).max_ids
+        if len(ids) > most:
+            raise ApiError(3004, f"registration_ids: at most {most} values, got {len(ids)}")
         if request.date is not None and not _DATE.fullmatch(request.date):
             raise ApiError(3004, "date: must be YYYY-MM-DD")
-        msg_id = _read_msg_id(request.msg_id)
+        msg_id = read_msg_id(request.msg_id)
         record = (await self._store.find_messages(app.app_id, [msg_id])).get(msg_id)
         if record is None:
             raise ApiError(3004, f"msg_id: {msg_id} is not a message of this app, or its report is over")
@@ -81,8 +95,8 @@ class Reports:
 
     async def events(self, app: App, after: str | None, limit: str | None) -> dict[str, object]:
         """Behaviour events with id > after, oldest first; `after` of the answer continues."""
-        start = _read_int("after", after, 0, 0, 2**63 - 1)
-        count = _read_int("limit", limit, 100, 1, self._limits.max_events)
+        start = read_int("after", after, 0, 0, 2**63 - 1)
+        count = read_int("limit", limit, 100, 1, limits_of(self._limits, app).max_events)
         events = await self._store.list_events(app.app_id, start, count)
         names = await self._store.names(app.app_id, list({event.devno for _, event in events}))
         return {
@@ -95,7 +109,7 @@ class Reports:
         request = decode(_read_receipt, raw, REPORT)
         if request.event not in RECEIPTS:
             raise ApiError(3004, f"event: must be one of {', '.join(RECEIPTS)}")
-        return Receipt(app_id, _read_msg_id(request.msg_id), devno, request.event)
+        return Receipt(app_id, read_msg_id(request.msg_id), devno, request.event, self._clock())
 
     def event(self, app_id: int, devno: int, name: str, raw: bytes, now: float) -> BehaviourEvent:
         """What a device published on `event/<name>`: any JSON, or nothing. Raises ApiError."""
@@ -109,13 +123,14 @@ class Reports:
             raise ApiError(3004, f"event {name}: the payload is not valid JSON: {error}") from None
         return BehaviourEvent(app_id, devno, name, now, raw)
 
-    def _read_ids(self, msg_ids: str | None) -> list[int]:
+    def _read_ids(self, app: App, msg_ids: str | None) -> list[int]:
         if not msg_ids:
             raise ApiError(3004, "msg_ids is required: ids with commas between")
         ids = msg_ids.split(",")
-        if len(ids) > self._limits.max_msg_ids:
-            raise ApiError(3004, f"msg_ids: at most {self._limits.max_msg_ids} values, got {len(ids)}")
-        return [_read_msg_id(i) for i in ids]
+        most = limits_of(self._limits, app).max_msg_ids
+        if len(ids) > most:
+            raise ApiError(3004, f"msg_ids: at most {most} values, got {len(ids)}")
+        return [read_msg_id(i) for i in ids]
 
     async def _records(
         self, app: App, ids: list[int]
@@ -126,14 +141,14 @@ class Reports:
         return records, dict(zip(PUSH_PLATFORMS, postings, strict=True))
 
 
-def _read_msg_id(value: int | str) -> int:
+def read_msg_id(value: int | str) -> int:
     text = str(value).strip()
     if not (text.isascii() and text.isdigit()) or len(text) > 19 or int(text) >= 2**63:
         raise ApiError(3004, f"msg_id: must be a positive integer, got {text[:40]}")
     return int(text)
 
 
-def _read_int(name: str, text: str | None, default: int, least: int, most: int) -> int:
+def read_int(name: str, text: str | None, default: int, least: int, most: int) -> int:
     if text is None:
         return default
     if not (text.isascii() and text.isdigit()) or len(text) > 19 or not least <= int(text) <= most:
@@ -181,14 +196,73 @@ def _delivered(record: MessageRecord | None, platforms: Mapping[str, BitMap]) ->
     return on
 
 
-def _accounts(record: MessageRecord | None, now: float) -> dict[str, object]:
-    """target = delivered + pending + expired + evicted (G4); the rest counts what people did."""
-    states = [state.value for state in DeliveryState]
+def _message(msg_id: int, record: MessageRecord | None, platforms: Mapping[str, BitMap]) -> dict[str, object]:
+    """The vendor's statistics. null where the id is unknown, and in it for what belongs to another channel."""
     if record is None:
-        return dict.fromkeys(["target", *states, *RECEIPTS])
-    counts: dict[str, object] = {"target": len(record.targets)}
-    counts |= {state.value: count for state, count in record.counts(now).items()}
-    return counts | {event: len(record.receipts.get(event, ())) for event in RECEIPTS}
+        return {"msg_id": str(msg_id)} | dict.fromkeys(PUSH_PLATFORMS)
+    android, ios, winphone = (_counts(record, platforms[name]) for name in ("android", "ios", "winphone"))
+    return {
+        "msg_id": str(msg_id),
+        "android": android,
+        "ios": {"apns_target": None, "apns_sent": None, "apns_received": None} | ios,
+        "winphone": {"mpns_target": None, "mpns_sent": None} | winphone,
+        "quickapp": _counts(record, platforms["quickapp"]),
+        "hmos": _counts(record, platforms["hmos"]),
+    }
+
+
+def _message_detail(
+    msg_id: int, record: MessageRecord | None, platforms: Mapping[str, BitMap]
+) -> dict[str, object]:
+    """`jpush` is our own channel, on all platforms; others are null or have nulls."""
+    if record is None:
+        channels = ("jpush", "android_pns", "ios", "winphone", "quickapp", "hmos", "details")
+        return {"msg_id": str(msg_id)} | dict.fromkeys(channels)
+    ios, winphone = _counts(record, platforms["ios"]), _counts(record, platforms["winphone"])
+    return {
+        "msg_id": str(msg_id),
+        "jpush": _counts(record, record.targets),
+        "android_pns": None,
+        "ios": {"apns_target": None, "apns_sent": None, "apns_received": None, "apns_click": None}
+        | {"msg_target": ios["target"], "msg_received": ios["received"]},
+        "winphone": {"mpns_target": None, "mpns_sent": None, "click": winphone["click"]},
+        "quickapp": _counts(record, platforms["quickapp"]),
+        "hmos": _counts(record, platforms["hmos"]),
+        "details": None,
+    }
+
+
+def _counts(record: MessageRecord, devnos: BitMap) -> dict[str, int | None]:
+    """For some of the targets. A device does not tell a click on a notification from one on a message."""
+    return {
+        "target": record.targets.intersection_cardinality(devnos),
+        "online_push": record.sent.intersection_cardinality(devnos),
+        "received": record.delivered.intersection_cardinality(devnos),
+        "click": record.receipts.get("clicked", _NOBODY).intersection_cardinality(devnos),
+        "msg_click": None,
+    }
+
+
+_NOBODY: Final = BitMap()
+
+
+def account(record: MessageRecord, now: float) -> dict[str, int]:
+    """target = delivered + pending + expired + evicted + recalled + suppressed (G4); `online` of them were, when the
+    push was accepted; the rest counts to whom it was sent, and what people did."""
+    states = {state.value: count for state, count in record.counts(now).items()}
+    receipts = {event: len(record.receipts.get(event, ())) for event in RECEIPTS}
+    return (
+        {"target": len(record.targets), "online": record.online, "sent": len(record.sent)} | states | receipts
+    )
+
+
+NO_ACCOUNT: Final = dict.fromkeys(
+    ("target", "online", "sent", *(state.value for state in DeliveryState), *RECEIPTS)
+)
+
+
+def _account(record: MessageRecord | None, now: float) -> Mapping[str, int | None]:
+    return NO_ACCOUNT if record is None else account(record, now)
 
 
 def _status(record: MessageRecord, devno: int | None) -> int:

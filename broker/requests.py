@@ -16,8 +16,10 @@ import msgspec
 import orjson
 
 from broker.audience import Audience
+from broker.callback_urls import read_callback
 from broker.errors import PUSH, ApiError, Area
 from broker.limits import Limits
+from broker.model import Callback
 
 PUSH_PLATFORMS: Final = ("android", "ios", "quickapp", "hmos", "winphone")
 _PLATFORM_SET: Final = frozenset(PUSH_PLATFORMS)
@@ -159,6 +161,8 @@ class Options(msgspec.Struct, frozen=True, gc=False):
     big_push_duration: int | None = None
     apns_production: bool | None = None
     apns_collapse_id: str | None = None
+    collapse_key: str | None = None
+    priority: str | None = None
     classification: int | None = None
 
 
@@ -169,7 +173,7 @@ class _Content(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     notification: Notification | None = None
     message: Message | None = None
     options: Options | None = None
-    callback: dict[str, Any] | None = None  # accepted; calling back is a later issue
+    callback: Any = None
     sms_message: Any = None
 
 
@@ -192,14 +196,25 @@ class LooseBatch(msgspec.Struct, frozen=True, gc=False):
     pushlist: dict[str, msgspec.Raw]
 
 
-NOT_YET: Final = "not supported yet"
-
 _push_decoder: Final = msgspec.json.Decoder(PushRequest)
 _batch_decoder: Final = msgspec.json.Decoder(Batch)
 _loose_batch_decoder: Final = msgspec.json.Decoder(LooseBatch)
 _item_decoder: Final = msgspec.json.Decoder(BatchItem)
 SHALLOW: Final = 250  # brackets that cannot nest too deep, however they are put
 _encode: Final = msgspec.json.Encoder().encode
+
+
+class Wishes(msgspec.Struct, frozen=True, gc=False):
+    """How a push is to be delivered, beyond its time to live. Most pushes wish for nothing: NO_WISHES."""
+
+    replaces: int = 0  # msg_id
+    slow_minutes: int = 0  # 0: at once
+    collapse: str = ""
+    high: bool = False
+    callback: Callback | None = None
+
+
+NO_WISHES: Final = Wishes()
 
 
 class Checked(msgspec.Struct, frozen=True, gc=False):
@@ -210,9 +225,10 @@ class Checked(msgspec.Struct, frozen=True, gc=False):
     ttl: int
     sendno: str
     cid: str  # "": none
+    wishes: Wishes
 
 
-def read_push(raw: bytes, limits: Limits) -> Checked:
+def read_push(raw: bytes, limits: Limits, default_callback: Callback | None = None) -> Checked:
     """Decode and check one push. Raises ApiError: 1002, 1003, 1005, 1009."""
     request = decode(_push_decoder.decode, raw, PUSH)
     sendno = read_sendno(request.options, limits)
@@ -222,7 +238,8 @@ def read_push(raw: bytes, limits: Limits) -> Checked:
         ttl = _check_content(request, limits)
         if request.cid is not None:
             check_cid(request.cid, limits)
-        return Checked(audience, _encode_body(request, limits), ttl, sendno, request.cid or "")
+        wishes = _read_wishes(request, limits, default_callback)
+        return Checked(audience, _encode_body(request, limits), ttl, sendno, request.cid or "", wishes)
     except ApiError as error:
         error.sendno = sendno
         raise
@@ -243,7 +260,13 @@ def read_batch(raw: bytes, limits: Limits) -> tuple[dict[str, BatchItem], dict[s
     return items, wrong
 
 
-def check_item(cid: str, item: BatchItem, by: Literal["regid", "alias"], limits: Limits) -> Checked:
+def check_item(
+    cid: str,
+    item: BatchItem,
+    by: Literal["regid", "alias"],
+    limits: Limits,
+    default_callback: Callback | None = None,
+) -> Checked:
     """As read_push, for one item of a batch: `target` is one registration id or alias, the key is its cid."""
     sendno = read_sendno(item.options, limits)
     try:
@@ -251,7 +274,8 @@ def check_item(cid: str, item: BatchItem, by: Literal["regid", "alias"], limits:
         platforms = _read_platforms(item.platform)
         audience = _read_target(item.target, by, platforms, limits)
         ttl = _check_content(item, limits)
-        return Checked(audience, _encode_body(item, limits), ttl, sendno, cid)
+        wishes = _read_wishes(item, limits, default_callback)
+        return Checked(audience, _encode_body(item, limits), ttl, sendno, cid, wishes)
     except ApiError as error:
         error.sendno = sendno
         raise
@@ -321,9 +345,8 @@ def _read_audience(
         raise ApiError(1002, 'audience is required: "all" or an object')
     if isinstance(audience, str):
         raise ApiError(1003, 'audience: must be "all" or an object')
-    for key, value in (("segment", audience.segment), ("abtest", audience.abtest), ("file", audience.file)):
-        if value:
-            raise ApiError(1003, f"audience.{key}: {NOT_YET}")
+    if audience.abtest:
+        raise ApiError(1003, "audience.abtest: not supported; send each copy to its own audience")
     read = Audience(
         registration_ids=_read_ids(audience.registration_id, limits),
         aliases=_read_names(audience.alias, "audience.alias", limits.max_ids, limits),
@@ -331,12 +354,33 @@ def _read_audience(
         tags_and=_read_names(audience.tag_and, "audience.tag_and", limits.max_audience_tags, limits),
         tags_not=_read_names(audience.tag_not, "audience.tag_not", limits.max_audience_tags, limits),
         platforms=platforms,
+        segment=_read_segment(audience.segment),
+        file_id=_read_file(audience.file),
     )
-    if not (read.registration_ids or read.aliases or read.tags or read.tags_and or read.tags_not):
+    if read == Audience(platforms=platforms):
         raise ApiError(
-            1003, 'audience: names nobody; give tag, tag_and, tag_not, alias or registration_id, or "all"'
+            1003,
+            "audience: names nobody; give tag, tag_and, tag_not, alias, registration_id, segment or file,"
+            ' or "all"',
         )
     return read
+
+
+def _read_segment(segment: list[Any] | None) -> str:
+    if not segment:
+        return ""
+    if len(segment) > 1 or not isinstance(segment[0], str | int) or not str(segment[0]):
+        raise ApiError(1003, "audience.segment: must be a list with the id of one segment")
+    return str(segment[0])
+
+
+def _read_file(file: dict[str, Any] | None) -> str:
+    if file is None:
+        return ""
+    file_id = file.get("file_id")
+    if not isinstance(file_id, str) or not file_id:
+        raise ApiError(1003, 'audience.file: must be {"file_id": "…"}')
+    return file_id
 
 
 def _read_target(
@@ -409,17 +453,58 @@ _NO_NOTIFICATION: Final = Notification()
 
 
 def _check_options(options: Options, limits: Limits) -> int:
-    # Some SDKs send 0 for "not set" in these two.
-    if options.override_msg_id not in (None, 0, "", "0"):
-        raise ApiError(1003, f"options.override_msg_id: {NOT_YET}")
-    if options.big_push_duration not in (None, 0):
-        raise ApiError(1003, f"options.big_push_duration: {NOT_YET}")
     ttl = options.time_to_live
     if ttl is None:
         return limits.default_ttl
     if not 0 <= ttl <= limits.max_ttl:
         raise ApiError(1003, f"options.time_to_live: must be 0 to {limits.max_ttl} seconds, got {ttl}")
     return ttl
+
+
+def _read_wishes(content: _Content, limits: Limits, default_callback: Callback | None) -> Wishes:
+    options, callback = content.options, default_callback
+    if content.callback is not None:
+        callback = read_callback(content.callback, default_callback)
+    if options is None:
+        return NO_WISHES if callback is None else Wishes(callback=callback)
+    wishes = Wishes(
+        _read_replaces(options.override_msg_id),
+        _read_slow(options.big_push_duration, limits),
+        _read_collapse(options, limits),
+        _read_priority(options.priority),
+        callback,
+    )
+    return NO_WISHES if wishes == NO_WISHES else wishes
+
+
+def _read_replaces(value: int | str | None) -> int:
+    # Some SDKs send 0 for "not set" in this and the next.
+    text = str(value or 0)
+    if not (text.isascii() and text.isdigit()) or len(text) > 19 or int(text) >= 2**63:
+        raise ApiError(1003, f"options.override_msg_id: must be the msg_id of a push, got {text[:40]}")
+    return int(text)
+
+
+def _read_slow(minutes: int | None, limits: Limits) -> int:
+    if minutes is not None and not 0 <= minutes <= limits.max_slow_minutes:
+        most = limits.max_slow_minutes
+        raise ApiError(1003, f"options.big_push_duration: must be 1 to {most} minutes, got {minutes}")
+    return minutes or 0
+
+
+def _read_collapse(options: Options, limits: Limits) -> str:
+    name = "apns_collapse_id" if options.collapse_key is None else "collapse_key"
+    key = getattr(options, name) or ""
+    if key and (len(key.encode(errors="replace")) > limits.collapse_key_size or not key.isprintable()):
+        most = limits.collapse_key_size
+        raise ApiError(1003, f"options.{name}: must be printable text of at most {most} bytes")
+    return str(key)
+
+
+def _read_priority(priority: str | None) -> bool:
+    if priority not in (None, "normal", "high"):
+        raise ApiError(1003, f"options.priority: must be normal or high, got {str(priority)[:40]}")
+    return priority == "high"
 
 
 def _check_nesting(body: bytes) -> None:

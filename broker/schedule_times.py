@@ -97,7 +97,9 @@ class Repeated:
     def next_after(self, moment: float) -> float | None:
         """The first firing later than this; None: the rule is over."""
         first, last = instant(self.start, self.zone), self.end
-        yesterday = datetime.fromtimestamp(moment, self.zone).date() - DAY  # a gap may have moved its time to today
+        yesterday = (
+            datetime.fromtimestamp(moment, self.zone).date() - DAY
+        )  # a gap may have moved its time to today
         day = max(self.start.date(), yesterday)
         while day <= self.end_wall.date():
             if self._fires_on(day):
@@ -169,7 +171,7 @@ def read_times(trigger: Trigger, zone: str, limits: Limits) -> Times:
     if (trigger.single is None) == (trigger.periodical is None):
         raise ApiError(SCHEDULE.invalid, "trigger: must have single or periodical, one of the two")
     kind = "single" if trigger.single is not None else "periodical"
-    found = find_zone(trigger.zone or zone)
+    found = find_zone(zone if trigger.zone is None else trigger.zone)
     if found is None:
         raise ApiError(SCHEDULE.invalid, f"trigger.{kind}.zone: there is no time zone {trigger.zone!r}")
     if trigger.single is not None:
@@ -231,7 +233,7 @@ _POINT_RULES: Final = {
 
 def _read_date_time(text: str, path: str) -> datetime:
     try:
-        read = datetime.fromisoformat(text) if _DATE_TIME.fullmatch(text) else None  # noqa: DTZ
+        read = datetime.fromisoformat(text) if _DATE_TIME.fullmatch(text) else None
     except ValueError:
         read = None
     if read is None or read.year not in YEARS:

@@ -64,6 +64,16 @@ Rule: TypeAlias = All | AnyOf | Not | Has | Question | LastActive | Registered
 
 # Reading
 
+_BOUNDLESS: Final = 1 << 40
+_NO_LIMITS: Final = Limits(
+    max_rule_depth=_BOUNDLESS,
+    max_rule_parts=_BOUNDLESS,
+    max_rule_times=_BOUNDLESS,
+    attribute_name_size=_BOUNDLESS,
+    attribute_text_size=_BOUNDLESS,
+    name_size=_BOUNDLESS,
+)
+
 
 class _Reader:
     """Counts what is read, so that no rule costs more than the limits say."""
@@ -129,6 +139,26 @@ class _Reader:
             raise ApiError(
                 1003, f"{path}: a rule has at most {self._limits.max_rule_parts} conditions and values"
             )
+
+
+class StoredSegment(msgspec.Struct, frozen=True):
+    """The value of a record of kind "segment"; its key is the segment's id."""
+
+    name: str
+    rule: Any  # as JSON
+
+    def read_rule(self) -> Rule:
+        """It was within the limits when it was saved."""
+        return _Reader(_NO_LIMITS).read(self.rule, "rule")
+
+
+KIND: Final = "segment"
+_decode: Final = msgspec.json.Decoder(StoredSegment).decode
+
+
+async def find_segment(store: Store, app_id: int, segment_id: str) -> StoredSegment | None:
+    record = await store.records.find(app_id, KIND, segment_id)
+    return None if record is None else _decode(record.value)
 
 
 def read_rule(rule: Any, limits: Limits, path: str = "rule") -> Rule:

@@ -34,6 +34,7 @@ from typing import Final, Protocol
 
 from pyroaring import BitMap
 
+from broker.calendar import Calendar
 from broker.model import (
     AccessRule,
     Activity,
@@ -138,15 +139,19 @@ class Callbacks(Protocol):
     messages that have a callback, in the same transaction."""
 
     async def claim(self, now: float, lease: float, limit: int) -> list[CallbackEvent]:
-        """The oldest that are due; they are due again after `lease` seconds, unless settled before."""
+        """Those that are due longest, in the order of their ids; they are due again after `lease` seconds, unless
+        settled before. Those of deleted apps are never due."""
 
     async def done(self, event_ids: Sequence[int]) -> None: ...
 
     async def failed(self, event_ids: Sequence[int], due: float | None, error: str) -> None:
         """Another attempt did not work. `due`: when to try next; None: parked, until `retry`."""
 
+    async def postpone(self, event_ids: Sequence[int], due: float) -> None:
+        """They were not tried; they are due then."""
+
     async def retry(self, app_id: int, now: float) -> int:
-        """Make the parked ones due; returns how many."""
+        """Make the parked ones due, with no attempts counted; returns how many."""
 
     async def drop_parked(self, app_id: int) -> int: ...
 
@@ -154,7 +159,7 @@ class Callbacks(Protocol):
         """With event_id > after, in that order."""
 
     async def counts(self, app_id: int) -> tuple[int, int]:
-        """How many wait, and how many are parked."""
+        """How many wait, and how many are parked; app_id 0: of all apps."""
 
 
 class Store(Protocol):
@@ -237,11 +242,18 @@ class Store(Protocol):
     async def drop_term(self, app_id: int, term: TermKey, only: BitMap | None = None) -> BitMap:
         """Take an alias or tag away from all devices (or those in `only`) that have it; returns them."""
 
-    # Who was there when
+    # Who was there when. Exempt from S1: a crash may lose the last seconds
+
+    @property
+    def calendar(self) -> Calendar:
+        """Its hours and days are those by which activity is kept."""
+
+    @property
+    def activity_lifetime(self) -> float: ...
 
     async def active(self, app_id: int, activity: Activity, start: float, end: float) -> BitMap:
-        """Devices that did this in any hour that touches [start, end). Hours are kept for `activity_lifetime`; days
-        older than two are kept as days. The caller owns the result."""
+        """Devices that did this in any hour that touches [start, end). Activity is kept for `activity_lifetime`:
+        today, yesterday and the day before by hour, earlier days as days. The caller owns the result."""
 
     async def active_counts(
         self, app_id: int, activity: Activity, stretches: Sequence[tuple[float, float]]
@@ -262,7 +274,8 @@ class Store(Protocol):
     ) -> list[Appended]:
         """Store pushes, all or none, in order; ids are assigned here. Messages that expire at once
         (`expires_at <= created_at`) get a row for the report and nothing that could be fetched. The record changes
-        are made along with them (S12; raises Conflict), but not if a message's cid was used before. `replaces` must
+        are made along with them (S12; raises Conflict), but not if a message's cid was used before (those with a key of
+        their own: any message's; those named after a message: that one's). `replaces` must
         name a message of the app (else UnknownMessage): what waits of it for this one's targets is recalled."""
 
     async def fetch_owed(self, requests: Sequence[OwedRequest]) -> list[list[StoredMessage]]:

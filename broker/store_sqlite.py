@@ -30,6 +30,8 @@ from broker.model import (
     Activity,
     App,
     Appended,
+    AppSettings,
+    AuditEntry,
     BehaviourEvent,
     Claim,
     Device,
@@ -51,6 +53,7 @@ from broker.model import (
     Withdrawn,
 )
 from broker.sqlite.activity import ActivityReads, ActivityWrites, Attendance, Bits, Stretch, add_fresh
+from broker.sqlite.audit import AuditReads, AuditWrites
 from broker.sqlite.callbacks import CallbackReads, CallbackWrites, SqliteCallbacks
 from broker.sqlite.engine import cannot_open, connect, lock_data_dir, open_database
 from broker.sqlite.files import FileReads, FileWrites, SqliteFiles, remove_orphans
@@ -97,7 +100,7 @@ class _Engine(Engine):
         index: IndexWrites,
         settling: SettleWrites,
         callbacks: CallbackWrites,
-        *others: RecordWrites | FileWrites | ActivityWrites | MessageWrites | Upkeep,
+        *others: AuditWrites | RecordWrites | FileWrites | ActivityWrites | MessageWrites | Upkeep,
     ) -> None:
         self._index = index
         self._settling = settling
@@ -172,6 +175,7 @@ class SqliteStore:
         cid_lifetime: float = 1 * DAY,
         event_lifetime: float = 7 * DAY,
         activity_lifetime: float = 61 * DAY,
+        audit_lifetime: float = 365 * DAY,
         time_zone: str = "UTC",
         posting_bytes: int = POSTING_BYTES,
     ) -> None:
@@ -181,8 +185,9 @@ class SqliteStore:
         self._report_lifetime = report_lifetime
         self._cid_lifetime = cid_lifetime
         self._event_lifetime = event_lifetime
-        self._activity_lifetime = activity_lifetime
-        self._calendar = Calendar(time_zone)
+        self.activity_lifetime = activity_lifetime
+        self._audit_lifetime = audit_lifetime
+        self.calendar = Calendar(time_zone)
         self._open = False
         self._states = AppStates()
         self._deleted: set[int] = set()  # apps that are gone but whose rows may still be there
@@ -193,7 +198,7 @@ class SqliteStore:
         self._writing_last_online: dict[tuple[int, int], float] = {}
         self._last_online_timer: asyncio.TimerHandle | None = None
         self._last_epoch = 0
-        self._attendance = Attendance(self._calendar, clock, self._routed, self._write_activity)
+        self._attendance = Attendance(self.calendar, clock, self._routed, self._write_activity)
         self.records = SqliteRecords(self._write, self._list, self._check_app)
         self.files = SqliteFiles(self._write, self._list, self._check_app)
         self.callbacks = SqliteCallbacks(self._write, self._list)
@@ -255,13 +260,14 @@ class SqliteStore:
         callbacks = CallbackWrites(connection, self._ids)
         settling = SettleWrites(connection, self._clock, callbacks)
         records = RecordWrites(connection)
-        activity = ActivityWrites(connection, self._calendar, self._activity_lifetime)
+        activity = ActivityWrites(connection, self.calendar, self.activity_lifetime)
         engine = _Engine(
             IndexWrites(connection, self._clock),
             settling,
             callbacks,
             records,
             FileWrites(connection),
+            AuditWrites(connection),
             activity,
             MessageWrites(
                 connection,
@@ -281,6 +287,7 @@ class SqliteStore:
                 activity,
                 self._report_lifetime,
                 self._event_lifetime,
+                self._audit_lifetime,
             ),
         )
         self._checkpointer = Checkpointer(self._connect())
@@ -308,6 +315,7 @@ class SqliteStore:
             **RecordReads(connection).handlers,
             **FileReads(connection).handlers,
             **CallbackReads(connection).handlers,
+            **AuditReads(connection).handlers,
             **ActivityReads(connection).handlers,
         }
         return Reader(name, connection, handlers, self._loop)
@@ -389,6 +397,10 @@ class SqliteStore:
 
     async def set_access(self, key: str, rules: Sequence[AccessRule]) -> App | None:
         app: App | None = await self._write("set_access", (key, tuple(rules)))
+        return app
+
+    async def set_settings(self, key: str, settings: AppSettings) -> App | None:
+        app: App | None = await self._write("set_settings", (key, settings))
         return app
 
     async def delete_app(self, key: str) -> bool:
@@ -581,6 +593,15 @@ class SqliteStore:
             self._lister, "list_events", (app_id, after, limit)
         )
         return events
+
+    # Administrative calls
+
+    async def record_audit(self, entries: Sequence[AuditEntry]) -> None:
+        await self._write("audit", tuple(entries), len(entries))
+
+    async def list_audit(self, app_id: int | None, before: int, limit: int) -> list[tuple[int, AuditEntry]]:
+        entries: list[tuple[int, AuditEntry]] = await self._list("list_audit", (app_id, before, limit), 1)
+        return entries
 
     # Ordinary retained messages
 

@@ -30,7 +30,10 @@ Handle = Callable[[Record], Awaitable[None]]
 LOOK_EVERY: Final = 5.0  # seconds: what other brokers saved is seen this late at most
 STORE_PAUSE: Final = 2.0  # seconds until the store is asked again after it failed
 AT_ONCE: Final = 64  # records handled together; their writes share commits
-PUT_OFF: Final = (1.0, 300.0)  # seconds: after a first failure, doubled after each further one up to the second
+PUT_OFF: Final = (
+    1.0,
+    300.0,
+)  # seconds: after a first failure, doubled after each further one up to the second
 FAILING: Final = 1000  # records whose failures are counted; beyond it the oldest counts anew
 
 _Key = tuple[int, str, str]
@@ -97,12 +100,13 @@ class Timekeeper:
     async def _handle(self, record: Record) -> bool:
         """False: the store does not take anything."""
         try:
-            await self._handlers[record.kind](record)
-            still = await self._records.find(record.app_id, record.kind, record.key)
-            if still is not None and still.version == record.version:
-                raise AssertionError(f"the handler of {record.kind} left its record as it was")
-        except Conflict:
-            pass  # another broker, or the publisher, was faster
+            with suppress(
+                Conflict
+            ):  # another broker, or the publisher, was faster; or it is about another record
+                await self._handlers[record.kind](record)
+            now = await self._records.find(record.app_id, record.kind, record.key)
+            if now is not None and now.version == record.version:
+                raise AssertionError("its handler left it as it was")
         except Exception as error:
             self.failed += 1
             expected = isinstance(error, StoreError)
@@ -123,9 +127,7 @@ class Timekeeper:
             self._failures.popitem(last=False)
         least, most = PUT_OFF
         due = self._clock() + min(least * 2 ** min(failures, 30), most)
-        change = RecordChange(
-            record.app_id, record.kind, record.key, record.value, record.version, due
-        )
+        change = RecordChange(record.app_id, record.kind, record.key, record.value, record.version, due)
         try:
             await self._records.save([change])
         except Conflict:

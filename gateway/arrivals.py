@@ -52,7 +52,9 @@ from gateway.session import Member, Session, SessionLimits
 if TYPE_CHECKING:
     from gateway.node import Node
 
-FORMAT_PROPERTY: Final = ("format", "msgpack")  # user property of a CONNECT that wants MessagePack payloads
+# User properties of a CONNECT that wants its pushes as MessagePack, or in zlib streams where that is shorter.
+FORMAT_PROPERTY: Final = ("format", "msgpack")
+COMPRESSION_PROPERTY: Final = ("compression", "deflate")
 MAX_RECEIVE: Final = 65_535
 
 log = logging.getLogger(__name__)
@@ -268,8 +270,7 @@ class Arrivals:
             return
         self._take_over(old)
         self._take_over(hub.others.get(DEVICE + connect.client_id))  # a guest of that name
-        packed = FORMAT_PROPERTY in connect.properties.get("user_properties", ())
-        session = self._session(connection, connect, platform, devno=devno, packed=packed)
+        session = self._session(connection, connect, platform, devno=devno)
         connection.epoch = claim.epoch
         hub.members[devno] = connection
         hub.online.add(devno)
@@ -300,10 +301,11 @@ class Arrivals:
         platform: str,
         *,
         devno: int = -1,
-        packed: bool = False,
     ) -> Session:
+        wishes = connect.properties.get("user_properties", ())
+        packed, deflated = FORMAT_PROPERTY in wishes, COMPRESSION_PROPERTY in wishes
         return Session(
-            encoding(connect.version, platform, packed),
+            encoding(connect.version, platform, packed, deflated),
             devno=devno,
             window=min(
                 connect.properties.get("receive_maximum", MAX_RECEIVE),

@@ -14,7 +14,7 @@ from collections import deque
 from itertools import islice
 from typing import Final
 
-from broker.bus import Broadcast, Targeted
+from broker.bus import Broadcast, Recalled, Targeted
 from gateway.hub import Hub, Walk
 from gateway.live import LivePush
 from gateway.metrics import NodeMetrics
@@ -69,17 +69,32 @@ class Fanout:
         if added is not None:
             self._begin(hub, hub.walk(*added))
 
+    def recalled(self, hub: Hub, bell: Recalled) -> None:
+        """Those of this app are not sent any more to whom they were not sent yet."""
+        for gone in bell.withdrawn:
+            push = hub.recall(gone, self._clock.now) if gone.app_id == hub.app.app_id else None
+            for _, walk in self._walks:
+                if walk.push is push:
+                    walk.leave_out(gone.devnos)
+
     def _begin(self, hub: Hub, walk: Walk) -> None:
-        self._walks.append((hub, walk))
+        self._enqueue(hub, walk)
         if not self._scheduled:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._turn)
+
+    def _enqueue(self, hub: Hub, walk: Walk) -> None:
+        """Walks take turns, those of high priority before all others."""
+        if walk.push.message.high:
+            self._walks.appendleft((hub, walk))
+        else:
+            self._walks.append((hub, walk))
 
     def _turn(self) -> None:
         hub, walk = self._walks.popleft()
         try:
             if self._slice(hub, walk):
-                self._walks.append((hub, walk))
+                self._enqueue(hub, walk)
             else:
                 walk.push.forget_frames()
         finally:  # one broadcast that cannot be sent must not stop the others

@@ -21,7 +21,7 @@ from pyroaring import BitMap
 
 from broker.access import Access
 from broker.metrics import Counter
-from broker.model import App, StoredBroadcast
+from broker.model import App, StoredBroadcast, Withdrawn
 from gateway.live import LivePush
 from gateway.mailbox import Mailbox
 from gateway.session import Inbox, Member, Session
@@ -31,6 +31,9 @@ from gateway.wheel import Clock
 if TYPE_CHECKING:
     from gateway.wills import DelayedWill
 
+RECALL_MEMORY: Final = (
+    60.0  # seconds: a page of inbox rows may have been read before a recall, and come after it
+)
 FLEETING: Final = (
     5.0  # seconds in which a broadcast without time to live is sent to those who were online for it
 )
@@ -45,8 +48,12 @@ class Walk:
     def __init__(self, push: LivePush, position: int, devnos: BitMap) -> None:
         self.push = push
         self.position = position
-        self.todo = iter(devnos)
+        self.todo: Iterator[int] = iter(devnos)
         self.left = len(devnos)
+
+    def leave_out(self, devnos: BitMap) -> None:
+        rest = [devno for devno in self.todo if devno not in devnos]
+        self.todo, self.left = iter(rest), len(rest)
 
 
 class SessionEnds:
@@ -98,6 +105,7 @@ class Hub:
         "members",
         "online",
         "others",
+        "recalled",
         "resend",
         "retained",
         "session_ends",
@@ -117,6 +125,7 @@ class Hub:
         self._log: list[LivePush | None] = []  # None: over; leading ones are cut off
         self._base = 0  # position of _log[0]
         self.last_broadcast = 0  # msg_id; a doorbell may ring twice
+        self.recalled: dict[int, tuple[BitMap, float]] = {}  # msg_id -> for whom; until when it is remembered
         self.subscriptions = SubscriptionIndex()
         self.retained = RetainedMessages(max_retained, max_retained_bytes)
         self.mailboxes: dict[str, Mailbox] = {}  # session key -> what absent clients left
@@ -152,6 +161,29 @@ class Hub:
 
     def broadcasts(self) -> Iterator[LivePush]:
         return (push for push in self._log if push is not None)
+
+    def recall(self, gone: Withdrawn, now: float) -> LivePush | None:
+        """A push is owed to these devices no longer. Returns it if it is in the broadcast log; `now` is monotonic."""
+        self.recalled[gone.msg_id] = (gone.devnos, now + RECALL_MEMORY)
+        for devno in gone.devnos & self.online:
+            session = self.members[devno].session
+            if session is not None and session.inbox:
+                session.inbox = [push for push in session.inbox if push.msg_id != gone.msg_id] or None
+        for push in self.broadcasts():
+            if push.msg_id == gone.msg_id:
+                assert push.settled is not None
+                push.settled |= gone.devnos
+                return push
+        return None
+
+    def _is_recalled(self, push: LivePush, devno: int) -> bool:
+        known = self.recalled.get(push.msg_id)
+        return known is not None and devno in known[0]
+
+    def forget_recalls(self, now: float) -> None:
+        """`now` is monotonic."""
+        if self.recalled:
+            self.recalled = {i: known for i, known in self.recalled.items() if known[1] > now}
 
     def drop_finished(self, now: float) -> None:
         """Forget broadcasts that expired or that every target has."""
@@ -196,6 +228,8 @@ class Hub:
         while room > 0 and (push := self._next(session)) is not None:
             if push.message.expires_at <= clock.wall or not self.fits(session, push):
                 continue  # stays undelivered, and expires
+            if self.recalled and self._is_recalled(push, session.devno):
+                continue
             frames.append(session.send_push(push, clock.now))
             room -= 1
         session.behind = room == 0
@@ -248,6 +282,7 @@ class Hub:
             return frames
         session.seen = push.msg_id
         if self.fits(session, push):
+            push.sent_at = clock.wall
             frames.append(session.send_push(push, clock.now))
         return frames
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from broker.apps import Apps
-from broker.bus import Broadcast, Doorbell
+from broker.bus import Broadcast, Doorbell, Recalled
 from broker.store import Store, StoreError
 from gateway.exchange import Exchange
 from gateway.fanout import Fanout
@@ -138,6 +138,8 @@ class Hubs:
         for doorbell in load.heard:  # accepted after the rows were read; known ones are ignored
             if isinstance(doorbell, Broadcast) and doorbell.broadcast.message.app_id == app.app_id:
                 self._fanout.broadcast(hub, doorbell)
+            elif isinstance(doorbell, Recalled):
+                self._fanout.recalled(hub, doorbell)
         return hub
 
     # Upkeep
@@ -149,6 +151,7 @@ class Hubs:
         now, wall = self._clock.now, self._clock.wall
         for hub in self._upkeep_todo[-UPKEEP_SLICE:]:
             hub.drop_finished(wall)
+            hub.forget_recalls(now)
             self._keeper.expire(hub)
             if hub.idle(now) and now > hub.touched + HUB_REST and not self._fanout.walking:
                 self.remove(hub)

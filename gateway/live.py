@@ -7,6 +7,7 @@ distinct byte strings (architecture, decision 7): `Frames` makes each at most on
 from __future__ import annotations
 
 import functools
+import zlib
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -37,12 +38,13 @@ class Encoding:
     version: int  # MQTT protocol level, 4 or 5
     platform: str  # whose overrides are merged, one of broker.model.PLATFORMS
     packed: bool = False  # MessagePack instead of JSON
+    deflated: bool = False  # in a zlib stream where that is shorter
 
 
 @functools.cache
-def encoding(version: int, platform: str, packed: bool = False) -> Encoding:
+def encoding(version: int, platform: str, packed: bool = False, deflated: bool = False) -> Encoding:
     """The one Encoding with these values. The arguments come from closed sets, so the cache is bounded."""
-    return Encoding(version, platform, packed)
+    return Encoding(version, platform, packed, deflated)
 
 
 class Frames(dict[int, bytes]):
@@ -70,7 +72,7 @@ class Frames(dict[int, bytes]):
 class LivePush:
     """A message while this node has something to do with it."""
 
-    __slots__ = ("_frames", "acked", "broadcast", "evicted", "message", "settled", "targets")
+    __slots__ = ("_frames", "acked", "broadcast", "evicted", "message", "sent_at", "settled", "targets")
 
     def __init__(self, message: StoredMessage, broadcast: StoredBroadcast | None = None) -> None:
         self.message = message
@@ -79,6 +81,7 @@ class LivePush:
         self.settled: BitMap | None = broadcast.settled if broadcast else None
         self.acked: list[int] = []  # devnos, since the node last folded them
         self.evicted: list[int] = []  # devnos, likewise
+        self.sent_at = 0.0  # of a targeted push that went out at once: Unix seconds
         self._frames: dict[Encoding, Frames] = {}
 
     @property
@@ -107,8 +110,20 @@ class LivePush:
 def render(message: StoredMessage, encoding: Encoding) -> bytes:
     """The payload a device receives: an object with `msg_id` and the publisher's notification and message, the
     notification merged for the device's platform (docs/protocol.md)."""
+    payload = _render(message, encoding)
+    if encoding.deflated:
+        deflated = zlib.compress(payload)
+        return deflated if len(deflated) < len(payload) else payload
+    return payload
+
+
+def _render(message: StoredMessage, encoding: Encoding) -> bytes:
     body: dict[str, Any] = orjson.loads(message.body)
-    content = {"msg_id": str(message.msg_id)}
+    content = {"msg_id": str(message.public_id)}
+    if message.replaces:
+        content["override"] = str(message.replaces)
+    if "recall" in body:
+        content["recall"] = body["recall"]
     if "notification" in body:
         content["notification"] = merge_notification(body["notification"], encoding.platform)
     if "message" in body:

@@ -13,7 +13,7 @@ from time import time
 from typing import Any, Final
 
 from broker.apps import Apps
-from broker.bus import Broadcast, Bus, CredentialsChanged, Doorbell, Targeted
+from broker.bus import Broadcast, Bus, CredentialsChanged, Doorbell, Recalled, Targeted
 from broker.devices import Devices
 from broker.logs import log_event
 from broker.metrics import Metrics
@@ -104,7 +104,7 @@ class Node:
         self.live_by: dict[tuple[str, ...], float] = {}  # the same by listener and MQTT version
         self.blocked = 0  # of them, those whose socket is over the write buffer limit
         self.draining = False
-        self.settler = Settler(store, self.metrics, wall)
+        self.settler = Settler(store, self.metrics, wall, settings.node_id)
         self.fetcher = Fetcher(store, self.metrics, self.clock)
         self.fanout = Fanout(self.clock, self.metrics)
         self.journal = Journal(store, self.metrics, self.clock)
@@ -267,6 +267,11 @@ class Node:
                 if hub is not None:
                     self.fanout.broadcast(hub, doorbell)
                 self.fetcher.rang(doorbell.broadcast.message.msg_id)
+            case Recalled():
+                for app_id in {gone.app_id for gone in doorbell.withdrawn}:
+                    hub = self.hubs.get(app_id)
+                    if hub is not None:
+                        self.fanout.recalled(hub, doorbell)
             case CredentialsChanged():
                 self.spawn(self._credentials_changed(doorbell))
 
@@ -339,6 +344,9 @@ class Node:
             del hub.members[devno]
             hub.online.discard(devno)
             self._store.release_route(hub.app.app_id, devno, connection.epoch, self._wall())
+        since = self.clock.wall - (self.clock.now - session.waiting_since)
+        for push in session.unanswered():
+            self.settler.note_unanswered(push, devno, since)
         self.keeper.leave(connection, hub, session)
 
 

@@ -13,8 +13,10 @@ from aiohttp import web
 
 from broker.admin import AdminListener, Health, LocalActions, describe_app
 from broker.api.http import build_api
+from broker.api.peers import Peers
 from broker.broker import Broker
 from broker.bus_local import LocalBus
+from broker.callbacks import CallbackMetrics
 from broker.command import make_store
 from broker.config import Config, is_loopback
 from broker.logs import log_event
@@ -79,7 +81,8 @@ class Service:
         self._store.stats.on_commit = store_metrics.on_commit
         self.health.checks.append(store_metrics.refusing)
         self._bus = LocalBus()
-        self._broker = Broker(self._store, self._bus, config.limits())
+        self._broker = Broker(self._store, self._bus, config.limits(), callbacks=config.callback_settings())
+        CallbackMetrics(self.metrics, self._broker.callbacks.stats)
         self.node = Node(
             _node_settings(config),
             store=self._store,
@@ -91,7 +94,8 @@ class Service:
             carriers=Carriers(config.carriers.directory),
             metrics=self.metrics,
         )
-        api = build_api(self._broker, HttpMetrics(self.metrics).observe)
+        peers = Peers(config.trusted_proxies, https_only=config.http.https_only)
+        api = build_api(self._broker, HttpMetrics(self.metrics).observe, peers)
         self._api = web.AppRunner(api, access_log=None)
         self._certificate: Certificate | None = None
         self._servers: list[asyncio.Server] = []
@@ -111,9 +115,7 @@ class Service:
         await self._broker.open()
         demo_app = await self._demo_app()
         anonymous_app = await self._anonymous_app()
-        actions = LocalActions(
-            self._store, self._broker.apps, self._broker.devices, config.push.offline_limit
-        )
+        actions = LocalActions(self._broker, config.push.offline_limit)
         self._admin = AdminListener(config, actions, self.metrics, self.health, self._lag)
         admin = await self._admin.open()
         self.node.start()

@@ -389,6 +389,10 @@ class Session:
             frames.append(frame)
         return frames
 
+    def unanswered(self) -> list[LivePush]:
+        """Pushes that were sent and not acknowledged."""
+        return [item for item in (self.unacked or {}).values() if isinstance(item, LivePush)]
+
     def suspend(self) -> dict[int, int]:
         """The connection is gone. Leaves the ordinary part in the mailbox and returns the pushes in flight,
         msg_id -> packet id, for `resend` of the next session."""

@@ -28,8 +28,11 @@ log = logging.getLogger(__name__)
 
 
 class Settler:
-    def __init__(self, store: Store, metrics: NodeMetrics, clock: Callable[[], float] = time) -> None:
+    def __init__(
+        self, store: Store, metrics: NodeMetrics, clock: Callable[[], float] = time, node: str = ""
+    ) -> None:
         self._store = store
+        self._node = node  # its name, for the record
         self._metrics = metrics
         self._clock = clock
         self._dirty: list[LivePush] = []
@@ -53,10 +56,25 @@ class Settler:
         """The newest-N rule added devices to `push.evicted`."""
         self._mark(push)
 
+    def note_unanswered(self, push: LivePush, devno: int, since: float) -> None:
+        """A connection ended and had not acknowledged what it was sent; `since`: when it was, Unix seconds."""
+        message = push.message
+        self._add(
+            Settled(message.app_id, message.msg_id, push.broadcast, sent=(devno,), at=since, node=self._node)
+        )
+        self._fold_soon()
+
     def _mark(self, push: LivePush) -> None:
         self._dirty.append(push)
+        self._fold_soon()
+
+    def _fold_soon(self) -> None:
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(FOLD_AFTER, self.fold)
+
+    def _add(self, settled: Settled) -> None:
+        self._backlog += _size(settled)
+        self._batch.append(settled)
 
     def fold(self) -> None:
         """Take in what was noted. Called on a timer, and by whoever needs the bitmaps to be exact."""
@@ -83,8 +101,18 @@ class Settler:
             metrics.latency_targeted.observe(now - message.created_at, len(acked))
         metrics.evicted.value += len(evicted)
         if acked or evicted:
-            self._backlog += len(acked) + len(evicted)
-            self._batch.append(Settled(message.app_id, message.msg_id, push.broadcast, acked, evicted))
+            self._add(
+                Settled(
+                    message.app_id,
+                    message.msg_id,
+                    push.broadcast,
+                    acked,
+                    evicted,
+                    at=now,
+                    sent_at=push.sent_at,
+                    node=self._node,
+                )
+            )
 
     async def _record_forever(self) -> None:
         while not self._closing:
@@ -108,13 +136,12 @@ class Settler:
             self._batch = batch + self._batch
             self._trim()
             return False
-        self._backlog -= sum(len(one.delivered) + len(one.evicted) for one in batch)
+        self._backlog -= sum(map(_size, batch))
         return True
 
     def _trim(self) -> None:
         while self._backlog > BACKLOG_MAX and self._batch:
-            oldest = self._batch.pop(0)
-            self._backlog -= len(oldest.delivered) + len(oldest.evicted)
+            self._backlog -= _size(self._batch.pop(0))
 
     async def close(self) -> None:
         """Record what there is."""
@@ -124,3 +151,7 @@ class Settler:
         if self._recorder is not None:
             await self._recorder
         await self._record()
+
+
+def _size(settled: Settled) -> int:
+    return len(settled.delivered) + len(settled.evicted) + len(settled.sent)

@@ -5,35 +5,60 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from operator import attrgetter
+from typing import Final, Literal
 
 from aiohttp import web
 from aiohttp.web_request import BaseRequest
 
+from broker.api.peers import Peers
 from broker.apps import Apps, Login
+from broker.audit import Audit
 from broker.errors import ApiError, Area, refusal
-from broker.limits import NO_LIMIT, Limits
+from broker.groups import Group, Groups
+from broker.limits import NO_LIMIT, Limits, limits_of
 from broker.model import App
+from broker.networks import is_within
 from broker.store import StoreError
 
 log: Final = logging.getLogger(__name__)
 MINUTE: Final = 60
 DONE: Final = b""  # the vendor answers changes with an empty body
+JSON: Final = "application/json"
 
 Clock = Callable[[], float]
 Observe = Callable[[str, int, float], None]
+Size = Callable[[Limits], int]
+BODY: Final[Size] = attrgetter("max_body")
+BATCH_BODY: Final[Size] = attrgetter("max_batch_body")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Call:
     """One authenticated, admitted request with its whole body."""
 
-    app: App
-    publisher: bool  # False: it has only the device key
+    caller: Login | Group | None  # None: anybody may make it
+    address: str  # of the caller, "" if unknown
     raw: bytes
     request: web.Request
+    subject: str = ""  # what it is done to, for the audit log; the Guard puts the last name of the path there
+
+    @property
+    def app(self) -> App:
+        assert isinstance(self.caller, Login)
+        return self.caller.app
+
+    @property
+    def publisher(self) -> bool:
+        """False: it has only the device key."""
+        return isinstance(self.caller, Login) and self.caller.publisher
+
+    @property
+    def group(self) -> Group:
+        assert isinstance(self.caller, Group)
+        return self.caller
 
     def path(self, name: str) -> str:
         return self.request.match_info[name]
@@ -47,14 +72,22 @@ Handler = Callable[[Call], Awaitable[bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A row of the API: answers 200 with what `handler` returns, or what it raised."""
+    """A row of the API: answers 200 with what `handler` returns, or what it raised. What it is for and what it takes
+    is in described.py."""
 
     method: str
     paths: tuple[str, ...]  # one for each address plan; the first names it in metrics
     area: Area
     handler: Handler
-    max_body: int = 0
+    max_body: int | Size = 0  # 0: the body is left to the handler
     device_key: bool = False  # the device key is enough
+    scope: str = ""  # that an API key needs; "": the area's name
+    who: Literal["app", "group", "anybody"] = "app"
+    audit: str = ""  # its name in the audit log, if it belongs there
+
+    @property
+    def needs(self) -> str:
+        return self.scope or self.area.name
 
 
 class ApiCounters:
@@ -71,39 +104,43 @@ class ApiCounters:
 
 
 class RateLimits:
-    """Calls per app and clock minute, in each area. Holds only the apps of the current minute."""
+    """Calls per app (or group) and clock minute, in each area. Holds only the callers of the current minute."""
 
     def __init__(self, limits: Limits, clock: Clock) -> None:
-        self._quotas = {
-            "push": limits.push_rate,
-            "report": limits.report_rate,
-            "device": limits.device_rate,
-        }
+        self._limits = limits
         self._clock = clock
         self._minute = 0
-        self._spent: dict[tuple[str, int], int] = {}
+        self._spent: dict[tuple[str, int | str], int] = {}
 
-    def spend(self, area: Area, app_id: int) -> dict[str, str]:
+    def spend(self, area: Area, caller: Login | Group) -> dict[str, str]:
         """Count one call and return the headers that say what is left; "-1" left means: refuse."""
-        quota = self._quotas[area.name]
+        limits, who = self._limits, caller.key if isinstance(caller, Group) else caller.app.app_id
+        if isinstance(caller, Login):
+            limits = limits_of(limits, caller.app)
+        quota = _QUOTA[area.rate](limits)
         if quota is None:
-            return _UNLIMITED
+            return dict(_UNLIMITED)
         now = int(self._clock())
         if now // MINUTE != self._minute:
             self._minute = now // MINUTE
             self._spent.clear()
-        spent = self._spent[area.name, app_id] = self._spent.get((area.name, app_id), 0) + 1
+        spent = self._spent[area.rate, who] = self._spent.get((area.rate, who), 0) + 1
         return _headers(quota, max(quota - spent, -1), MINUTE - now % MINUTE)
 
     def untouched(self, area: Area) -> dict[str, str]:
         """Headers for a caller we do not know."""
-        quota = self._quotas[area.name]
-        return _UNLIMITED if quota is None else _headers(quota, quota, MINUTE)
+        quota = _QUOTA[area.rate](self._limits)
+        return dict(_UNLIMITED) if quota is None else _headers(quota, quota, MINUTE)
+
+
+_QUOTA: Final[Mapping[str, Callable[[Limits], int | None]]] = {
+    name: attrgetter(f"{name}_rate") for name in ("push", "report", "device")
+}
 
 
 def _headers(quota: int, remaining: int, reset: int) -> dict[str, str]:
     return {
-        "Content-Type": "application/json",
+        "Content-Type": JSON,
         "X-Rate-Limit-Quota": str(quota),
         "X-Rate-Limit-Remaining": str(remaining),
         "X-Rate-Limit-Reset": str(reset),
@@ -113,51 +150,105 @@ def _headers(quota: int, remaining: int, reset: int) -> dict[str, str]:
 _UNLIMITED: Final = _headers(NO_LIMIT, NO_LIMIT, MINUTE)
 
 
-class Guard:
-    """Runs endpoints: authenticate, admit, read, handle, answer, count."""
+@dataclass(slots=True)
+class _Answer:
+    """What is known of a call so far."""
 
-    def __init__(self, apps: Apps, limits: Limits, clock: Clock, observe: Observe) -> None:
+    headers: dict[str, str]
+    call: Call | None = None  # once somebody proved who they are
+
+
+class Guard:
+    """Runs endpoints: authenticate, admit, read, handle, answer, record, count."""
+
+    def __init__(
+        self,
+        apps: Apps,
+        groups: Groups,
+        audit: Audit,
+        limits: Limits,
+        clock: Clock,
+        observe: Observe,
+        peers: Peers | None = None,
+    ) -> None:
         self._apps = apps
+        self._groups = groups
+        self._audit = audit
+        self._limits = limits
+        self._clock = clock
         self._rates = RateLimits(limits, clock)
         self._observe = observe
+        self._peers = peers or Peers()
 
     def route(self, endpoint: Endpoint) -> Callable[[web.Request], Awaitable[web.Response]]:
         async def handle(request: web.Request) -> web.Response:
             started = time.perf_counter()
-            headers = self._rates.untouched(endpoint.area)
+            answer = _Answer(self._rates.untouched(endpoint.area))
             try:
-                login = await self._login(request, endpoint)
-                headers = self._rates.spend(endpoint.area, login.app.app_id)
-                if headers["X-Rate-Limit-Remaining"] == "-1":
-                    headers["X-Rate-Limit-Remaining"] = "0"
-                    raise ApiError(2002)
-                raw = await _read_body(request, endpoint) if endpoint.max_body else b""
-                body = await endpoint.handler(Call(login.app, login.publisher, raw, request))
-                response = web.Response(body=body, headers=headers)
+                body = await self._run(endpoint, request, answer)
+                response, outcome = web.Response(body=body, headers=answer.headers), "done"
             except ApiError as error:
-                response = _refuse(error, headers)
+                response, outcome = _refuse(error, answer.headers), error.message
             except StoreError as error:
                 log.error("%s %s: %s", endpoint.method, endpoint.paths[0], error)
-                response = _refuse(refusal(error, endpoint.area), headers)
+                response, outcome = _refuse(refusal(error, endpoint.area), answer.headers), str(error)
             except Exception:  # noqa: BLE001 - the boundary: whatever it is, the caller gets the API's shape
-                response = _refuse(_internal(endpoint), headers)
+                response, outcome = _refuse(_internal(endpoint), answer.headers), "internal error"
+            if endpoint.audit and answer.call is not None:
+                await self._record(endpoint, answer.call, outcome)
             self._observe(endpoint.paths[0], response.status, time.perf_counter() - started)
             return response
 
         return handle
 
-    def refuse(self, error: ApiError, area: Area) -> web.Response:
+    def refuse(self, request: web.Request, error: ApiError, area: Area) -> web.Response:
         """Answer a call that belongs to no endpoint."""
+        if self._peers.https_only and not self._peers.is_secure(request):
+            error = ApiError(1020)
         self._observe("unknown", error.http_status, 0.0)
         return _refuse(error, self._rates.untouched(area))
 
-    async def _login(self, request: BaseRequest, endpoint: Endpoint) -> Login:
+    async def _run(self, endpoint: Endpoint, request: web.Request, answer: _Answer) -> bytes:
+        if self._peers.https_only and not self._peers.is_secure(request):
+            raise ApiError(1020)
+        call = Call(None, self._peers.address(request), b"", request)
+        if endpoint.who != "anybody":
+            caller = call.caller = await self._login(request, endpoint)
+            answer.call = call
+            call.subject = next(reversed(request.match_info.values()), "")
+            if isinstance(caller, Login):
+                _check_key(caller, endpoint, self._clock())
+                _check_address(caller, call.address)
+            answer.headers = self._rates.spend(endpoint.area, caller)
+            if answer.headers["X-Rate-Limit-Remaining"] == "-1":
+                answer.headers["X-Rate-Limit-Remaining"] = "0"
+                raise ApiError(2002)
+        if endpoint.max_body:
+            call.raw = await _read_body(request, endpoint, self._most(endpoint, call.caller))
+        return await endpoint.handler(call)
+
+    def _most(self, endpoint: Endpoint, caller: Login | Group | None) -> int:
+        """Bytes of a body."""
+        if isinstance(endpoint.max_body, int):
+            return endpoint.max_body
+        return endpoint.max_body(
+            limits_of(self._limits, caller.app) if isinstance(caller, Login) else self._limits
+        )
+
+    async def _login(self, request: BaseRequest, endpoint: Endpoint) -> Login | Group:
         header = request.headers.get("Authorization")
+        group = endpoint.who == "group"
         if header is None:
-            raise ApiError(
-                endpoint.area.no_credentials,
-                "HTTP Basic authentication is required: app key and master secret",
-            )
+            what = "group-KEY and the group's secret" if group else "app key and master secret"
+            raise ApiError(endpoint.area.no_credentials, f"HTTP Basic authentication is required: {what}")
+        if group:
+            found = await self._groups.login(header)
+            if found is None:
+                raise ApiError(
+                    endpoint.area.bad_credentials,
+                    "a group push needs the user group-KEY and the group's secret",
+                )
+            return found
         login = self._apps.peek_login(header) or await self._apps.login(header)
         if login is None:
             raise ApiError(endpoint.area.bad_credentials)
@@ -167,28 +258,58 @@ class Guard:
             )
         return login
 
+    async def _record(self, endpoint: Endpoint, call: Call, outcome: str) -> None:
+        if isinstance(call.caller, Login) and call.publisher:
+            await self._audit.record(
+                call.app.app_id, call.caller.actor, call.address, endpoint.audit, call.subject, outcome
+            )
 
-async def _read_body(request: web.Request, endpoint: Endpoint) -> bytes:
-    """At most max_body bytes, after decompression."""
-    if (request.content_length or 0) > endpoint.max_body:
-        raise _too_large(endpoint)
+
+def _check_key(login: Login, endpoint: Endpoint, now: float) -> None:
+    """An API key: not expired (401), and for this scope (403: we know who it is, and it may not)."""
+    key = login.key
+    if key is None:
+        return
+    if key.expires_at is not None and now >= key.expires_at:
+        raise ApiError(endpoint.area.bad_credentials, "the API key has expired")
+    if endpoint.needs not in key.scopes:
+        raise ApiError(
+            endpoint.area.bad_credentials,
+            f"the API key needs the scope {endpoint.needs}, it has {', '.join(key.scopes)}",
+            http_status=403,
+        )
+
+
+def _check_address(login: Login, address: str) -> None:
+    """Installations are everywhere: the list is for those who hold the secret of a publisher."""
+    if not login.publisher:
+        return
+    for networks in (login.app.settings.allow_from, login.key.allow_from if login.key else ()):
+        if networks and not is_within(address, networks):
+            raise ApiError(2004, f"the caller's address, {address or 'unknown'}, is not on the white list")
+
+
+async def _read_body(request: web.Request, endpoint: Endpoint, most: int) -> bytes:
+    """At most so many bytes, after decompression."""
+    if (request.content_length or 0) > most:
+        raise _too_large(endpoint, most)
     try:
         body = await request.content.readany()
-        if request.content.at_eof():
+        if request.content.at_eof() and len(body) <= most:
             return body
         chunks, size = [body], len(body)
-        while size <= endpoint.max_body and not request.content.at_eof():
+        while size <= most and not request.content.at_eof():
             chunks.append(await request.content.readany())
             size += len(chunks[-1])
     except (web.RequestPayloadError, ConnectionError) as error:
         raise ApiError(endpoint.area.invalid, f"the body could not be read: {error}") from None
-    if size > endpoint.max_body:
-        raise _too_large(endpoint)
+    if size > most:
+        raise _too_large(endpoint, most)
     return b"".join(chunks)
 
 
-def _too_large(endpoint: Endpoint) -> ApiError:
-    message = f"the body is larger than {endpoint.max_body} bytes"
+def _too_large(endpoint: Endpoint, most: int) -> ApiError:
+    message = f"the body is larger than {most} bytes"
     return ApiError(endpoint.area.too_large, message, http_status=413)
 
 

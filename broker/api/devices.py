@@ -14,6 +14,10 @@ def device_endpoints(devices: Devices, limits: Limits) -> list[Endpoint]:
     async def register(call: Call) -> bytes:
         return _registered(await devices.register_json(call.app, call.raw, trusted=call.publisher))
 
+    async def import_devices(call: Call) -> bytes:
+        registered = await devices.import_json(call.app, call.raw)
+        return orjson.dumps({"devices": [_registered_row(one) for one in registered]})
+
     async def renew(call: Call) -> bytes:
         renewed = await devices.renew_json(call.app, call.path("id"), call.raw, trusted=call.publisher)
         return _registered(renewed)
@@ -27,7 +31,14 @@ def device_endpoints(devices: Devices, limits: Limits) -> list[Endpoint]:
 
     async def get(call: Call) -> bytes:
         device = await devices.find(call.app, call.path("id"))
-        return orjson.dumps({"tags": sorted(device.tags), "alias": device.alias, "mobile": device.mobile})
+        answer: dict[str, object] = {
+            "tags": sorted(device.tags),
+            "alias": device.alias,
+            "mobile": device.mobile,
+        }
+        if device.attributes:
+            answer["attributes"] = device.attributes
+        return orjson.dumps(answer)
 
     async def change(call: Call) -> bytes:
         await devices.change(call.app, call.path("id"), call.raw)
@@ -69,6 +80,7 @@ def device_endpoints(devices: Devices, limits: Limits) -> list[Endpoint]:
     # In each plan the fixed paths come before those with a parameter in the same place.
     return [
         Endpoint("POST", (own,), DEVICE, register, size, device_key=True),
+        Endpoint("POST", ("/v1/devices/import",), DEVICE, import_devices, limits.max_batch_body),
         Endpoint("POST", (own_token,), DEVICE, renew, size, device_key=True),
         Endpoint("DELETE", (own_token,), DEVICE, revoke),
         Endpoint("POST", ("/v3/devices/status", "/v3/device/status"), DEVICE, status, size),
@@ -85,10 +97,12 @@ def device_endpoints(devices: Devices, limits: Limits) -> list[Endpoint]:
 
 
 def _registered(registered: Registered) -> bytes:
-    return orjson.dumps(
-        {
-            "registration_id": registered.device.registration_id,
-            "token": registered.token,
-            "expires_at": registered.expires_at,
-        }
-    )
+    return orjson.dumps(_registered_row(registered))
+
+
+def _registered_row(registered: Registered) -> dict[str, object]:
+    return {
+        "registration_id": registered.device.registration_id,
+        "token": registered.token,
+        "expires_at": registered.expires_at,
+    }

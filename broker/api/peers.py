@@ -21,14 +21,21 @@ class Peers:
         self.https_only = https_only
 
     def address(self, request: BaseRequest) -> str:
-        """Of the caller, "" if unknown. With trusted proxies X-Forwarded-For counts from the right: each trusted
-        address vouches for the one to its left, and the first that is not trusted is the caller. What stands further
-        left anybody can have written."""
-        address = _plain(request.remote or "")
+        """Of the caller, "" if unknown."""
+        return self.caller(request.remote or "", request.headers.getall(FORWARDED_FOR, ()))
+
+    def is_secure(self, request: BaseRequest) -> bool:
+        """Over TLS, here or at a trusted proxy."""
+        said = request.headers.getall(FORWARDED_PROTO, ())
+        return request.secure or self.was_secure(request.remote or "", said)
+
+    def caller(self, peer: str, said: Iterable[str]) -> str:
+        """`said`: X-Forwarded-For, which counts from the right: each trusted address vouches for the one to its left,
+        and the first that is not trusted is the caller. What stands further left anybody can have written."""
+        address = _plain(peer)
         if not self._trusted:
             return address
-        said = ",".join(request.headers.getall(FORWARDED_FOR, ()))
-        for part in reversed(said.split(",")):
+        for part in reversed(",".join(said).split(",")):
             if not is_within(address, self._trusted):
                 break
             before = _plain(_without_port(part.strip()))
@@ -37,14 +44,10 @@ class Peers:
             address = before
         return address
 
-    def is_secure(self, request: BaseRequest) -> bool:
-        """Over TLS, here or at a trusted proxy."""
-        if request.secure:
-            return True
-        if not is_within(request.remote or "", self._trusted):
-            return False
-        said = ",".join(request.headers.getall(FORWARDED_PROTO, ()))
-        return said.rpartition(",")[2].strip().lower() == "https"
+    def was_secure(self, peer: str, said: Iterable[str]) -> bool:
+        """`said`: X-Forwarded-Proto; the last is what the nearest proxy wrote."""
+        last = ",".join(said).rpartition(",")[2].strip().lower()
+        return last == "https" and is_within(peer, self._trusted)
 
 
 def _plain(text: str) -> str:

@@ -7,20 +7,25 @@ from uuid import uuid4
 
 import orjson
 
-from broker.api.call import Call, Endpoint
+from broker.api.call import DONE, Call, Endpoint
 from broker.errors import PUSH, ApiError
 from broker.limits import Limits
 from broker.pushes import Accepted, Pushes
+from broker.withdrawals import Withdrawals
 
 MAX_CIDS: Final = 1000
 
 
-def push_endpoints(pushes: Pushes, limits: Limits) -> list[Endpoint]:
+def push_endpoints(pushes: Pushes, withdrawals: Withdrawals, limits: Limits) -> list[Endpoint]:
     async def push(call: Call) -> bytes:
-        return _accepted(await pushes.push(call.app, call.raw))
+        return accepted_answer(await pushes.push(call.app, call.raw))
 
     async def validate(call: Call) -> bytes:
-        return _accepted(await pushes.validate(call.app, call.raw))
+        return accepted_answer(await pushes.validate(call.app, call.raw))
+
+    async def withdraw(call: Call) -> bytes:
+        await withdrawals.withdraw(call.app, _read_msg_id(call.path("msg_id")))
+        return DONE
 
     async def cids(call: Call) -> bytes:
         return _cids(call)
@@ -37,21 +42,28 @@ def push_endpoints(pushes: Pushes, limits: Limits) -> list[Endpoint]:
         Endpoint("GET", ("/v3/push/cid",), PUSH, cids),
         batch("regid"),
         batch("alias"),
+        Endpoint("DELETE", ("/v3/push/{msg_id}",), PUSH, withdraw, audit="push.withdraw"),
     ]
 
 
-def _accepted(accepted: Accepted) -> bytes:
-    return orjson.dumps(_accepted_row(accepted))
+def accepted_answer(accepted: Accepted) -> bytes:
+    return orjson.dumps(accepted_row(accepted))
 
 
-def _accepted_row(accepted: Accepted) -> dict[str, str]:
+def accepted_row(accepted: Accepted) -> dict[str, str]:
     # Typed SDKs read both as numbers, so a push without a sendno gets the vendor's 0.
     return {"sendno": accepted.sendno or "0", "msg_id": str(accepted.msg_id)}
 
 
+def _read_msg_id(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or len(text) > 19 or int(text) >= 2**63:
+        raise ApiError(1003, f"msg_id: must be a positive integer, got {text[:40]}")
+    return int(text)
+
+
 def _batch_results(results: dict[str, Accepted | ApiError]) -> bytes:
     """Raises the first error if nothing was accepted: 200 never means failure."""
-    rows = {cid: r.as_dict() if isinstance(r, ApiError) else _accepted_row(r) for cid, r in results.items()}
+    rows = {cid: r.as_dict() if isinstance(r, ApiError) else accepted_row(r) for cid, r in results.items()}
     errors = [result for result in results.values() if isinstance(result, ApiError)]
     if len(errors) == len(results):
         raise BatchRefused(errors[0], rows)

@@ -274,10 +274,8 @@ REGISTERED_BEFORE: Final = """
 WITH RECURSIVE search (place, at, low, high) AS (
     SELECT key, value, 0, (SELECT coalesce(max(devno) + 1, 0) FROM devices WHERE app = ?1) FROM json_each(?2)
     UNION ALL
-    SELECT place, at, iif(older, middle + 1, low), iif(older, high, middle) FROM (
-        SELECT place, at, low, high, (low + high) / 2 AS middle, coalesce((
-            SELECT created_at < at FROM devices WHERE app = ?1 AND devno = (low + high) / 2), 0) AS older
-        FROM search WHERE low < high))
+    SELECT place, at, iif(created_at < at, (low + high) / 2 + 1, low), iif(created_at < at, high, (low + high) / 2)
+    FROM search LEFT JOIN devices ON app = ?1 AND devno = (low + high) / 2 WHERE low < high)
 SELECT json_group_array(low) FROM (SELECT low FROM search WHERE low = high ORDER BY place)
 """  # a binary search: devnos are dense, and grow with the time. One row comes back: each would be a step
 

@@ -40,11 +40,6 @@ class IdSource(Protocol):
 COLUMNS: Final = "id, app, msg_id, event, at, bits, callback, attempts, error"
 
 
-def encode_callback(callback: Callback | None) -> str | None:
-    """As `messages.callback` has it."""
-    return None if callback is None else msgspec.json.encode(callback).decode()
-
-
 @functools.lru_cache(maxsize=KNOWN_CALLBACKS)
 def decode_callback(column: str) -> Callback:
     return msgspec.json.decode(column, type=Callback)

@@ -15,14 +15,16 @@ import orjson
 from pyroaring import BitMap
 
 from broker.attributes import changed as changed_attributes
+from broker.attributes import term_changes as attribute_changes
 from broker.attributes import terms as attribute_terms
-from broker.model import AccessRule, App, Device, DeviceChange, NewDevice, Term, TermKey
+from broker.model import AccessRule, App, AppSettings, Device, DeviceChange, NewDevice, Term, TermKey
 from broker.sqlite.engine import Row, decode_bits, delete_rows, encode_bits, read_rows, write_rows
 from broker.sqlite.threads import Effects, Handler
 from broker.store import StoreError, UnknownDevice
 
 APP_COLUMNS: Final = (
-    "app_id, key, name, master_secret, device_key, signing_key, open, created_at, offline_limit, access"
+    "app_id, key, name, master_secret, device_key, signing_key, open, created_at, offline_limit, access,"
+    " settings"
 )
 DEVICE_COLUMNS: Final = (
     "d.app, d.devno, d.rid, d.platform, d.alias, d.tags, d.mobile, d.generation,"
@@ -36,14 +38,20 @@ DEVICES_BY_DEVNO: Final = (
     f"SELECT {DEVICE_COLUMNS} FROM ({{values}}) v"
     " CROSS JOIN devices d ON d.app = v.column1 AND d.devno = v.column2"
 )
+# To replace the row would write the index of registration ids, too, a random page for each device.
+UPDATE_DEVICES: Final = (
+    "UPDATE devices SET platform = v.column3, alias = v.column4, tags = v.column5, mobile = v.column6,"
+    " generation = v.column7, attributes = v.column8 FROM ({values}) v"
+    " WHERE devices.app = v.column1 AND devices.devno = v.column2"
+)
 RULES: Final = msgspec.json.Decoder(tuple[AccessRule, ...])
+SETTINGS: Final = msgspec.json.Decoder(AppSettings)
 POSTING_KEY: Final = "p.app = v.column1 AND p.kind = v.column2 AND p.value = v.column3"
 
 
 def app_from_row(row: Row) -> App:
-    app_id, key, name, master_secret, device_key, signing_key, is_open, created_at, offline_limit, access = (
-        row
-    )
+    app_id, key, name, master_secret, device_key, signing_key, is_open, created_at, *rest = row
+    offline_limit, access, settings = rest
     return App(
         app_id,
         key,
@@ -55,6 +63,7 @@ def app_from_row(row: Row) -> App:
         created_at,
         offline_limit,
         RULES.decode(access),
+        SETTINGS.decode(settings),
     )
 
 
@@ -91,6 +100,12 @@ def device_row(device: Device) -> Row:
     )
 
 
+def changeable_row(device: Device) -> Row:
+    """For UPDATE_DEVICES."""
+    app, devno, _, platform, alias, tags, mobile, generation, _, _, attributes = device_row(device)
+    return app, devno, platform, alias, tags, mobile, generation, attributes
+
+
 def terms(device: Device) -> set[TermKey]:
     """The index terms that hold for a device."""
     found: set[TermKey] = {(Term.ALL, ""), (Term.PLATFORM, device.platform)}
@@ -100,6 +115,23 @@ def terms(device: Device) -> set[TermKey]:
     for name, value in device.attributes.items():
         found.update(attribute_terms(name, value))
     return found
+
+
+def term_changes(before: Device, after: Device) -> tuple[set[TermKey], set[TermKey]]:
+    """What holds no more, and what holds now; found from the fields that differ, for most changes touch one."""
+    old = {(Term.TAG, tag) for tag in before.tags - after.tags}
+    new = {(Term.TAG, tag) for tag in after.tags - before.tags}
+    if before.platform != after.platform:
+        old.add((Term.PLATFORM, before.platform))
+        new.add((Term.PLATFORM, after.platform))
+    if before.alias != after.alias:
+        old.update([(Term.ALIAS, before.alias)] if before.alias is not None else ())
+        new.update([(Term.ALIAS, after.alias)] if after.alias is not None else ())
+    if before.attributes is not after.attributes:
+        old_terms, new_terms = attribute_changes(before.attributes, after.attributes)
+        old |= old_terms
+        new |= new_terms
+    return old, new
 
 
 def changed(device: Device, change: DeviceChange) -> Device:
@@ -130,6 +162,7 @@ class IndexWrites:
             "create_app": lambda calls: [self._create_app(*call) for call in calls],
             "rotate_secret": lambda calls: [self._rotate_secret(key) for key in calls],
             "set_access": lambda calls: [self._set_access(*call) for call in calls],
+            "set_settings": lambda calls: [self._set_settings(*call) for call in calls],
             "delete_app": lambda calls: [self._delete_app(key) for key in calls],
             "register": self._register,
             "change_devices": lambda calls: [self._change_devices(*call) for call in calls],
@@ -162,7 +195,7 @@ class IndexWrites:
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             row,
         )
-        return app_from_row((cursor.lastrowid, *row, "[]"))
+        return app_from_row((cursor.lastrowid, *row, "[]", "{}"))
 
     def _rotate_secret(self, key: str) -> App | None:
         self._connection.execute(
@@ -175,6 +208,13 @@ class IndexWrites:
         self._connection.execute(
             "UPDATE apps SET access = ? WHERE key = ? AND NOT deleted",
             (msgspec.json.encode(rules).decode(), key),
+        )
+        return self._app(key)
+
+    def _set_settings(self, key: str, settings: AppSettings) -> App | None:
+        self._connection.execute(
+            "UPDATE apps SET settings = ? WHERE key = ? AND NOT deleted",
+            (msgspec.json.encode(settings).decode(), key),
         )
         return self._app(key)
 
@@ -256,11 +296,15 @@ class IndexWrites:
         return after
 
     def _replace_devices(self, pairs: Sequence[tuple[Device, Device]]) -> None:
-        self._store_devices(after for before, after in pairs if after != before)
+        write_rows(
+            self._connection,
+            UPDATE_DEVICES,
+            [changeable_row(after) for before, after in pairs if after != before],
+        )
         for before, after in pairs:
-            old, new = terms(before), terms(after)
-            self._post(after, old - new, False)
-            self._post(after, new - old, True)
+            old, new = term_changes(before, after)
+            self._post(after, old, False)
+            self._post(after, new, True)
             if after.token_generation != before.token_generation:
                 self._effects.generations[after.app_id, after.devno] = after.token_generation
 

@@ -167,8 +167,13 @@ class MessageWrites:
         if wrong is not None:
             return wrong
         (answer,) = self._append_together([call])
-        if not any(appended.repeated for appended in answer):
-            self._records.make(call.changes, answer[0].msg_id if answer else 0)
+        once = not any(appended.repeated for appended in answer)
+        changes = [
+            change
+            for change in call.changes
+            if (once if change.key else not answer[change.message].repeated)
+        ]
+        self._records.make(changes, [appended.msg_id for appended in answer])
         return [
             appended if appended.repeated else msgspec.structs.replace(appended, withdrawn=tuple(taken))
             for appended, taken in zip(answer, self._take_place(call.messages, answer), strict=True)

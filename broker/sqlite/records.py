@@ -34,9 +34,9 @@ class RecordWrites:
                 return Conflict(f"{change.kind} {change.key} was changed by somebody else")
         return None
 
-    def make(self, changes: Sequence[RecordChange], first_id: int = 0) -> list[int]:
-        """Make changes that were checked; returns the new versions. `first_id` stands in for an empty key."""
-        return [self._make(change, change.key or str(first_id)) for change in changes]
+    def make(self, changes: Sequence[RecordChange], ids: Sequence[int] = ()) -> list[int]:
+        """Make changes that were checked; returns the new versions. `ids` of messages stand in for empty keys."""
+        return [self._make(change, change.key or str(ids[change.message])) for change in changes]
 
     def _save(self, changes: Sequence[RecordChange]) -> list[int] | Conflict:
         return self.check(changes) or self.make(changes)

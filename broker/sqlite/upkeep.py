@@ -46,6 +46,7 @@ class Upkeep:
         activity: ActivityWrites,
         report_lifetime: float,
         event_lifetime: float,
+        audit_lifetime: float,
     ) -> None:
         self._connection = connection
         self._ids = ids
@@ -53,12 +54,14 @@ class Upkeep:
         self._callbacks = callbacks
         self._report_lifetime = report_lifetime
         self._event_lifetime = event_lifetime
+        self._audit_lifetime = audit_lifetime
         self._steps: tuple[Callable[[float], int], ...] = (
             self._expire_messages,
             self._drop_reports,
             self._drop_cids,
             self._drop_events,
             self._drop_retained,
+            self._drop_audit,
             self._drop_apps,
             activity.expire,
             self._give_space_back,
@@ -133,6 +136,11 @@ class Upkeep:
 
     def _drop_retained(self, now: float) -> int:
         return self._drop("retained", "expires_at <= ?", (now,))
+
+    def _drop_audit(self, now: float) -> int:
+        """Ids grow with time: only the oldest are looked at."""
+        oldest = "at <= ? AND id < (SELECT min(id) FROM audit) + ?"
+        return self._drop("audit", oldest, (now - self._audit_lifetime, SLICE_ROWS))
 
     # Deleted apps
 

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
 AttributeValue = str | float | bool
+
+
+class NewDevice(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A device to be imported: registered, or changed to these properties where it exists."""
+
+    registration_id: str
+    platform: str | None = None
+    alias: str | None = None
+    tags: Sequence[str] | None = None
+    mobile: str | None = None
+    attributes: Mapping[str, AttributeValue] | None = None
 
 
 class DeviceInfo(msgspec.Struct, frozen=True):

@@ -16,6 +16,7 @@ from aiohttp import web
 
 from broker.api.call import ApiCounters
 from broker.api.http import build_api
+from broker.api.peers import Peers
 from broker.apps import Apps
 from broker.broker import Broker
 from broker.bus import Doorbell
@@ -136,7 +137,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
     """Starts services: `await start(limits=Limits(…), open=True)`."""
     async with AsyncExitStack() as stack:
 
-        async def run(*, limits: Limits | None = None, **app: Any) -> Service:
+        async def run(*, limits: Limits | None = None, peers: Peers | None = None, **app: Any) -> Service:
             store, bus, limits = SqliteStore(tmp_path / "data.db"), LocalBus(), limits or Limits()
             await store.open()
             stack.push_async_callback(store.close)
@@ -146,7 +147,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
             stack.push_async_callback(broker.close)
             service = Service(store, bus, broker, limits, await broker.apps.create("test", **app), clock)
             stack.callback(bus.subscribe(service.hear))
-            runner = web.AppRunner(build_api(broker, service.counters.observe), access_log=None)
+            runner = web.AppRunner(build_api(broker, service.counters.observe, peers), access_log=None)
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
             await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -20,9 +20,9 @@ from broker import tokens
 from broker.access import MAX_RULES
 from broker.admin import AdminFile, AdminListener, Health, LocalActions, read_admin_file, write_admin_file
 from broker.apps import Apps
+from broker.broker import Broker
 from broker.bus_local import LocalBus
 from broker.config import Config, load_config
-from broker.devices import Devices
 from broker.logs import VALUE_LIMIT, log_event, set_up_logs
 from broker.metrics import LoopLag, Metrics, StoreMetrics
 from broker.store_sqlite import SqliteStore
@@ -52,8 +52,8 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
     store_metrics = StoreMetrics(metrics, store.stats)
     store.stats.on_commit = store_metrics.on_commit
     health.checks.append(store_metrics.refusing)
-    apps = Apps(store, bus)
-    actions = LocalActions(store, apps, Devices(store, bus), config.push.offline_limit)
+    broker = Broker(store, bus)
+    actions = LocalActions(broker, config.push.offline_limit)
     lag = LoopLag(metrics)
     listener = AdminListener(config, actions, metrics, health, lag)
     address = await listener.open()
@@ -61,7 +61,7 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
     assert found is not None
     headers = {"Authorization": f"Bearer {found.key}"}
     async with aiohttp.ClientSession(address, headers=headers) as session:
-        yield Server(config, store, apps, health, listener, session)
+        yield Server(config, store, broker.apps, health, listener, session)
     await listener.close()
     lag.close()
     await store.close()

@@ -14,14 +14,13 @@ from click.testing import CliRunner, Result
 
 from broker import tokens
 from broker.admin import AdminFile, AdminListener, Health, LocalActions, write_admin_file
-from broker.apps import Apps
+from broker.broker import Broker
 from broker.bus_local import LocalBus
-from broker.command import app, config, device, make_store
+from broker.command import app, audit, config, device, group, make_store
 from broker.config import load_config
-from broker.devices import Devices
 from broker.metrics import LoopLag, Metrics
 
-COMMANDS: dict[str, click.Command] = {"app": app, "config": config, "device": device}
+COMMANDS: dict[str, click.Command] = {c.name or "": c for c in (app, audit, config, device, group)}
 
 
 def _run(line: str, *more: str) -> Result:
@@ -180,7 +179,7 @@ async def running(data_dir: Path) -> AsyncIterator[Path]:
     store, bus, metrics = make_store(settings), LocalBus(), Metrics()
     await store.open()
     lag = LoopLag(metrics)
-    actions = LocalActions(store, Apps(store, bus), Devices(store, bus), settings.push.offline_limit)
+    actions = LocalActions(Broker(store, bus), settings.push.offline_limit)
     listener = AdminListener(settings, actions, metrics, Health(), lag)
     await listener.open()
     yield data_dir

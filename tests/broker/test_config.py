@@ -57,6 +57,8 @@ def test_every_key_is_read_from_each_place(file: Path, path: str) -> None:
         "store.kind": "sqlite",
         "server.demo_app": "false",
         "mqtt.anonymous_anywhere": "false",
+        "http.https_only": "false",
+        "http.trusted_proxies": "10.0.0.0/8, ::1",
         "mqtt.keep_alive_min": "7",
         "mqtt.ws_origins": "https://app.example.com, null",
         "push.default_ttl": "7",

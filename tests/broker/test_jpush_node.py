@@ -249,7 +249,7 @@ async def test_reports(service: Any, sdk: Sdk, devices: dict[str, int]) -> None:
     assert (row["msg_id"], row["android_received"]) == (str(msg_id), 1)
     [row] = await sdk(["getReportMessages", str(msg_id)])
     assert str(row["msg_id"]) == str(msg_id)
-    users = await sdk(["getReportUsers", "DAY", "2027-01-10", 2])
+    users = await sdk(["getReportUsers", "DAY", "2027-01-14", 2])
     assert (users["time_unit"], len(users["items"])) == ("DAY", 2)
 
 
@@ -321,8 +321,8 @@ async def test_detailed_reports_and_status(rich_sdk: Sdk) -> None:
 
 
 async def test_a_group(service: Any, start_sdk: Start) -> None:
-    group = await service.broker.groups.create("all of them", [service.app.key])
-    sdk = await start_sdk("jpush-async", appKey=group.key, masterSecret=group.master_secret, isGroup=True)
+    group = await service.broker.groups.create(orjson.dumps({"name": "all", "apps": [service.app.key]}))
+    sdk = await start_sdk("jpush-async", appKey=group.key, masterSecret=group.secret, isGroup=True)
     results = await sdk(*PUSH_ALL, ["send"])
     assert results.keys() == {"group_msgid", service.app.key}
     assert len(await targets(service, int(results[service.app.key]["msg_id"]))) == 3

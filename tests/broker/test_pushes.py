@@ -142,7 +142,7 @@ class _Broken:
     store: Any
     error: StoreError
 
-    async def append(self, messages: object) -> None:
+    async def append(self, messages: object, changes: object = ()) -> None:
         raise self.error
 
     def __getattr__(self, name: str) -> Any:

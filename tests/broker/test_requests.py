@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from broker.audience import Audience
 from broker.errors import STATUS, ApiError
 from broker.limits import Limits
-from broker.requests import Checked, check_item, read_batch, read_push
+from broker.model import Callback
+from broker.requests import NO_WISHES, Checked, Wishes, check_item, read_batch, read_push
 
 LIMITS = Limits()
 GOOD: dict[str, Any] = {"platform": "all", "audience": "all", "notification": {"alert": "hi"}}
@@ -72,9 +73,11 @@ REFUSED = [
     (_push(audience={"tag": ["深" * 14]}), 1003, "at most 40 bytes, got 42"),
     (_push(audience={"tag": ["a b"]}), 1003, "audience.tag: a name has letters"),
     (_push(audience={"alias": [""]}), 1003, "audience.alias: a name has letters"),
-    (_push(audience={"segment": ["s"]}), 1003, "audience.segment: not supported yet"),
-    (_push(audience={"abtest": ["s"]}), 1003, "audience.abtest: not supported yet"),
-    (_push(audience={"file": {"file_id": "f"}}), 1003, "audience.file: not supported yet"),
+    (_push(audience={"segment": ["s", "t"]}), 1003, "audience.segment: must be a list with the id of one"),
+    (_push(audience={"segment": [{}]}), 1003, "audience.segment: must be a list with the id of one"),
+    (_push(audience={"segment": []}), 1003, "audience: names nobody"),
+    (_push(audience={"abtest": ["s"]}), 1003, "audience.abtest: not supported"),
+    (_push(audience={"file": {"id": "f"}}), 1003, 'audience.file: must be {"file_id": "…"}'),
     (_push(notification=ABSENT), 1002, "notification or message is required"),
     (_push(notification=None), 1002, "notification or message is required"),
     (_push(notification={}), 1002, "notification is empty"),
@@ -102,8 +105,24 @@ REFUSED = [
     (_push(options={"time_to_live": "60"}), 1003, "options.time_to_live: expected int | null, got str"),
     (_push(options={"sendno": 1.5}), 1003, "options.sendno: expected"),
     (_push(options={"sendno": "9" * 65}), 1003, "options.sendno: at most 64 bytes"),
-    (_push(options={"override_msg_id": 12}), 1003, "options.override_msg_id: not supported yet"),
-    (_push(options={"big_push_duration": 10}), 1003, "options.big_push_duration: not supported yet"),
+    (_push(options={"override_msg_id": "x"}), 1003, "options.override_msg_id: must be the msg_id of a push"),
+    (_push(options={"override_msg_id": -1}), 1003, "options.override_msg_id: must be"),
+    (_push(options={"override_msg_id": "9" * 19}), 1003, "options.override_msg_id: must be"),
+    (
+        _push(options={"big_push_duration": 1401}),
+        1003,
+        "big_push_duration: must be 1 to 1400 minutes, got 1401",
+    ),
+    (_push(options={"big_push_duration": -1}), 1003, "big_push_duration: must be 1 to 1400 minutes, got -1"),
+    (_push(options={"priority": "urgent"}), 1003, "options.priority: must be normal or high, got urgent"),
+    (
+        _push(options={"collapse_key": "k" * 65}),
+        1003,
+        "options.collapse_key: must be printable text of at most 64",
+    ),
+    (_push(options={"apns_collapse_id": "a\tb"}), 1003, "options.apns_collapse_id: must be printable"),
+    (_push(callback={"url": "ftp://x"}), 1003, "callback.url: must be a URL"),
+    (_push(callback=[]), 1003, "callback: must be an object"),
     (_push(sms_message={"temp_id": 1}), 1003, "sms_message: SMS is not supported"),
     (_push(cid=""), 1003, "cid: must be 1 to 128 bytes"),
     (_push(cid="a\nb"), 1003, "cid: must be 1 to 128 bytes"),
@@ -182,6 +201,31 @@ def test_options_have_defaults() -> None:
     assert (checked.ttl, checked.sendno, checked.cid) == (86400, "", "")
     checked = _read(options={"time_to_live": 0, "sendno": 12}, cid="c")
     assert (checked.ttl, checked.sendno, checked.cid) == (0, "12", "c")
+
+
+def test_wishes_are_read_and_a_push_without_any_shares_one_object() -> None:
+    assert _read().wishes is _read(options={"override_msg_id": "0", "priority": "normal"}).wishes is NO_WISHES
+    options = {"override_msg_id": "17", "big_push_duration": 5, "apns_collapse_id": "k", "priority": "high"}
+    callback = {"url": "https://example.com/x", "params": {"a": 1}, "type": 1}
+    assert _read(options=options, callback=callback).wishes == Wishes(
+        17, 5, "k", True, Callback("https://example.com/x", ("delivered",), {"a": 1})
+    )
+    both = _read(options={"collapse_key": "mine", "apns_collapse_id": "apple's"})
+    assert both.wishes.collapse == "mine"
+
+
+def test_the_apps_own_callback_holds_where_the_push_has_none() -> None:
+    own = Callback("https://example.com/own")
+    assert read_push(_push(), LIMITS, own).wishes == Wishes(callback=own)
+    other = _push(callback={"url": "https://example.com/other"})
+    checked = read_push(other, LIMITS, own)
+    assert checked.wishes.callback is not None
+    assert checked.wishes.callback.url == "https://example.com/other"
+
+
+def test_a_segment_and_a_file_are_parts_of_an_audience() -> None:
+    audience = _read(audience={"segment": [7], "file": {"file_id": "f"}, "tag": ["a"]}).audience
+    assert audience == Audience(tags=("a",), segment="7", file_id="f")
 
 
 def test_a_refused_push_keeps_its_sendno() -> None:

@@ -1,0 +1,138 @@
+"""/v3/files and /v3/push/file: upload a list of names, push to those it names."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import msgspec
+import orjson
+from aiohttp import BodyPartReader, hdrs, web
+from aiohttp.multipart import MultipartReader
+
+from broker.api.call import BODY, DONE, Call, Endpoint
+from broker.api.pushes import accepted_answer
+from broker.errors import PUSH, ApiError
+from broker.files import STEP, By, Files, StoredFile
+from broker.pushes import Pushes
+from broker.requests import decode
+
+FIELD: Final = "filename"  # what SDKs call the field with the list
+TTL_SIZE: Final = 16
+MAX_FIELDS: Final = 16  # of one upload
+
+
+class FileAudience(msgspec.Struct, frozen=True):
+    file: Any = None
+
+
+class FilePush(msgspec.Struct, frozen=True):
+    """What a push by file must have; the rest is read with it as a push."""
+
+    audience: FileAudience | str | None = None
+
+
+_read_file_push: Final = msgspec.json.Decoder(FilePush).decode
+
+
+def file_endpoints(files: Files, pushes: Pushes) -> list[Endpoint]:
+    def upload(by: By) -> Endpoint:
+        async def receive(call: Call) -> bytes:
+            file = await _receive(files, call, by)
+            return orjson.dumps({"file_id": file.file_id})
+
+        # Its body is not read into memory.
+        return Endpoint("POST", (f"/v3/files/{by}", f"/v3/push/files/{by}"), PUSH, receive, scope="file")
+
+    async def list_files(call: Call) -> bytes:
+        found = [_describe(file) for file in await files.list(call.app)]
+        return orjson.dumps({"total_count": len(found), "files": found})
+
+    async def get(call: Call) -> bytes:
+        return orjson.dumps(_describe(await files.find(call.app, call.path("id"))))
+
+    async def delete(call: Call) -> bytes:
+        await files.delete(call.app, call.path("id"))
+        return DONE
+
+    async def push(call: Call) -> bytes:
+        audience = decode(_read_file_push, call.raw, PUSH).audience
+        if not isinstance(audience, FileAudience) or not audience.file:
+            raise ApiError(1002, 'audience.file is required: {"file_id": …}')
+        return accepted_answer(await pushes.push(call.app, call.raw))
+
+    one = ("/v3/files/{id}", "/v3/push/files/{id}")
+    return [
+        upload("alias"),
+        upload("registration_id"),
+        Endpoint("GET", ("/v3/files", "/v3/push/files"), PUSH, list_files, scope="file"),
+        Endpoint("GET", one, PUSH, get, scope="file"),
+        Endpoint("DELETE", one, PUSH, delete, scope="file"),
+        Endpoint("POST", ("/v3/push/file",), PUSH, push, BODY),
+    ]
+
+
+async def _receive(files: Files, call: Call, by: By) -> StoredFile:
+    """Store the list while it comes; it exists once the whole body was right."""
+    if not call.request.content_type.startswith("multipart/"):
+        raise ApiError(1003, f"the body must be multipart/form-data, with the list in the field {FIELD}")
+    file: StoredFile | None = None
+    ttl: str | None = None
+    try:
+        async for part in _parts(call.request):
+            if part.name == FIELD and file is None:
+                file = await files.write(call.app, by, (part.filename or "")[:255], _chunks(part))
+            elif part.name == "ttl":
+                ttl = (await _read_field(part)).decode("utf-8", "replace").strip() or None
+        if file is None:
+            raise ApiError(1002, f"the field {FIELD} with the list is required")
+        return await files.publish(call.app, file, ttl)
+    except BaseException as error:
+        if file is not None:
+            await files.discard(call.app, file)
+        if isinstance(error, ValueError | AssertionError | web.RequestPayloadError | ConnectionError):
+            raise ApiError(1003, f"the body is not valid multipart/form-data: {error}") from None
+        raise
+
+
+async def _parts(request: web.Request) -> AsyncIterator[BodyPartReader]:
+    reader = await request.multipart()
+    for _ in range(MAX_FIELDS):
+        part = await reader.next()
+        if part is None:
+            return
+        if isinstance(part, MultipartReader) or hdrs.CONTENT_ENCODING in part.headers:
+            raise ApiError(
+                1003, "the body must be plain multipart/form-data, without parts in parts or compression"
+            )
+        yield part
+    raise ApiError(1003, f"the body has more than {MAX_FIELDS} fields")
+
+
+async def _chunks(part: BodyPartReader) -> AsyncIterator[bytes]:
+    while chunk := await part.read_chunk(STEP):
+        yield bytes(chunk)
+
+
+async def _read_field(part: BodyPartReader) -> bytes:
+    """A short one."""
+    value = await part.read_chunk(TTL_SIZE)
+    if not part.at_eof():
+        raise ApiError(1003, f"{part.name}: is too long")
+    return bytes(value)
+
+
+def _describe(file: StoredFile) -> dict[str, object]:
+    return {
+        "file_id": file.file_id,
+        "type": file.by,
+        "file_name": file.name,
+        "lines": file.lines,
+        "create_time": _time(file.created_at),
+        "expire_time": _time(file.expires_at),
+    }
+
+
+def _time(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")

@@ -1,0 +1,33 @@
+"""/v1/settings, /v1/audit: what the owner of an app sets for it, and who did what to it."""
+
+from __future__ import annotations
+
+import orjson
+
+from broker.api.call import BODY, Call, Endpoint
+from broker.app_settings import describe_own_settings, read_own_settings
+from broker.apps import Apps
+from broker.audit import Audit, describe_page, read_page
+from broker.errors import ADMIN, ApiError
+
+
+def settings_endpoints(apps: Apps, audit: Audit) -> list[Endpoint]:
+    async def show(call: Call) -> bytes:
+        return orjson.dumps(describe_own_settings(call.app.settings))
+
+    async def change(call: Call) -> bytes:
+        settings = read_own_settings(call.raw, call.app.settings, call.address)
+        app = await apps.set_settings(call.app.key, settings)
+        if app is None:
+            raise ApiError(1008, f"there is no app {call.app.key} any more")
+        return orjson.dumps(describe_own_settings(app.settings))
+
+    async def entries(call: Call) -> bytes:
+        before, limit = read_page(call.query("before"), call.query("limit"))
+        return orjson.dumps(describe_page(await audit.entries(call.app.app_id, before, limit), limit))
+
+    return [
+        Endpoint("GET", ("/v1/settings",), ADMIN, show),
+        Endpoint("PUT", ("/v1/settings",), ADMIN, change, BODY, audit="settings.set"),
+        Endpoint("GET", ("/v1/audit",), ADMIN, entries),
+    ]

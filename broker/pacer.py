@@ -1,0 +1,242 @@
+"""Lets paced pushes go: a slow push evenly over its minutes, one that quiet hours hold back when they are over.
+
+Each part is stored in one transaction with the change of the push's record, so that it goes once, with any number of
+brokers and crashes; a broker that was away lets go what the plan asks for by then, as one part. The record goes with
+the last part. Until then the push can be paused, resumed and stopped; to stop it is to remove the record first, and
+then to recall what waits: no part can follow.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+from pyroaring import BitMap
+
+from broker.bus import Bus, Recalled
+from broker.errors import ApiError
+from broker.limits import Limits
+from broker.logs import log_event
+from broker.model import App, MessageRecord, NewMessage, Record, RecordChange
+from broker.paces import HELD, KINDS, SLOW, Pace, decode, encode
+from broker.pushes import doorbells
+from broker.rules import quiet_until
+from broker.store import Conflict, Store, StoreError
+
+log: Final = logging.getLogger(__name__)
+
+Clock = Callable[[], float]
+TRIES: Final = 5  # of a change that others are faster with
+
+
+@dataclass(slots=True)
+class PaceCounts:
+    """What this broker did, for the metrics."""
+
+    parts: int = 0
+    devices: int = 0
+    postponed: int = 0
+    expired: int = 0
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """How far a paced push is. `total` and `released` count targets, suppressed ones are not among them."""
+
+    total: int
+    released: int
+    planned_end: float | None  # None: nobody knows, or it is past
+    state: str  # waiting | sending | paused | done | stopped | expired
+
+
+class Pacer:
+    """`wake` is called when something may be due earlier than before. Methods let StoreError pass."""
+
+    def __init__(
+        self,
+        store: Store,
+        bus: Bus,
+        wake: Callable[[], None],
+        limits: Limits | None = None,
+        clock: Clock = time.time,
+    ) -> None:
+        self._store = store
+        self._bus = bus
+        self._wake = wake
+        self._limits = limits or Limits()
+        self._clock = clock
+        self.counts = PaceCounts()
+
+    @property
+    def handlers(self) -> dict[str, Callable[[Record], Awaitable[None]]]:
+        """For the timekeeper."""
+        return dict.fromkeys(KINDS, self.release)
+
+    # For publishers
+
+    async def describe(self, app_id: int, msg_id: int) -> Progress | None:
+        """None: no such push, or not a paced one."""
+        record = await self._record(app_id, msg_id)
+        if record is not None:
+            return self._progress(decode(record.value))
+        message = (await self._store.find_messages(app_id, [msg_id])).get(msg_id)
+        return _outcome(message) if message is not None and message.paced else None
+
+    async def pause(self, app_id: int, msg_id: int) -> Progress:
+        """No part goes until it is resumed. Raises ApiError 1003."""
+        now = self._clock()
+        return await self._change(
+            app_id, msg_id, lambda pace: msgspec.structs.replace(pace, paused_at=pace.paused_at or now)
+        )
+
+    async def resume(self, app_id: int, msg_id: int) -> Progress:
+        """The plan goes on where it was. Raises ApiError 1003."""
+        now = self._clock()
+        progress = await self._change(
+            app_id, msg_id, lambda pace: pace if pace.paused_at is None else pace.resumed(now)
+        )
+        self._wake()
+        return progress
+
+    async def stop(self, app_id: int, msg_id: int) -> Progress:
+        """What was not delivered yet never is. Raises ApiError 1003."""
+        record, pace = await self._find(app_id, msg_id)
+        if not await self.end(app_id, msg_id):
+            raise _finished()
+        self._bus.ring([Recalled(await self._store.recall(app_id, [msg_id], self._clock()))])
+        log_event(log, logging.INFO, "slow push stopped", app_id=app_id, msg_id=record.key)
+        return Progress(pace.total, pace.released, None, "stopped")
+
+    async def end(self, app_id: int, msg_id: int) -> bool:
+        """No part goes any more; whoever calls this then recalls the rest. False: there is no part to come."""
+        for _ in range(TRIES):
+            record = await self._record(app_id, msg_id)
+            if record is None:
+                return False
+            try:
+                await self._store.records.save([_removed(record)])
+            except Conflict:
+                continue
+            return True
+        raise StoreError(f"push {msg_id} is changed by others all the time")
+
+    # For the timekeeper
+
+    async def release(self, record: Record) -> None:
+        """Let the next part go, if it is time. Raises Conflict if another broker did."""
+        pace, now = decode(record.value), self._clock()
+        if now >= pace.expires_at:
+            self.counts.expired += 1
+            await self._store.records.save([_removed(record)])
+            log_event(log, logging.WARNING, "paced push expired", app_id=record.app_id, msg_id=record.key)
+            return
+        part = pace.due_part(now)
+        if pace.paused_at is not None or part == pace.part:  # it was put off, then changed
+            await self._store.records.save([_changed(record, pace)])
+            return
+        app = await self._app(record.app_id)
+        if app is None:  # it is being deleted, and its records with it
+            return
+        quiet = None if pace.high else quiet_until(app.settings, now)
+        if quiet is not None:
+            self.counts.postponed += 1
+            await self._store.records.save([_changed(record, pace.held_until(quiet))])
+        else:
+            await self._let_go(record, pace, part, now)
+
+    async def _let_go(self, record: Record, pace: Pace, part: int, now: float) -> None:
+        targets = await self._targets(record, pace.released, pace.reaches(part))
+        moved = msgspec.structs.replace(pace, part=part)
+        change = _removed(record) if part == pace.parts else _changed(record, moved)
+        if not targets:  # all of them were recalled
+            await self._store.records.save([change])
+            return
+        message = NewMessage(
+            record.app_id,
+            pace.body,
+            targets,
+            len(targets) > self._limits.fanout_limit,
+            now,
+            min(now + pace.ttl, pace.expires_at),
+            high=pace.high,
+            collapse=pace.collapse,
+            replaces=pace.replaces,
+            part_of=int(record.key),
+            callback=pace.callback,
+        )
+        appended = await self._store.append([message], [change])
+        self._bus.ring(doorbells([message], appended))
+        self.counts.parts += 1
+        self.counts.devices += len(targets)
+
+    async def _targets(self, record: Record, first: int, last: int) -> BitMap:
+        """Those at these places, without who was recalled."""
+        msg_id = int(record.key)
+        message = (await self._store.find_messages(record.app_id, [msg_id])).get(msg_id)
+        if message is None:
+            return BitMap()
+        targets = message.targets - message.suppressed
+        targets = targets[first:last]
+        return targets - message.recalled
+
+    async def _change(self, app_id: int, msg_id: int, change: Callable[[Pace], Pace]) -> Progress:
+        for _ in range(TRIES):
+            record, pace = await self._find(app_id, msg_id)
+            changed = change(pace)
+            try:
+                await self._store.records.save([_changed(record, changed)])
+            except Conflict:
+                continue
+            return self._progress(changed)
+        raise StoreError(f"push {msg_id} is changed by others all the time")
+
+    async def _find(self, app_id: int, msg_id: int) -> tuple[Record, Pace]:
+        """Raises ApiError 1003."""
+        record = await self._record(app_id, msg_id)
+        if record is not None:
+            return record, decode(record.value)
+        if not await self._store.find_messages(app_id, [msg_id]):
+            raise ApiError(1003, f"msg_id: there is no push {msg_id}", http_status=404)
+        raise _finished()
+
+    async def _record(self, app_id: int, msg_id: int) -> Record | None:
+        for kind in (SLOW, HELD):
+            record = await self._store.records.find(app_id, kind, str(msg_id))
+            if record is not None:
+                return record
+        return None
+
+    async def _app(self, app_id: int) -> App | None:
+        found = await self._store.list_apps(app_id - 1, 1)
+        return found[0] if found and found[0].app_id == app_id else None
+
+    def _progress(self, pace: Pace) -> Progress:
+        if pace.paused_at is not None:
+            return Progress(pace.total, pace.released, None, "paused")
+        state = "waiting" if pace.start > self._clock() else "sending"
+        return Progress(pace.total, pace.released, pace.end, state)
+
+
+def _outcome(message: MessageRecord) -> Progress:
+    """Of a push without parts to come."""
+    targets = message.targets - message.suppressed
+    rest = targets - message.released
+    state = "done" if not rest else "stopped" if rest <= message.recalled else "expired"
+    return Progress(len(targets), len(targets) - len(rest), None, state)
+
+
+def _changed(record: Record, pace: Pace) -> RecordChange:
+    return RecordChange(record.app_id, record.kind, record.key, encode(pace), record.version, pace.due)
+
+
+def _removed(record: Record) -> RecordChange:
+    return RecordChange(record.app_id, record.kind, record.key, None, record.version)
+
+
+def _finished() -> ApiError:
+    return ApiError(
+        1003, "msg_id: this push is not slow, or all of it is sent; DELETE /v3/push/… withdraws it"
+    )

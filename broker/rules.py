@@ -1,0 +1,226 @@
+"""What an app's own rules hold back: quiet hours, and caps on how many pushes a device gets.
+
+A cap counts by device without a number for each: the counts of all devices are bit-sliced, one bitmap for each binary
+digit, so that adding a push to a million devices and finding those at the cap is a handful of bitmap operations
+(O'Neil and Quass, SIGMOD 1997). Counts are saved in the background: a crash forgets those of the last SAVE_DELAY.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import datetime, timedelta
+from datetime import time as wall_time
+from typing import Final
+from zoneinfo import ZoneInfo
+
+import msgspec
+from pyroaring import BitMap
+
+from broker.model import App, AppSettings, FrequencyCap, QuietHours, RecordChange
+from broker.store import Conflict, Store, StoreError
+
+log: Final = logging.getLogger(__name__)
+
+Clock = Callable[[], float]
+KIND: Final = "frequency"
+SAVE_DELAY: Final = 2.0
+
+
+def has_rules(app: App) -> bool:
+    return app.settings.quiet_hours is not None or bool(app.settings.frequency_caps)
+
+
+# Quiet hours
+
+
+def quiet_until(settings: AppSettings, now: float) -> float | None:
+    """When the quiet hours that it is in end, Unix seconds; None outside of them."""
+    quiet = settings.quiet_hours
+    if quiet is None:
+        return None
+    zone = ZoneInfo(quiet.zone)
+    at = datetime.fromtimestamp(now, zone)
+    for day in (at.date() - timedelta(days=1), at.date()):
+        start, end = _hours(quiet, datetime.combine(day, wall_time(), zone))
+        if start.timestamp() <= now < end.timestamp():
+            return end.timestamp()
+    return None
+
+
+def _hours(quiet: QuietHours, midnight: datetime) -> tuple[datetime, datetime]:
+    """The quiet hours that start on this day, as wall-clock times."""
+    start, end = wall_time.fromisoformat(quiet.start), wall_time.fromisoformat(quiet.end)
+    next_day = timedelta(days=end <= start)
+    day = midnight.date()
+    return (
+        datetime.combine(day, start, midnight.tzinfo),
+        datetime.combine(day + next_day, end, midnight.tzinfo),
+    )
+
+
+# Counting by device
+
+
+class Counts:
+    """How often each devno was added. `digits[i]` holds the devnos whose count has the binary digit 2**i."""
+
+    __slots__ = ("digits",)
+
+    def __init__(self, digits: Sequence[BitMap] = ()) -> None:
+        self.digits = list(digits)
+
+    def add(self, devnos: BitMap) -> None:
+        carry, place = devnos, 0
+        while carry:
+            if place == len(self.digits):
+                self.digits.append(BitMap())
+            self.digits[place], carry = self.digits[place] ^ carry, self.digits[place] & carry
+            place += 1
+
+    def subtract(self, devnos: BitMap) -> None:
+        """Of devnos whose count is above 0."""
+        borrow = devnos & BitMap.union(BitMap(), *self.digits)
+        for place, digit in enumerate(self.digits):
+            self.digits[place], borrow = digit ^ borrow, borrow - digit
+
+    def at_least(self, count: int, among: BitMap) -> BitMap:
+        """Those with `count` or more, which is above 0."""
+        if count.bit_length() > len(self.digits):
+            return BitMap()
+        above, equal = BitMap(), among
+        for place in range(len(self.digits) - 1, -1, -1):
+            has = equal & self.digits[place]
+            if count >> place & 1:
+                equal = has
+            else:
+                above |= has
+                equal = equal - has
+        return above | equal
+
+
+class _Window:
+    """What one cap of an app counts in the hour or day that it is."""
+
+    __slots__ = ("changed", "counts", "start", "version")
+
+    def __init__(self, start: float, counts: Counts, version: int) -> None:
+        self.start = start
+        self.counts = counts
+        self.version = version  # of its record
+        self.changed = False
+
+
+class _Saved(msgspec.Struct):
+    start: float
+    digits: list[bytes]
+
+
+_encode: Final = msgspec.msgpack.Encoder().encode
+_decode: Final = msgspec.msgpack.Decoder(_Saved).decode
+
+
+def window_start(cap: FrequencyCap, now: float) -> float:
+    at = datetime.fromtimestamp(now, ZoneInfo(cap.zone))
+    start = at.replace(minute=0, second=0, microsecond=0)
+    if cap.per == "day":
+        start = datetime.combine(at.date(), wall_time(), at.tzinfo)
+    return start.timestamp()
+
+
+def _key(cap: FrequencyCap) -> str:
+    return f"{cap.per} {cap.zone}"
+
+
+class Rules:
+    """Asked for every push of an app that has rules. `clock` gives Unix seconds."""
+
+    def __init__(self, store: Store, clock: Clock = time.time) -> None:
+        self._store = store
+        self._clock = clock
+        self._windows: dict[tuple[int, str], _Window] = {}
+        self._saver: asyncio.Task[None] | None = None
+        self._closing = asyncio.Event()
+
+    async def suppressed(self, app: App, targets: BitMap, *, fleeting: bool) -> BitMap:
+        """Those of the targets that are not to get a push that comes now; the others are counted as having got it.
+        `fleeting`: it has no time to live, so that quiet hours cannot delay it."""
+        settings = app.settings
+        quiet = settings.quiet_hours
+        undelayed = quiet is not None and (fleeting or quiet.action == "suppress")
+        if undelayed and quiet_until(settings, self._clock()) is not None:
+            return targets
+        over = BitMap()
+        windows = [await self._window(app, cap) for cap in settings.frequency_caps]
+        for cap, window in zip(settings.frequency_caps, windows, strict=True):
+            over |= window.counts.at_least(cap.count, targets)
+        self._count(windows, targets - over, Counts.add)
+        return over
+
+    async def forget(self, app: App, devnos: BitMap) -> None:
+        """They did not get it after all."""
+        windows = [await self._window(app, cap) for cap in app.settings.frequency_caps]
+        self._count(windows, devnos, Counts.subtract)
+
+    def _count(
+        self, windows: Sequence[_Window], devnos: BitMap, change: Callable[[Counts, BitMap], None]
+    ) -> None:
+        for window in {id(window): window for window in windows}.values():
+            change(window.counts, devnos)
+            window.changed = True
+        if windows and self._saver is None:
+            self._saver = asyncio.get_running_loop().create_task(self._save_soon())
+
+    async def _window(self, app: App, cap: FrequencyCap) -> _Window:
+        key = (app.app_id, _key(cap))
+        window = self._windows.get(key)
+        if window is None:
+            loaded = await self._load(app.app_id, cap)
+            window = self._windows.setdefault(key, loaded)  # another call may have been faster
+        start = window_start(cap, self._clock())
+        if window.start != start:
+            window.start, window.counts = start, Counts()
+        return window
+
+    async def _load(self, app_id: int, cap: FrequencyCap) -> _Window:
+        record = await self._store.records.find(app_id, KIND, _key(cap))
+        if record is None:
+            return _Window(0.0, Counts(), 0)
+        saved = _decode(record.value)
+        return _Window(
+            saved.start, Counts([BitMap.deserialize(bits) for bits in saved.digits]), record.version
+        )
+
+    async def _save_soon(self) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._closing.wait(), SAVE_DELAY)
+        self._saver = None
+        await self.save()
+
+    async def save(self) -> None:
+        """Write what changed; what the store does not take now is written the next time."""
+        for (app_id, key), window in list(self._windows.items()):
+            if not window.changed:
+                continue
+            window.changed = False
+            digits = [bytes(digit.serialize()) for digit in window.counts.digits]
+            value = _encode(_Saved(window.start, digits))
+            try:
+                (window.version,) = await self._store.records.save(
+                    [RecordChange(app_id, KIND, key, value, window.version)]
+                )
+            except Conflict:  # another broker's counts; ours are as good
+                record = await self._store.records.find(app_id, KIND, key)
+                window.version, window.changed = record.version if record else 0, True
+            except StoreError as error:
+                window.changed = True
+                log.warning("frequency counts not saved, trying again: %s", error)
+
+    async def close(self) -> None:
+        self._closing.set()
+        if self._saver is not None:
+            await asyncio.wait([self._saver])
+        await self.save()

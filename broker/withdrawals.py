@@ -1,0 +1,70 @@
+"""Taking a push back: what nobody got yet nobody gets, and devices that may have it are told to remove it.
+
+Told are those that acknowledged it or were sent it, and those that are online now and were still to get it: it may be
+on its way to them. Whoever never had it finds nothing to remove.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+import orjson
+from pyroaring import BitMap
+
+from broker.bus import Bus, Recalled
+from broker.errors import PUSH, ApiError, refusing
+from broker.limits import DAY, Limits
+from broker.model import App, NewMessage
+from broker.pacer import Pacer
+from broker.pushes import doorbells
+from broker.store import Store
+
+Clock = Callable[[], float]
+NOTICE_TTL: Final = 10 * DAY  # seconds that a device which is away is told late
+
+
+class Withdrawals:
+    """`clock` gives Unix seconds. Store failures become ApiErrors."""
+
+    def __init__(
+        self,
+        store: Store,
+        bus: Bus,
+        pacer: Pacer,
+        limits: Limits | None = None,
+        clock: Clock = time.time,
+    ) -> None:
+        self._store = store
+        self._bus = bus
+        self._pacer = pacer
+        self._limits = limits or Limits()
+        self._clock = clock
+
+    async def withdraw(self, app: App, msg_id: int) -> None:
+        """Raises ApiError 1003: there is no such push. Withdrawing twice does no harm."""
+        with refusing(PUSH):
+            await self._pacer.end(app.app_id, msg_id)  # first: no part may follow
+            now = self._clock()
+            withdrawn = await self._store.recall(app.app_id, [msg_id], now)
+            if not withdrawn:
+                raise ApiError(1003, f"msg_id: there is no push {msg_id} in this app", http_status=404)
+            self._bus.ring([Recalled(withdrawn)])
+            waiting = BitMap.union(BitMap(), *(one.devnos for one in withdrawn))
+            reached = BitMap.union(BitMap(), *(one.reached for one in withdrawn))
+            told = reached | await self._store.online(app.app_id, waiting)
+            if told:
+                await self._tell(app, msg_id, told, now)
+
+    async def _tell(self, app: App, msg_id: int, devnos: BitMap, now: float) -> None:
+        notice = NewMessage(
+            app.app_id,
+            orjson.dumps({"recall": str(msg_id)}),
+            devnos,
+            len(devnos) > self._limits.fanout_limit,
+            now,
+            now + NOTICE_TTL,
+            high=True,
+        )
+        self._bus.ring(doorbells([notice], await self._store.append([notice])))

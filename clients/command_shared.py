@@ -1,0 +1,172 @@
+"""What the commands of a publisher share: how they log in, how they say what they found, how they fail.
+
+Exit status: 0; 1 if the server refused or could not be reached, with code and message on standard error; 2 for a
+wrong command line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import sys
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, BinaryIO, Final, TypeVar
+
+import click
+import msgspec
+import orjson
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from clients.publisher import Publisher, PushError
+
+PLATFORMS: Final = ("android", "ios", "quickapp", "hmos", "winphone")
+_T = TypeVar("_T")
+_Command = TypeVar("_Command", bound=Callable[..., None])
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """Where the server is, and who asks."""
+
+    app_key: str
+    secret: str
+    url: str
+
+    def call(self, act: Callable[[Publisher], Awaitable[_T]]) -> _T:
+        """Run something on the server; a failure ends the command with exit status 1."""
+
+        async def run() -> _T:
+            async with Publisher(self.app_key, self.secret, self.url) as publisher:
+                return await act(publisher)
+
+        return run_call(run, self.url)
+
+
+def run_call(run: Callable[[], Awaitable[_T]], url: str) -> _T:
+    async def awaited() -> _T:
+        return await run()
+
+    try:
+        return asyncio.run(awaited())
+    except PushError as error:
+        raise click.ClickException(str(error)) from error
+    except (ValueError, OSError) as error:  # of aiohttp, for an address that is none; of a file
+        raise click.ClickException(
+            f"{url}: {error}" if isinstance(error, ValueError) else str(error)
+        ) from error
+
+
+_LOGIN: Final = (
+    click.option(
+        "--url", envvar="HOLDFAST_URL", show_envvar=True, default="http://127.0.0.1:8080", show_default=True
+    ),
+    click.option(
+        "--secret",
+        envvar="HOLDFAST_MASTER_SECRET",
+        show_envvar=True,
+        required=True,
+        help="Master secret, or the secret of an API key.",
+    ),
+    click.option(
+        "--app", "app_key", envvar="HOLDFAST_APP_KEY", show_envvar=True, required=True, help="App key."
+    ),
+)
+
+
+def login_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command gets a `login`."""
+
+    @functools.wraps(command)
+    def run(app_key: str, secret: str, url: str, **rest: Any) -> None:
+        command(login=Login(app_key, secret, url), **rest)
+
+    for option in _LOGIN:
+        run = option(run)
+    return run
+
+
+json_option: Final = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+msg_id_argument: Final = click.argument("msg_id", type=click.IntRange(1))
+
+
+# What is printed
+
+
+def plain(value: object) -> Any:
+    """As JSON has it: message ids are text, as in the API."""
+    return _ids_as_text(msgspec.to_builtins(value))
+
+
+def _ids_as_text(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            key: str(item) if key in ("msg_id", "msg_ids") and isinstance(item, int) else _ids_as_text(item)
+            for key, item in value.items()
+        }
+    return [_ids_as_text(item) for item in value] if isinstance(value, list) else value
+
+
+def print_json(value: object) -> None:
+    click.echo(orjson.dumps(plain(value)))
+
+
+def print_table(headers: Sequence[str], rows: Iterable[Sequence[object]], nothing: str = "none") -> None:
+    """For people: ruled on a terminal, else plain columns, so that `grep` and `cut` work. `nothing` stands for no
+    rows."""
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    if not cells:
+        click.echo(nothing)
+    elif sys.stdout.isatty():
+        table = Table(*headers, box=box.SIMPLE_HEAD)
+        for row in cells:
+            table.add_row(*row)
+        Console().print(table, markup=False)
+    else:
+        _print_columns([list(headers), *cells])
+
+
+def _print_columns(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        line = "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
+        click.echo(line.rstrip())
+
+
+def print_fields(fields: Mapping[str, object]) -> None:
+    """One thing: a name and a value on each line."""
+    width = max(map(len, fields))
+    for name, value in fields.items():
+        click.echo(f"{name:{width}}  {'' if value is None else value}".rstrip())
+
+
+def moment(at: float | None) -> str:
+    """Unix seconds as people read them, in UTC."""
+    return "" if at is None else datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def progress_bar(*, in_bytes: bool = False) -> Progress:
+    """On standard error, and only on a terminal."""
+    amount: ProgressColumn = (
+        DownloadColumn() if in_bytes else TextColumn("{task.completed:.0f}/{task.total:.0f}")
+    )
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+# What is read
+
+
+def read_object(file: BinaryIO, option: str) -> dict[str, Any]:
+    try:
+        body = orjson.loads(file.read())
+    except orjson.JSONDecodeError as error:
+        raise click.UsageError(f"{option}: not valid JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise click.UsageError(f"{option}: must be a JSON object")
+    return body
