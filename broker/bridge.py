@@ -9,7 +9,7 @@ contents, and not pushed again. Only a crash between the push and its acknowledg
 message carries a cid: by the rule's `cid`, or by a user property of that name.
 
 aiomqtt acknowledges a message before it hands it out, and has no setting for that. So the paho client underneath is
-told not to, and gives its messages to us: `_open_client` is the only place that knows.
+told not to, and gives its messages to us: `_take_over` is the only place that knows.
 """
 
 from __future__ import annotations
@@ -19,30 +19,35 @@ import hashlib
 import logging
 import random
 import ssl
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, Final
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
 
 import aiomqtt
-from paho.mqtt.client import MQTTMessage
+from paho.mqtt.client import MQTT_CLEAN_START_FIRST_ONLY, MQTTMessage
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from broker.apps import Apps
-from broker.bridge_rules import Incoming, Rule, Unfit
+from broker.bridge_rules import Incoming, Rule, Unfit, read_rules
+from broker.config import Config
 from broker.errors import ApiError
 from broker.logs import log_event
 from broker.metrics import Metrics
 from broker.pushes import Pushes
+from broker.store import StoreError
 
 log: Final = logging.getLogger(__name__)
 
 FIRST_PAUSE: Final = 0.5  # before connecting again, or trying the store again; doubled each time
 MAX_PAUSE: Final = 30.0
-NO_RULE: Final = "no rule"
+CLOSE_LIMIT: Final = 8.0  # for what is under way, a connection being made included
 CID: Final = "cid"  # the user property
+
+_Started: TypeAlias = "asyncio.Queue[tuple[MQTTMessage, asyncio.Task[bool]] | None]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,50 +80,107 @@ class Stats:
         """Called with the reason, of few."""
 
 
+def make_bridge(config: Config, apps: Apps, pushes: Pushes, metrics: Metrics) -> Bridge | None:
+    """The bridge that the settings ask for. Raises RulesError."""
+    wanted = config.bridge
+    if wanted.host is None or wanted.rules is None:
+        return None
+    settings = BridgeSettings(
+        host=wanted.host,
+        port=wanted.port,
+        client_id=wanted.client_id or f"holdfast-{config.server.node_id}",
+        rules=read_rules(wanted.rules, config.limits()),
+        tls=wanted.tls,
+        ca_file=None if wanted.ca_file is None else str(wanted.ca_file),
+        username=wanted.username,
+        password=wanted.password,
+        keep_alive=wanted.keep_alive,
+        protocol=wanted.protocol,
+        session_expiry=wanted.session_expiry,
+        window=wanted.window,
+        group=wanted.group,
+        dead_topic=wanted.dead_topic,
+    )
+    bridge = Bridge(settings, apps, pushes)
+    BridgeMetrics(metrics, bridge.stats)
+    return bridge
+
+
+@dataclass(slots=True, eq=False)
+class _Connection:
+    """One TCP life. What is left of it when it ends is waited for, so that the next one knows what was pushed."""
+
+    client: aiomqtt.Client
+    ack: Callable[[int, int], object]  # packet id, QoS
+    arrived: asyncio.Queue[MQTTMessage | None] = field(default_factory=asyncio.Queue)  # None: the end
+    ended: asyncio.Event = field(default_factory=asyncio.Event)  # from now on nothing is begun
+
+
 class Bridge:
     """`open` starts it, `close` ends it: what was not acknowledged by then comes again to whoever connects next."""
 
-    def __init__(self, settings: BridgeSettings, apps: Apps, pushes: Pushes, first_pause: float = FIRST_PAUSE) -> None:
+    def __init__(
+        self, settings: BridgeSettings, apps: Apps, pushes: Pushes, first_pause: float = FIRST_PAUSE
+    ) -> None:
         self.stats = Stats()
         self._settings = settings
         self._apps = apps
         self._pushes = pushes
         self._first_pause = first_pause
-        self._pushed: dict[int, bytes] = {}  # packet id (16 bits) -> what was pushed for it last
+        # Packet id (16 bits) -> the message that had it last, and the rules by which it was pushed.
+        self._pushed: dict[int, tuple[bytes, set[int]]] = {}
+        self._stop = asyncio.Event()
         self._run: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         self._run = asyncio.get_running_loop().create_task(self._keep_on(), name="bridge")
 
     async def close(self) -> None:
+        self._stop.set()
         if self._run is not None:
+            await asyncio.wait([self._run], timeout=CLOSE_LIMIT)
             self._run.cancel()
             await asyncio.wait([self._run])
 
     async def _keep_on(self) -> None:
         failures = 0
-        while True:
+        while not self._stop.is_set():
+            began = time.monotonic()
             try:
-                async with self._open_client() as connection:
-                    log_event(log, logging.INFO, "bridge connected", host=self._settings.host)
-                    failures = 0
-                    await self._serve(connection)
-            except (aiomqtt.MqttError, OSError, ssl.SSLError) as error:
-                log_event(log, logging.WARNING, "bridge not connected", host=self._settings.host, reason=str(error))
-            await asyncio.sleep(self._pause(failures))
-            failures += 1
+                await self._connect()
+            except (aiomqtt.MqttError, OSError) as error:
+                level = logging.DEBUG if failures else logging.WARNING
+                log_event(log, level, "bridge not connected", host=self._settings.host, reason=str(error))
+            failures = 0 if time.monotonic() - began > MAX_PAUSE else failures + 1
+            await _wait(self._stop, self._pause(failures))
 
     def _pause(self, failures: int) -> float:
-        return min(MAX_PAUSE, self._first_pause * 2.0 ** min(failures, 20)) * (0.5 + random.random() / 2)
+        whole = min(MAX_PAUSE, self._first_pause * 2.0 ** min(failures, 20))
+        return whole * (0.5 + random.random() / 2)
 
     # The connection
 
-    @asynccontextmanager
-    async def _open_client(self) -> AsyncIterator[_Connection]:
-        """Connected and subscribed. Raises MqttError."""
+    async def _connect(self) -> None:
+        """Work until the connection ends (raises MqttError) or we are to stop."""
+        client = self._make_client()
+        connection = self._take_over(client)
+        async with client:
+            await self._subscribe(client)
+            log_event(log, logging.INFO, "bridge connected", host=self._settings.host)
+            self.stats.connected = True
+            pushing = asyncio.create_task(self._push_all(connection))
+            try:
+                await self._until_end(client)
+            finally:
+                self.stats.connected = False
+                connection.ended.set()
+                connection.arrived.put_nowait(None)
+                await asyncio.wait([pushing])
+
+    def _make_client(self) -> aiomqtt.Client:
         settings = self._settings
         modern = settings.protocol == "5"
-        client = aiomqtt.Client(
+        return aiomqtt.Client(
             settings.host,
             settings.port,
             username=settings.username,
@@ -126,31 +188,14 @@ class Bridge:
             identifier=settings.client_id,
             protocol=aiomqtt.ProtocolVersion.V5 if modern else aiomqtt.ProtocolVersion.V311,
             clean_session=None if modern else False,
-            clean_start=False if modern else True,  # 3.1.1 has no such thing; paho wants a value
+            clean_start=False
+            if modern
+            else MQTT_CLEAN_START_FIRST_ONLY,  # the latter: 3.1.1 has no such thing
             keepalive=settings.keep_alive,
             properties=self._connect_properties() if modern else None,
             tls_context=ssl.create_default_context(cafile=settings.ca_file) if settings.tls else None,
+            logger=log,
         )
-        paho = client._client
-        connection = _Connection(client, paho.ack)
-        paho.manual_ack_set(True)
-        paho.on_message = lambda _client, _userdata, message: connection.arrived.put_nowait(message)
-        connected = paho.on_connect
-        assert connected is not None
-
-        def on_connect(paho: Any, userdata: Any, flags: Any, reason: Any, properties: Any) -> None:
-            if not flags.session_present:
-                self._pushed.clear()  # its packet ids begin anew
-            connected(paho, userdata, flags, reason, properties)
-
-        paho.on_connect = on_connect
-        async with client:
-            await self._subscribe(client, modern)
-            self.stats.connected = True
-            try:
-                yield connection
-            finally:
-                self.stats.connected = False
 
     def _connect_properties(self) -> Properties:
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
@@ -158,87 +203,193 @@ class Bridge:
         properties.ReceiveMaximum = self._settings.window
         return properties
 
-    async def _subscribe(self, client: aiomqtt.Client, modern: bool) -> None:
+    def _take_over(self, client: aiomqtt.Client) -> _Connection:
+        """Have its messages come to us, unacknowledged."""
+        paho = client._client
+        connection = _Connection(client, paho.ack)
+        paho.manual_ack_set(True)
+        paho.on_message = lambda _client, _userdata, message: connection.arrived.put_nowait(message)
+        connected: Any = paho.on_connect
+
+        def on_connect(paho: Any, userdata: Any, flags: Any, reason: Any, properties: Any) -> None:
+            if not flags.session_present:
+                self._pushed.clear()  # its packet ids begin anew
+            connected(paho, userdata, flags, reason, properties)
+
+        paho.on_connect = on_connect
+        return connection
+
+    async def _subscribe(self, client: aiomqtt.Client) -> None:
         group = f"$share/{self._settings.group}/" if self._settings.group else ""
         filters = list(dict.fromkeys(group + rule.pattern.filter for rule in self._settings.rules))
-        if modern:  # what is retained is old: not sent at all
+        if self._settings.protocol == "5":
             options = SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND)
             answers = await client.subscribe([(name, options) for name in filters])
         else:
             answers = await client.subscribe([(name, 1) for name in filters])
         for name, answer in zip(filters, answers, strict=True):
-            granted = answer if isinstance(answer, int) else answer.value
+            granted: Any = getattr(answer, "value", answer)
             if granted != 1:
-                raise aiomqtt.MqttError(f"the broker answers {granted} to a subscription of {name} with QoS 1")
+                raise aiomqtt.MqttError(
+                    f"the broker answers {granted} to a subscription of {name} with QoS 1"
+                )
 
-    async def _serve(self, connection: _Connection) -> None:
-        """Until the connection ends; raises MqttError then. Pushes under way are waited for: the next connection has
-        to know of them."""
-        pushing = asyncio.create_task(self._push_all(connection))
+    async def _until_end(self, client: aiomqtt.Client) -> None:
+        lost = asyncio.create_task(_drain(client))
+        stopped = asyncio.create_task(self._stop.wait())
         try:
-            async for _ in connection.client.messages:  # all come to `arrived`; this tells when the connection ends
-                pass
+            await asyncio.wait([lost, stopped], return_when=asyncio.FIRST_COMPLETED)
+            if lost.done():
+                lost.result()
         finally:
-            connection.ended.set()
-            connection.arrived.put_nowait(None)
-            await asyncio.shield(asyncio.wait([pushing]))
+            for task in (lost, stopped):
+                task.cancel()
+            await asyncio.wait([lost, stopped])
 
     # Messages
 
     async def _push_all(self, connection: _Connection) -> None:
-        """Start what arrives, at most a window at once; acknowledge in order."""
+        """Start what arrives, at most a window at once, and have it acknowledged in order."""
         room = asyncio.Semaphore(self._settings.window)
-        started: asyncio.Queue[tuple[MQTTMessage, asyncio.Task[bool]] | None] = asyncio.Queue()
+        started: _Started = asyncio.Queue()
         acknowledging = asyncio.create_task(self._acknowledge(connection, started, room))
-        while True:
-            message = await connection.arrived.get()
-            if message is None:
+        while (message := await connection.arrived.get()) is not None:
+            await room.acquire()
+            if connection.ended.is_set():
                 break
             self.stats.received += 1
-            await room.acquire()
             started.put_nowait((message, asyncio.create_task(self._handle(message, connection))))
         started.put_nowait(None)
         await acknowledging
 
-    async def _acknowledge(
-        self,
-        connection: _Connection,
-        started: asyncio.Queue[tuple[MQTTMessage, asyncio.Task[bool]] | None],
-        room: asyncio.Semaphore,
-    ) -> None:
+    async def _acknowledge(self, connection: _Connection, started: _Started, room: asyncio.Semaphore) -> None:
         while (entry := await started.get()) is not None:
-            message, task = entry
-            try:
-                done = await task
-            except Exception:
-                log.exception("a message of the bridge is left to come again")
-                done = False
-            if done and message.qos == 1 and not connection.ended.is_set():
-                connection.ack(message.mid, message.qos)
+            message, handling = entry
+            if await handling and message.qos == 1:
+                connection.ack(message.mid, 1)
             room.release()
 
     async def _handle(self, message: MQTTMessage, connection: _Connection) -> bool:
-        """True: it may be acknowledged."""
-        contents = _digest(message)
-        if message.qos == 1 and message.dup and self._pushed.get(message.mid) == contents:
-            self.stats.repeated += 1
+        """Push it by each rule that it fits. True: it may be acknowledged."""
+        if message.retain:  # of before our subscription, which a broker may send at every connect
+            self._count_refused("retained")
             return True
-        self._pushed.pop(message.mid, None)
-        if message.retain:  # what was there when we subscribed is old
-            self._refuse(message, "retained")
-            return True
-        incoming = Incoming(message.topic, message.payload, _cid(message))
-        matches = [(rule, values) for rule in self._settings.rules if (values := rule.pattern.match(message.topic)) is not None]
-        problem = "" if matches else NO_RULE
+        done = self._pushed_by(message)
+        incoming = Incoming(message.topic, bytes(message.payload), _cid(message))
+        matches = self._matches(message.topic)
+        problem = None if matches else ("no rule", "no rule has this topic")
         for rule, values in matches:
+            if rule.number in done:
+                self.stats.repeated += 1
+                continue
             try:
-                if not await self._push(rule, incoming, values, connection):
+                if not await self._push(rule, rule.make_push(incoming, values), connection):
                     return False
-            except (ApiError, Unfit) as error:
-                problem = self._explain(rule, error)
-        if problem:
-            self._refuse(message, problem)
-            return await self._bury(message, problem, connection)
-        if message.qos == 1:
-            self._pushed[message.mid] = contents
+                done.add(rule.number)
+            except Unfit as error:
+                problem = ("unfit", f"rule {rule.number}: {error}")
+            except ApiError as error:
+                problem = (str(error.code), f"rule {rule.number}: {error.message}")
+            except Exception:  # one message must not end the bridge
+                log.exception("bridge: rule %d", rule.number)
+                problem = ("error", f"rule {rule.number}: internal error")
+        if problem is None:
+            return True
+        self._refuse(message, *problem)
+        return await self._bury(message, problem[1], connection)
+
+    def _pushed_by(self, message: MQTTMessage) -> set[int]:
+        """Rules by which it was pushed, in this life of ours and of the session."""
+        if message.qos == 0:
+            return set()
+        contents = hashlib.blake2b(message.topic.encode() + b"\0" + message.payload, digest_size=16).digest()
+        known, rules = self._pushed.get(message.mid, (b"", set()))
+        if not message.dup or known != contents:
+            rules = set()
+            self._pushed[message.mid] = (contents, rules)
+        return rules
+
+    def _matches(self, topic: str) -> list[tuple[Rule, dict[str, str]]]:
+        found = [(rule, rule.pattern.match(topic)) for rule in self._settings.rules]
+        return [(rule, values) for rule, values in found if values is not None]
+
+    async def _push(self, rule: Rule, raw: bytes, connection: _Connection) -> bool:
+        """Until it is durable: while the store is away, it is tried again. False: the connection ended first."""
+        pause = self._first_pause
+        while True:
+            try:
+                app = await self._apps.find(rule.app)
+                if app is None:
+                    raise Unfit(f"there is no app {rule.app}")
+                await self._pushes.push(app, raw)
+                self.stats.pushed += 1
+                return True
+            except StoreError as error:
+                problem = str(error)
+            except ApiError as error:
+                if error.http_status < 500:
+                    raise
+                problem = error.message
+            log_event(log, logging.WARNING, "bridge waits for the store", reason=problem)
+            if await _wait(connection.ended, pause):
+                return False
+            pause = min(MAX_PAUSE, 2 * pause)
+
+    def _refuse(self, message: MQTTMessage, label: str, reason: str) -> None:
+        log_event(log, logging.WARNING, "bridge refused a message", topic=message.topic, reason=reason)
+        self._count_refused(label)
+
+    def _count_refused(self, label: str) -> None:
+        if self.stats.on_refused is not None:
+            self.stats.on_refused(label)
+
+    async def _bury(self, message: MQTTMessage, reason: str, connection: _Connection) -> bool:
+        """Publish what cannot be pushed on the dead topic. False: it could not be, and must come again."""
+        topic = self._settings.dead_topic
+        if topic is None:
+            return True
+        properties = None
+        if self._settings.protocol == "5":
+            properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+            properties.UserProperty = [("topic", message.topic), ("reason", reason)]
+        try:
+            await connection.client.publish(topic, message.payload, qos=1, properties=properties)
+        except aiomqtt.MqttError as error:
+            log_event(log, logging.WARNING, "bridge cannot publish", topic=topic, reason=str(error))
+            return False
         return True
+
+
+async def _drain(client: aiomqtt.Client) -> None:
+    """Raises MqttError when the connection ends. Nothing comes out: all messages are taken before."""
+    async for _ in client.messages:
+        pass
+
+
+async def _wait(event: asyncio.Event, limit: float) -> bool:
+    """Did it happen within so many seconds?"""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(limit):
+            await event.wait()
+    return event.is_set()
+
+
+def _cid(message: MQTTMessage) -> str | None:
+    """The user property, of MQTT 5."""
+    pairs = getattr(message.properties, "UserProperty", ()) if message.properties is not None else ()
+    return next((value for name, value in pairs if name == CID), None)
+
+
+class BridgeMetrics:
+    def __init__(self, metrics: Metrics, stats: Stats) -> None:
+        self._refused = metrics.counters("bridge_refused", "Messages that became no push.", "reason")
+        metrics.gauge("bridge_connected", "1 while connected.", lambda: float(stats.connected))
+        metrics.read_counter("bridge_received", "Messages received.", lambda: stats.received)
+        metrics.read_counter("bridge_pushed", "Pushes made of them.", lambda: stats.pushed)
+        metrics.read_counter(
+            "bridge_repeated", "Messages sent again, of pushes made before.", lambda: stats.repeated
+        )
+        stats.on_refused = self._on_refused
+
+    def _on_refused(self, reason: str) -> None:
+        self._refused.labels(reason).value += 1

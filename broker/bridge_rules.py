@@ -289,7 +289,7 @@ def _mistakes(table: dict[str, Any]) -> Iterator[str]:
     for key, value in table.items():
         if key not in RULE_KEYS:
             yield f"{key} = {value!r}: unknown key; there is {', '.join(RULE_KEYS)}"
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...] | None = None
     try:
         names = _names(read_pattern(table.get("topic")))
     except ValueError as error:
@@ -307,7 +307,7 @@ def _mistakes(table: dict[str, Any]) -> Iterator[str]:
         yield 'audience: must be set, such as "all" or { alias = ["{name}"] }'
     if not isinstance(table.get("cid", ""), str):
         yield f"cid = {table['cid']!r}: must be text"
-    for key in (*given, "cid"):
+    for key in (*given, "cid") if names is not None else ():
         try:
             compile_template(table.get(key), names)
         except ValueError as error:
@@ -341,8 +341,6 @@ def _dry_run(rule: Rule, table: dict[str, Any], limits: Limits) -> Iterator[str]
         read_push(orjson.dumps(push), limits)
     except ApiError as error:
         yield f"is no push: {error.message}"
-    except TypeError:
-        yield "is no push: dates have no place in JSON; write them as text"
 
 
 class _Anything(Incoming):

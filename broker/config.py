@@ -25,6 +25,7 @@ import click
 import msgspec
 from msgspec import Meta, field
 
+from broker.bridge_rules import RulesError, read_rules
 from broker.calendar import Calendar
 from broker.callbacks import CallbackSettings
 from broker.limits import Limits
@@ -44,6 +45,7 @@ Body = Annotated[int, Meta(ge=1024)]
 AdminKey = Annotated[str, Meta(min_length=16)]
 U16 = Annotated[int, Meta(ge=0, le=65535)]
 PositiveU16 = Annotated[int, Meta(ge=1, le=65535)]
+U32 = Annotated[int, Meta(ge=0, le=4_294_967_295)]
 Name = Annotated[str, Meta(min_length=1)]
 Seconds = Annotated[float, Meta(gt=0)]
 
@@ -206,6 +208,29 @@ class Callbacks(msgspec.Struct, frozen=True, kw_only=True):
     ] = False
 
 
+class Bridge(msgspec.Struct, frozen=True, kw_only=True):
+    host: Annotated[
+        Name | None, _about("MQTT broker whose messages become pushes, by bridge.rules; off: no bridge")
+    ] = None
+    port: Annotated[Port, _about("its port")] = 1883
+    tls: Annotated[bool, _about("connect with TLS")] = False
+    ca_file: Annotated[Path | None, _about("PEM file with its authority; off: the system's")] = None
+    username: Annotated[Name | None, _about("user name there")] = None
+    password: Annotated[Name | None, _about("password there", secret=True)] = None
+    client_id: Annotated[str, _about("the bridge's name there; empty: holdfast- and server.node_id")] = ""
+    keep_alive: Annotated[
+        PositiveU16, _about("seconds of silence before it asks whether the broker is there")
+    ] = 30
+    protocol: Annotated[Literal["5", "3.1.1"], _about("MQTT version that the broker speaks")] = "5"
+    session_expiry: Annotated[
+        U32, _about("the broker keeps messages for the bridge this long while it is away (MQTT 5)")
+    ] = 7 * DAY
+    window: Annotated[PositiveU16, _about("messages pushed at once; 1 keeps them in order")] = 32
+    group: Annotated[Name | None, _about("several servers with one group share the messages")] = None
+    rules: Annotated[Path | None, _about("TOML file: which topics become which pushes")] = None
+    dead_topic: Annotated[Name | None, _about("publish there what cannot be pushed")] = None
+
+
 class Carriers(msgspec.Struct, frozen=True, kw_only=True):
     directory: Annotated[Path | None, _about("carrier profiles (*.toml); off: the ones that come along")] = (
         None
@@ -220,6 +245,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     push: Push = field(default_factory=Push)
     store: Store = field(default_factory=Store)
     callbacks: Callbacks = field(default_factory=Callbacks)
+    bridge: Bridge = field(default_factory=Bridge)
     carriers: Carriers = field(default_factory=Carriers)
 
     def limits(self) -> Limits:
@@ -487,12 +513,33 @@ def _conflicts(config: Config) -> Iterator[str]:
     except ValueError as error:
         yield f"push.schedule_zone: {error}"
     try:
-        if config.http.https_only and not config.trusted_proxies:
+        if not config.trusted_proxies and config.http.https_only:
             yield "http.https_only = true: nobody could call; name the proxies that end TLS in trusted_proxies"
     except ValueError as error:
         yield f"http.trusted_proxies = {config.http.trusted_proxies!r}: must be networks with commas between; {error}"
+    yield from _bridge_conflicts(config)
     if push.default_ttl > push.max_ttl:
         yield f"push.default_ttl = {push.default_ttl}: must be at most push.max_ttl = {push.max_ttl}"
+
+
+def _bridge_conflicts(config: Config) -> Iterator[str]:
+    """Of the bridge, the mistakes in its rules included."""
+    bridge = config.bridge
+    if bridge.host is None:
+        return
+    if bridge.rules is None:
+        yield f"bridge.host = {bridge.host!r}: needs bridge.rules"
+        return
+    try:
+        rules = read_rules(bridge.rules, config.limits())
+    except RulesError as error:
+        yield from error.errors
+        return
+    topic = bridge.dead_topic
+    if topic is not None and ("+" in topic or "#" in topic):
+        yield f"bridge.dead_topic = {topic!r}: must be a topic without + and #"
+    elif topic is not None and any(rule.pattern.match(topic) is not None for rule in rules):
+        yield f"bridge.dead_topic = {topic!r}: must fit no rule of bridge.rules, or it would come back"
 
 
 def load_config(

@@ -59,17 +59,16 @@ class Lines:
 
     def feed(self, chunk: bytes) -> bytes:
         """`chunk`: at most STEP bytes. Raises ApiError that names the line."""
-        if not self._bytes:
-            chunk = chunk.removeprefix(BOM)
         self._bytes += len(chunk)
         if self._bytes > self._limits.max_file_size:
             raise ApiError(
                 1005, f"the file is larger than {self._limits.max_file_size} bytes", http_status=413
             )
-        head, _, self._rest = (self._rest + chunk).rpartition(b"\n")
+        head, newline, self._rest = (self._rest + chunk).rpartition(b"\n")
+        lines = self._check(head) if newline else b""
         if len(self._rest) > MAX_LINE:
-            raise self._too_long(self._seen + head.count(b"\n") + bool(head))
-        return self._check(head) if head else b""
+            raise self._too_long(self._seen)
+        return lines
 
     def finish(self) -> bytes:
         rest, self._rest = self._rest, b""
@@ -79,6 +78,8 @@ class Lines:
         return last
 
     def _check(self, head: bytes) -> bytes:
+        if not self._seen:
+            head = head.removeprefix(BOM)
         try:
             head.decode()
         except UnicodeDecodeError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,15 +21,17 @@ from broker.bus import Bus, Recalled
 from broker.errors import ApiError
 from broker.limits import Limits
 from broker.logs import log_event
-from broker.model import App, MessageRecord, NewMessage, Record, RecordChange
-from broker.paces import HELD, KINDS, SLOW, Pace, decode, encode
+from broker.model import App, NewMessage, Record, RecordChange
+from broker.paces import HELD, SLOW, Pace, decode, encode
 from broker.pushes import doorbells
 from broker.rules import quiet_until
 from broker.store import Conflict, Store, StoreError
+from broker.timekeeper import Handle
 
 log: Final = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
+CUT: Final = "pace-cut"
 TRIES: Final = 5  # of a change that others are faster with
 
 
@@ -71,9 +73,9 @@ class Pacer:
         self.counts = PaceCounts()
 
     @property
-    def handlers(self) -> dict[str, Callable[[Record], Awaitable[None]]]:
+    def handlers(self) -> dict[str, Handle]:
         """For the timekeeper."""
-        return dict.fromkeys(KINDS, self.release)
+        return {SLOW: self.release, HELD: self.release, CUT: self.drop}
 
     # For publishers
 
@@ -83,7 +85,11 @@ class Pacer:
         if record is not None:
             return self._progress(decode(record.value))
         message = (await self._store.find_messages(app_id, [msg_id])).get(msg_id)
-        return _outcome(message) if message is not None and message.paced else None
+        if message is None or not message.paced:
+            return None
+        cut = await self._store.records.find(app_id, CUT, str(msg_id))
+        total = len(message.targets - message.suppressed)
+        return Progress(total, len(message.released), None, cut.value.decode() if cut else "done")
 
     async def pause(self, app_id: int, msg_id: int) -> Progress:
         """No part goes until it is resumed. Raises ApiError 1003."""
@@ -117,7 +123,7 @@ class Pacer:
             if record is None:
                 return False
             try:
-                await self._store.records.save([_removed(record)])
+                await self._cut(record, "stopped")
             except Conflict:
                 continue
             return True
@@ -129,8 +135,8 @@ class Pacer:
         """Let the next part go, if it is time. Raises Conflict if another broker did."""
         pace, now = decode(record.value), self._clock()
         if now >= pace.expires_at:
+            await self._cut(record, "expired")
             self.counts.expired += 1
-            await self._store.records.save([_removed(record)])
             log_event(log, logging.WARNING, "paced push expired", app_id=record.app_id, msg_id=record.key)
             return
         part = pace.due_part(now)
@@ -146,6 +152,16 @@ class Pacer:
             await self._store.records.save([_changed(record, pace.held_until(quiet))])
         else:
             await self._let_go(record, pace, part, now)
+
+    async def drop(self, record: Record) -> None:
+        """Nobody can ask for the push any more."""
+        await self._store.records.save([_removed(record)])
+
+    async def _cut(self, record: Record, state: str) -> None:
+        """It ends before its plan does, which is remembered as long as its report."""
+        until = self._clock() + self._limits.report_lifetime
+        mark = RecordChange(record.app_id, CUT, record.key, state.encode(), 0, until)
+        await self._store.records.save([_removed(record), mark])
 
     async def _let_go(self, record: Record, pace: Pace, part: int, now: float) -> None:
         targets = await self._targets(record, pace.released, pace.reaches(part))
@@ -216,16 +232,9 @@ class Pacer:
     def _progress(self, pace: Pace) -> Progress:
         if pace.paused_at is not None:
             return Progress(pace.total, pace.released, None, "paused")
-        state = "waiting" if pace.start > self._clock() else "sending"
+        soon = self._clock() + pace.duration / pace.parts
+        state = "waiting" if pace.begins(pace.part) > soon else "sending"
         return Progress(pace.total, pace.released, pace.end, state)
-
-
-def _outcome(message: MessageRecord) -> Progress:
-    """Of a push without parts to come."""
-    targets = message.targets - message.suppressed
-    rest = targets - message.released
-    state = "done" if not rest else "stopped" if rest <= message.recalled else "expired"
-    return Progress(len(targets), len(targets) - len(rest), None, state)
 
 
 def _changed(record: Record, pace: Pace) -> RecordChange:

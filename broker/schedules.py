@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -31,6 +31,7 @@ from broker.pushes import Pushes
 from broker.requests import check_cid, decode
 from broker.schedule_times import Times, Trigger, check_span, read_times, show
 from broker.store import Conflict, Store, StoreError
+from broker.timekeeper import Handle
 
 log: Final = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ class Schedules:
         self.counts = ScheduleCounts()
 
     @property
-    def handlers(self) -> dict[str, Callable[[Record], Awaitable[None]]]:
+    def handlers(self) -> dict[str, Handle]:
         """For the timekeeper."""
         return {LIVE: self.fire, OVER: self._forget, CID: self._drop}
 
@@ -249,7 +250,9 @@ class Schedules:
         """Push what is due, and move on to the next time; both or neither. Raises Conflict if another broker did."""
         schedule = _read_schedule(record.value)
         now = self._clock()
-        if schedule.next is None or schedule.next > now:  # not enabled, and over; or it was put off, then changed
+        if (
+            schedule.next is None or schedule.next > now
+        ):  # not enabled, and over; or it was put off, then changed
             await self._save(record, schedule)
             return
         passed, upcoming = _passed(schedule, now)

@@ -96,9 +96,7 @@ def delete(login: Login, segment_id: str) -> None:
 @segment.command()
 @login_options
 @json_option
-@click.option(
-    "--rule", type=click.File("rb"), help="Of this rule, a JSON object, instead of a saved one; - is stdin."
-)
+@click.option("--rule", type=click.File("rb"), help="Of this JSON object instead of a saved one; - is stdin.")
 @click.argument("segment_id", required=False)
 def estimate(login: Login, as_json: bool, segment_id: str | None, rule: BinaryIO | None) -> None:
     """Show how many devices a push would be for now, and how many of them are connected."""

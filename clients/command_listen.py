@@ -105,7 +105,7 @@ class _Printer:
             self._left -= 1
             if not self._left:
                 self.device.finish()
-        if self._receipts:
+        if self._receipts and push.recall is None:
             try:
                 await self.device.receipt(push, "shown")
             except DeviceError as error:
@@ -113,6 +113,10 @@ class _Printer:
 
     def _print(self, push: Push) -> None:
         content = {"msg_id": str(push.msg_id), "notification": push.notification, "message": push.message}
+        content |= {
+            "override": push.override and str(push.override),
+            "recall": push.recall and str(push.recall),
+        }
         try:
             click.echo(orjson.dumps({name: value for name, value in content.items() if value is not None}))
         except BrokenPipeError:

@@ -12,17 +12,16 @@ import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, BinaryIO, Final, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar
 
 import click
 import msgspec
 import orjson
-from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from clients.publisher import Publisher, PushError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 PLATFORMS: Final = ("android", "ios", "quickapp", "hmos", "winphone")
 _T = TypeVar("_T")
@@ -122,12 +121,21 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[object]], nothin
     if not cells:
         click.echo(nothing)
     elif sys.stdout.isatty():
-        table = Table(*headers, box=box.SIMPLE_HEAD)
-        for row in cells:
-            table.add_row(*row)
-        Console().print(table, markup=False)
+        _draw_table(headers, cells)
     else:
         _print_columns([list(headers), *cells])
+
+
+def _draw_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    from rich import box  # loaded where somebody sees it: a script need not wait for it
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*headers, box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*map(Text, row))  # names of others are no markup
+    Console().print(table)
 
 
 def _print_columns(rows: Sequence[Sequence[str]]) -> None:
@@ -151,11 +159,12 @@ def moment(at: float | None) -> str:
 
 def progress_bar(*, in_bytes: bool = False) -> Progress:
     """On standard error, and only on a terminal."""
-    amount: ProgressColumn = (
-        DownloadColumn() if in_bytes else TextColumn("{task.completed:.0f}/{task.total:.0f}")
-    )
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
+
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
+    text = TextColumn("{task.description}", markup=False)
+    columns = (text, BarColumn(), DownloadColumn() if in_bytes else MofNCompleteColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 

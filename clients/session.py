@@ -23,6 +23,7 @@ connection, and `MAX_OUTBOX` reports, are held (G6).
 from __future__ import annotations
 
 import enum
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ from gateway.mqtt import (
 PUSH_TOPIC: Final = "push"
 VERSION: Final = 5
 SEEN_KEPT: Final = 4096  # handled msg_ids; the server can repeat its window and what a crash made it forget
+MAX_PUSH: Final = 1 << 20  # bytes of a push that came compressed: a few could blow up to gigabytes
+ZLIB: Final = b"\x78"  # the first byte of a zlib stream of this server (RFC 1950 2.2: deflate, 32 KB window)
 MAX_OUTBOX: Final = 1000  # reports that wait for an answer; past it, publishing is refused
 MAX_TAKEOVERS: Final = 5  # in a row: another process uses the registration id, and would fight for ever
 PINGREQ: Final = encode(Pingreq(), VERSION)
@@ -78,6 +81,7 @@ class LinkSettings:
     session_expiry: int = 86_400
     receive_maximum: int = 32  # pushes the server may send ahead
     max_packet_size: int = 262_144
+    compression: bool = True  # ask for pushes in zlib streams where that is shorter
     backoff_base: float = 1.0
     backoff_cap: float = 60.0
     stable_after: float = 30.0  # a connection that lived so long was good: the backoff begins anew
@@ -85,11 +89,14 @@ class LinkSettings:
 
 @dataclass(frozen=True, slots=True)
 class Push:
-    """What a publisher sent, as this device gets it."""
+    """What a publisher sent, as this device gets it. With `override` it takes the place of that push where it still
+    shows; with `recall` it is nothing but the wish that that push be removed."""
 
     msg_id: int
     notification: Any = None
     message: Any = None
+    override: int | None = None  # msg_id
+    recall: int | None = None  # msg_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,6 +311,8 @@ class DeviceSession:
             "receive_maximum": self.settings.receive_maximum,
             "maximum_packet_size": self.settings.max_packet_size,
         }
+        if self.settings.compression:
+            properties["user_properties"] = (("compression", "deflate"),)
         connect = Connect(
             client_id=self.client_id,
             clean_start=False,
@@ -612,10 +621,18 @@ def _read_push(packet: Publish) -> Push | str:
     if packet.topic != PUSH_TOPIC:
         return "a message on another topic than push"
     try:
-        content = orjson.loads(packet.payload)
+        content = orjson.loads(_inflated(packet.payload))
         msg_id = int(content["msg_id"])
-    except (ValueError, KeyError, TypeError) as error:
+        override, recall = (int(i) if (i := content.get(key)) else None for key in ("override", "recall"))
+    except (ValueError, KeyError, TypeError, zlib.error) as error:
         return f"a push that cannot be read: {type(error).__name__}"
     if not 0 <= msg_id < 1 << 63:
         return "a push whose msg_id is out of range"
-    return Push(msg_id, content.get("notification"), content.get("message"))
+    return Push(msg_id, content.get("notification"), content.get("message"), override, recall)
+
+
+def _inflated(payload: bytes) -> bytes:
+    """JSON begins with a brace, a zlib stream never does. Cut at MAX_PUSH: what is longer is no JSON then."""
+    if payload[:1] != ZLIB:
+        return payload
+    return zlib.decompressobj().decompress(payload, MAX_PUSH)

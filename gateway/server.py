@@ -7,7 +7,7 @@ import gc
 import logging
 import sys
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
 
@@ -28,6 +28,9 @@ from gateway.doorkeeper import DoorLimits
 from gateway.listeners import Certificate, TlsError, address_of, format_address, listen_tcp, listen_websocket
 from gateway.mailbox import MailboxLimits
 from gateway.node import Node, NodeSettings
+
+if TYPE_CHECKING:
+    from broker.bridge import Bridge
 
 DEMO_APP: Final = "demo"
 UPKEEP_PAUSE: Final = 5.0  # seconds between looks for expired data
@@ -101,6 +104,7 @@ class Service:
         self._servers: list[asyncio.Server] = []
         self._admin: AdminListener | None = None
         self._upkeep: asyncio.Task[None] | None = None
+        self._bridge = self._make_bridge()
 
     async def open(self) -> Listening:
         """Raises StoreError, TlsError, OSError (an address in use) or StartError; call close after any."""
@@ -132,9 +136,18 @@ class Service:
             anonymous_app=anonymous_app,
         )
         self._upkeep = asyncio.get_running_loop().create_task(self._keep_up())
+        if self._bridge is not None:
+            await self._bridge.open()
         self.health.state = "ready"
         tune_interpreter()
         return listening
+
+    def _make_bridge(self) -> Bridge | None:
+        if self._config.bridge.host is None:
+            return None
+        from broker.bridge import make_bridge  # an MQTT client: 4 MB that few need
+
+        return make_bridge(self._config, self._broker.apps, self._broker.pushes, self.metrics)
 
     async def _demo_app(self) -> App | None:
         """The app of the first steps: open, so it must not be reachable from outside."""
@@ -208,6 +221,8 @@ class Service:
         """Drain: accept nothing new, tell the devices, record what they acknowledged, then let go."""
         self.health.state = "draining"
         log_event(log, logging.INFO, "draining", connections=self.node.live)
+        if self._bridge is not None:
+            await self._bridge.close()
         for server in self._servers:
             server.close()
         for site in list(self._api.sites):

@@ -3,11 +3,9 @@ change in one transaction; posting changes of a group are gathered and each touc
 
 from __future__ import annotations
 
-import json
 import secrets
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 import msgspec
@@ -75,12 +73,12 @@ def device_from_row(row: Row) -> Device:
         rid,
         platform,
         alias,
-        frozenset(json.loads(tags)),
+        frozenset(orjson.loads(tags)),
         mobile,
         generation,
         created_at,
         last_online_at,
-        json.loads(attributes) if attributes != "{}" else {},
+        orjson.loads(attributes) if attributes != "{}" else {},
     )
 
 
@@ -91,12 +89,12 @@ def device_row(device: Device) -> Row:
         device.registration_id,
         device.platform,
         device.alias,
-        json.dumps(sorted(device.tags)),
+        orjson.dumps(sorted(device.tags)).decode(),
         device.mobile,
         device.token_generation,
         device.created_at,
         device.last_online_at,
-        json.dumps(dict(device.attributes)) if device.attributes else "{}",
+        orjson.dumps(device.attributes).decode() if device.attributes else "{}",
     )
 
 
@@ -136,14 +134,18 @@ def term_changes(before: Device, after: Device) -> tuple[set[TermKey], set[TermK
 
 def changed(device: Device, change: DeviceChange) -> Device:
     tags = device.tags if change.set_tags is None else change.set_tags
-    return replace(
-        device,
-        alias=device.alias if change.alias is None else change.alias or None,
-        mobile=device.mobile if change.mobile is None else change.mobile or None,
-        platform=device.platform if change.platform is None else change.platform,
-        tags=(tags | change.add_tags) - change.remove_tags,
-        token_generation=device.token_generation + change.revoke_tokens,
-        attributes=changed_attributes(device.attributes, change.attributes),
+    return Device(  # dataclasses.replace takes ten times as long
+        device.app_id,
+        device.devno,
+        device.registration_id,
+        device.platform if change.platform is None else change.platform,
+        device.alias if change.alias is None else change.alias or None,
+        (tags | change.add_tags) - change.remove_tags,
+        device.mobile if change.mobile is None else change.mobile or None,
+        device.token_generation + change.revoke_tokens,
+        device.created_at,
+        device.last_online_at,
+        changed_attributes(device.attributes, change.attributes),
     )
 
 
@@ -165,7 +167,7 @@ class IndexWrites:
             "set_settings": lambda calls: [self._set_settings(*call) for call in calls],
             "delete_app": lambda calls: [self._delete_app(key) for key in calls],
             "register": self._register,
-            "change_devices": lambda calls: [self._change_devices(*call) for call in calls],
+            "change_devices": self._change_devices,
             "drop_term": self._drop_terms,
             "load_postings": lambda calls: [self._load_postings(*call) for call in calls],
             "last_online": self._last_online,
@@ -284,16 +286,26 @@ class IndexWrites:
         )
 
     def _change_devices(
-        self, app_id: int, changes: Mapping[str, DeviceChange]
-    ) -> dict[str, Device] | StoreError:
-        rows = read_rows(self._connection, DEVICES_BY_RID, [(app_id, rid) for rid in changes])
-        before = {device.registration_id: device for device in map(device_from_row, rows)}
-        for rid in changes:
-            if rid not in before:
-                return UnknownDevice(rid)
-        after = {rid: changed(before[rid], change) for rid, change in changes.items()}
-        self._replace_devices([(before[rid], after[rid]) for rid in changes])
-        return after
+        self, calls: list[tuple[int, Mapping[str, DeviceChange]]]
+    ) -> list[dict[str, Device] | StoreError]:
+        """In order of arrival, with one read and one write for all."""
+        wanted = list({(app_id, rid): None for app_id, changes in calls for rid in changes})
+        rows = read_rows(self._connection, DEVICES_BY_RID, wanted)
+        before = {(device.app_id, device.registration_id): device for device in map(device_from_row, rows)}
+        now = dict(before)
+        results: list[dict[str, Device] | StoreError] = []
+        for app_id, changes in calls:
+            unknown = next((rid for rid in changes if (app_id, rid) not in now), None)
+            if unknown is not None:
+                results.append(UnknownDevice(unknown))
+                continue
+            after = {rid: changed(now[app_id, rid], change) for rid, change in changes.items()}
+            now.update(((app_id, rid), device) for rid, device in after.items())
+            results.append(after)
+        self._replace_devices(
+            [(before[key], device) for key, device in now.items() if device is not before[key]]
+        )
+        return results
 
     def _replace_devices(self, pairs: Sequence[tuple[Device, Device]]) -> None:
         write_rows(

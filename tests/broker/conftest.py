@@ -138,10 +138,11 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
     async with AsyncExitStack() as stack:
 
         async def run(*, limits: Limits | None = None, peers: Peers | None = None, **app: Any) -> Service:
-            store, bus, limits = SqliteStore(tmp_path / "data.db"), LocalBus(), limits or Limits()
+            clock = Clock()
+            store, bus = SqliteStore(tmp_path / "data.db", clock=clock), LocalBus()
+            limits = limits or Limits()
             await store.open()
             stack.push_async_callback(store.close)
-            clock = Clock()
             broker = Broker(store, bus, limits, clock)
             await broker.open()
             stack.push_async_callback(broker.close)

@@ -15,7 +15,7 @@ from broker.broker import Broker
 from broker.bus import Broadcast, Doorbell, Recalled, Targeted
 from broker.bus_local import LocalBus
 from broker.limits import Limits
-from broker.model import App, MessageRecord, NewDevice
+from broker.model import App, AppSettings, MessageRecord, NewDevice
 from broker.store_sqlite import SqliteStore
 
 START = 1_800_000_000.0  # 2027-01-15 08:00:00 UTC, a Friday
@@ -29,13 +29,15 @@ class World:
     now: float = START
     bells: list[Doorbell] = field(default_factory=list)
     brokers: list[Broker] = field(default_factory=list)
+    app: App = field(init=False)
 
     async def open(self) -> None:
         self.store = SqliteStore(self.path, clock=lambda: self.now)
         await self.store.open()
         self.bus = LocalBus()
         self.bus.subscribe(self.bells.extend)
-        self.brokers = [self.add_broker()]
+        self.brokers = []
+        self.add_broker()
 
     def add_broker(self) -> Broker:
         """It is not opened: its tasks would run on their own."""
@@ -57,14 +59,19 @@ class World:
     def broker(self) -> Broker:
         return self.brokers[0]
 
-    async def create_app(self, devices: int = 3, **settings: Any) -> App:
-        app = await self.broker.apps.create("test")
-        await self.register(app, devices)
-        return app
+    async def create_app(self, devices: int = 3) -> App:
+        self.app = await self.broker.apps.create("test")
+        await self.register(devices)
+        return self.app
 
-    async def register(self, app: App, devices: int, first: int = 0) -> None:
-        names = [NewDevice(f"d{n}", tags=frozenset([f"t{n}"])) for n in range(first, first + devices)]
-        await self.store.register(app.app_id, names)
+    async def set_rules(self, **settings: Any) -> None:
+        app = await self.store.set_settings(self.app.key, AppSettings(**settings))
+        assert app is not None
+        self.app = app
+
+    async def register(self, devices: int, first: int = 0) -> None:
+        names = [NewDevice(f"d{n}", tags=frozenset([f"t{n % 10}"])) for n in range(first, first + devices)]
+        await self.store.register(self.app.app_id, names)
 
     async def run(self) -> float:
         """One round of every broker, all at once."""
@@ -72,20 +79,30 @@ class World:
 
     async def pass_time(self, until: float) -> None:
         """As the timekeepers' tasks would, but without waiting."""
-        looks = 0
-        while (moment := await self.run()) <= until:
-            self.now = max(self.now, moment)
-            looks += 1
-            assert looks < 100_000
+        kinds = list(self.broker.timekeeper._handlers)
+        while True:
+            await self.run()
+            due = await self.store.records.next_due(kinds)
+            if due is None or due > until:
+                break
+            assert due > self.now, "what is due is not handled"
+            self.now = due
         self.now = until
         await self.run()
 
-    async def push(self, app: App, **changes: Any) -> int:
+    async def push(self, **changes: Any) -> int:
         """Its msg_id."""
-        return (await self.broker.pushes.push(app, orjson.dumps(HELLO | changes))).msg_id
+        return (await self.broker.pushes.push(self.app, orjson.dumps(HELLO | changes))).msg_id
 
-    async def find(self, app: App, msg_id: int) -> MessageRecord:
-        return (await self.store.find_messages(app.app_id, [msg_id]))[msg_id]
+    async def find(self, msg_id: int) -> MessageRecord:
+        return (await self.store.find_messages(self.app.app_id, [msg_id]))[msg_id]
+
+    async def counts(self, msg_id: int) -> dict[str, int]:
+        """Of each state that some target is in. They must add up (G4)."""
+        record = await self.find(msg_id)
+        counts = record.counts(self.now)
+        assert sum(counts.values()) == len(record.targets)
+        return {state.value: count for state, count in counts.items() if count}
 
     async def rung(self) -> Sequence[Targeted | Broadcast | Recalled]:
         """The bells about pushes since the last time."""

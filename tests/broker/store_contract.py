@@ -14,13 +14,18 @@ from pyroaring import BitMap
 from broker.model import (
     AccessRule,
     App,
+    AppSettings,
+    AuditEntry,
     BehaviourEvent,
+    Callback,
     Claim,
     DeliveryState,
     DeviceChange,
+    FrequencyCap,
     NewDevice,
     NewMessage,
     OwedRequest,
+    QuietHours,
     Receipt,
     Retained,
     SessionItem,
@@ -647,3 +652,42 @@ class StoreContract:
         again = await make_store()
         assert len(await again.find_messages(app.app_id, ids)) == 100
         await again.close()
+
+    async def test_settings_are_those_that_were_set_last(self, store: Store, app: App) -> None:
+        settings = AppSettings(
+            restricted=True,
+            allow_from=("10.0.0.0/8",),
+            limits={"push_rate": None, "max_ids": 7},
+            quiet_hours=QuietHours("22:00", "07:00", "Asia/Tokyo", "suppress"),
+            frequency_caps=(FrequencyCap(3, "hour"), FrequencyCap(9)),
+            callback=Callback("https://shop.example", ("clicked",), {"a": [1]}),
+        )
+        assert app.settings == AppSettings()
+        assert await store.set_settings(app.key, settings) == replace(app, settings=settings)
+        assert await store.find_app(app.key) == replace(app, settings=settings)
+        assert await store.list_apps() == [replace(app, settings=settings)]
+        assert await store.set_settings(app.key, AppSettings()) == app
+        assert await store.set_settings("f" * 24, settings) is None
+        await store.delete_app(app.key)
+        assert await store.set_settings(app.key, settings) is None
+
+    async def test_the_audit_log_is_kept_for_its_lifetime(self, store: Store, app: App) -> None:
+        """Longer than anything else: a year."""
+        entries = [
+            AuditEntry(START + n, (0, app.app_id)[n % 2], "master", "::1", "key.create", f"k{n}", "done")
+            for n in range(10)
+        ]
+        await store.record_audit(entries[:3])
+        await store.record_audit(entries[3:])
+        found = await store.list_audit(None, 0, 100)
+        assert [entry for _, entry in found] == entries[::-1]
+        assert [entry for _, entry in await store.list_audit(app.app_id, 0, 100)] == entries[::-2]
+        assert await store.list_audit(None, found[3][0], 2) == found[4:6]
+        assert await store.list_audit(app.app_id, found[-1][0], 2) == []
+        await store.delete_app(app.key)
+        await expire_all(store, START + 365 * DAY - 1)
+        assert await store.list_audit(None, 0, 100) == found
+        await expire_all(store, START + 365 * DAY + 4)
+        assert [entry for _, entry in await store.list_audit(None, 0, 100)] == entries[:4:-1]
+        await store.record_audit(entries[:1])
+        assert (await store.list_audit(None, 0, 1))[0][0] > found[0][0]  # ids do not come again

@@ -202,3 +202,22 @@ def test_shown_settings_are_valid_and_hide_the_secret(file: Path) -> None:
     assert "a-very-long-secret" not in shown
     file.write_text(shown.replace("(hidden)", "a-very-long-secret"))
     assert load_config(file) == config
+
+
+HTTP_ROWS = [
+    ({"http.https_only": "true"}, "http.https_only = true: nobody could call; name the proxies"),
+    ({"http.trusted_proxies": "10.0.0.1/8"}, "http.trusted_proxies = '10.0.0.1/8': must be networks with commas"),
+    ({"http.trusted_proxies": "proxy.example"}, "http.trusted_proxies = 'proxy.example': must be networks"),
+]
+
+
+@pytest.mark.parametrize(("flags", "expected"), HTTP_ROWS)
+def test_proxies_are_networks_and_https_needs_them(flags: dict[str, str], expected: str) -> None:
+    [error] = _errors(flags=flags)
+    assert error.startswith(expected)
+
+
+def test_trusted_proxies_are_read() -> None:
+    config = load_config(None, None, {"http.trusted_proxies": "10.0.0.0/8, ::1", "http.https_only": "true"})
+    assert config.trusted_proxies == ("10.0.0.0/8", "::1/128")
+    assert Config().trusted_proxies == ()

@@ -10,7 +10,6 @@ from broker.api.peers import Peers
 from broker.limits import Limits
 from broker.networks import is_within, read_network
 
-
 ADDRESSES: list[tuple[tuple[str, ...], str, list[str], str]] = [
     # trusted, peer, X-Forwarded-For, caller
     ((), "192.0.2.1", ["198.51.100.1"], "192.0.2.1"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -37,16 +38,16 @@ class Alarms:
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
     async with open_world(tmp_path) as world:
-        world.app = await world.create_app(0)  # type: ignore[attr-defined]
+        await world.create_app(0)
         yield world
 
 
 async def _set(world: World, key: str, due: float | None, kind: str = "alarm") -> None:
-    await world.store.records.save([RecordChange(world.app.app_id, kind, key, b"", 0, due)])  # type: ignore[attr-defined]
+    await world.store.records.save([RecordChange(world.app.app_id, kind, key, b"", 0, due)])
 
 
 async def _find(world: World, key: str) -> Record | None:
-    return await world.store.records.find(world.app.app_id, "alarm", key)  # type: ignore[attr-defined]
+    return await world.store.records.find(world.app.app_id, "alarm", key)
 
 
 async def test_what_is_due_is_handled_oldest_first_and_the_rest_waits(world: World) -> None:
@@ -108,7 +109,7 @@ async def test_one_that_fails_is_put_off_ever_longer_and_does_not_stop_others(
     while len(tries) < 12:
         world.now = await alarms.keeper.run_due()
     assert alarms.rung == ["good"]
-    pauses = [late - early for early, late in zip(tries, tries[1:], strict=False)]
+    pauses = [late - early for early, late in itertools.pairwise(tries)]
     assert pauses == [1, 2, 4, 8, 16, 32, 64, 128, 256, PUT_OFF[1], PUT_OFF[1]]
     assert alarms.keeper.failed == 12
     assert "bad bad of app" in caplog.text

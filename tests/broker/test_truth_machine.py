@@ -36,6 +36,7 @@ from broker.reports import RECEIPTS
 from broker.store_sqlite import SqliteStore
 
 T = TypeVar("T")
+STRANGER = 5
 DEVICES = 6
 FAR = (65_535, 65_536, 200_000)  # other rows of `steps`; registered they are not
 LIMIT = 2  # the newest-N rule
@@ -44,9 +45,10 @@ YEARS = 20 * 365 * 86_400.0
 
 devnos = st.sampled_from([*range(DEVICES), *FAR])
 crowds = st.sets(devnos, min_size=1, max_size=6)
-lives = st.sampled_from([0.0, 5.0, 100.0, 5_000.0, 200_000.0])
+lives = st.sampled_from([200_000.0, 0.0, 5.0, 100.0, 5_000.0])
 delays = st.sampled_from([0.001, 0.4, 1.0, 7.0, 59.0, 600.0, 3_601.0, 90_000.0])
 places = st.integers(0, 1_000)
+masks = st.integers(0, 511)  # which of the targets, in their order; the last bit: a stranger, too
 
 
 @dataclass
@@ -79,6 +81,10 @@ class Message:
     @property
     def released(self) -> set[int]:
         return set().union(*(part.targets for part in self.parts))
+
+    def some(self, mask: int) -> set[int]:
+        chosen = {device for place, device in enumerate(sorted(self.targets)) if mask >> place & 1}
+        return chosen | {STRANGER} if mask >> 8 else chosen or self.targets
 
     def waiting(self, now: float) -> set[int]:
         if now >= self.expires_at:
@@ -121,12 +127,20 @@ class Truth(RuleBasedStateMachine):
             self.runner.close()
             shutil.rmtree(self.folder)
 
-    @initialize(fold_after=st.sampled_from([1, 3, 64]))
-    def start(self, fold_after: int) -> None:
+    @initialize(
+        fold_after=st.sampled_from([1, 3, 64]), crowd=st.sets(devnos, min_size=3, max_size=8), life=lives
+    )
+    def start(self, fold_after: int, crowd: set[int], life: float) -> None:
+        """With one message of each kind."""
         broker.sqlite.settling.FOLD_AFTER = fold_after
         self.run(self._open())
         self.app: App = self.run(self.store.create_app("truth", offline_limit=LIMIT))
         self.run(self.store.register(self.app.app_id, [NewDevice(f"d{n}") for n in range(DEVICES)]))
+        until = self.now + life
+        self.append(Message(0, {min(crowd)}, False, self.now, until), None)
+        self.append(Message(0, set(crowd), False, self.now, until, collapse="weather"), None)
+        self.append(Message(0, set(crowd), True, self.now, until, collapse="weather"), None)
+        self.append(Message(0, set(crowd), True, self.now, self.now + 9_000.0, paced=True), None)
 
     async def _open(self) -> None:
         self.store = SqliteStore(self.folder / "db", clock=lambda: self.now, report_lifetime=YEARS)
@@ -249,14 +263,15 @@ class Truth(RuleBasedStateMachine):
 
     @rule(
         place=places,
-        devices=crowds,
+        mask=masks,
         ago=st.sampled_from([0.0, 0.2, 2.0, 100.0]),
         node=st.sampled_from(["n1", "n2"]),
     )
-    def acknowledged(self, place: int, devices: set[int], ago: float, node: str) -> None:
+    def acknowledged(self, place: int, mask: int, ago: float, node: str) -> None:
         """Also by devices that are no targets, again, and after it expired or was recalled."""
         if (message := self.pick(place)) is None:
             return
+        devices = message.some(mask)
         sent_at = max(self.now - ago, message.created_at)
         self.settle(message, delivered=sorted(devices), sent_at=sent_at, node=node)
         there = devices & message.targets
@@ -266,21 +281,22 @@ class Truth(RuleBasedStateMachine):
         message.inbox -= there
         self.check([message])
 
-    @rule(place=places, devices=crowds, node=st.sampled_from(["n1", "n2"]))
-    def sent(self, place: int, devices: set[int], node: str) -> None:
+    @rule(place=places, mask=masks, node=st.sampled_from(["n1", "n2"]))
+    def sent(self, place: int, mask: int, node: str) -> None:
         if (message := self.pick(place)) is None:
             return
+        devices = message.some(mask)
         self.settle(message, sent=sorted(devices), node=node)
         there = devices & message.targets
         message.note("sent", there - message.delivered, self.now)
         message.sent |= there
         self.check([message])
 
-    @rule(place=places, devices=crowds)
-    def dropped_by_a_node(self, place: int, devices: set[int]) -> None:
+    @rule(place=places, mask=masks)
+    def dropped_by_a_node(self, place: int, mask: int) -> None:
         if (message := self.pick(place)) is None:
             return
-        devices &= message.waiting(self.now)
+        devices = message.some(mask) & message.waiting(self.now)
         self.settle(message, evicted=sorted(devices), node="n1")
         message.evicted |= devices
         message.inbox -= devices

@@ -39,7 +39,7 @@ class Bench:
     def __init__(self) -> None:
         self.store = Recorder()
         self.metrics = NodeMetrics(Metrics())
-        self.settler = Settler(cast("Any", self.store), self.metrics, lambda: NOW)
+        self.settler = Settler(cast("Any", self.store), self.metrics, lambda: NOW, "n1")
 
     async def recorded(self) -> list[Settled]:
         return await asyncio.wait_for(self.store.calls.get(), 5)
@@ -69,8 +69,8 @@ async def test_acknowledgements_of_one_message_are_recorded_together(bench: Benc
     for devno in (5, 6):
         bench.settler.note(to_many, devno)
     assert await bench.recorded() == [
-        Settled(1, 1, False, [5], []),
-        Settled(1, 2, True, [5, 6], []),
+        Settled(1, 1, False, [5], [], at=NOW, node="n1"),
+        Settled(1, 2, True, [5, 6], [], at=NOW, node="n1"),
     ]
 
 
@@ -97,7 +97,7 @@ async def test_evictions_are_recorded_and_counted(bench: Bench) -> None:
     push = broadcast(1, 5, 6)
     push.evicted.append(5)
     bench.settler.note_evicted(push)
-    assert await bench.recorded() == [Settled(1, 1, True, [], [5])]
+    assert await bench.recorded() == [Settled(1, 1, True, [], [5], at=NOW, node="n1")]
     assert bench.metrics.evicted.value == 1
 
 
@@ -106,7 +106,7 @@ async def test_an_eviction_and_an_acknowledgement_before_the_fold_are_recorded_o
     bench.settler.note(push, 6)
     push.evicted.append(5)
     bench.settler.note_evicted(push)
-    assert await bench.recorded() == [Settled(1, 1, True, [6], [5])]
+    assert await bench.recorded() == [Settled(1, 1, True, [6], [5], at=NOW, node="n1")]
 
 
 async def test_what_the_store_does_not_take_is_tried_again_in_order(bench: Bench) -> None:
