@@ -41,6 +41,9 @@ PER_SERVER: Final = frozenset(
         "sendno_size",
         "max_event",
         "max_event_name",
+        "schedule_grace",
+        "cid_lifetime",
+        "report_lifetime",
     }
 )
 """Limits that are about the process, the installation, or what is checked without an app at hand."""

@@ -289,11 +289,12 @@ def _mistakes(table: dict[str, Any]) -> Iterator[str]:
     for key, value in table.items():
         if key not in RULE_KEYS:
             yield f"{key} = {value!r}: unknown key; there is {', '.join(RULE_KEYS)}"
-    names: tuple[str, ...] | None = None
     try:
-        names = _names(read_pattern(table.get("topic")))
+        pattern = read_pattern(table.get("topic"))
     except ValueError as error:
         yield f"topic = {table.get('topic')!r}: {error}"
+    else:
+        yield from _wrong_placeholders(table, _names(pattern))
     if not isinstance(table.get("app"), str) or not table["app"]:
         yield f"app = {table.get('app')!r}: must be an app key"
     if table.get("payload", "push") != "push":
@@ -307,7 +308,10 @@ def _mistakes(table: dict[str, Any]) -> Iterator[str]:
         yield 'audience: must be set, such as "all" or { alias = ["{name}"] }'
     if not isinstance(table.get("cid", ""), str):
         yield f"cid = {table['cid']!r}: must be text"
-    for key in (*given, "cid") if names is not None else ():
+
+
+def _wrong_placeholders(table: dict[str, Any], names: Sequence[str]) -> Iterator[str]:
+    for key in (*PUSH_KEYS, "cid"):
         try:
             compile_template(table.get(key), names)
         except ValueError as error:

@@ -482,10 +482,11 @@ def _view(schedule_id: str, schedule: Schedule) -> dict[str, object]:
 
 
 def _new_id(now: float) -> str:
-    """A UUID that grows with the time (RFC 9562, version 7): records are listed in the order of their keys."""
-    bits = (int(now * 1000) & (1 << 48) - 1) << 80 | secrets.randbits(80)
-    bits = bits & ~(0xF << 76) | 0x7 << 76
-    return str(UUID(int=bits & ~(0x3 << 62) | 0x2 << 62))
+    """A UUID that grows with the time (RFC 9562, version 7, with its 12 bits below the millisecond): records are
+    listed in the order of their keys."""
+    ticks = int(now * 1000 * 4096)
+    bits = (ticks >> 12 & (1 << 48) - 1) << 80 | 0x7 << 76 | (ticks & 0xFFF) << 64
+    return str(UUID(int=bits | 0x2 << 62 | secrets.randbits(62)))
 
 
 def _check_name(name: str, limits: Limits) -> None:

@@ -102,20 +102,20 @@ DESCRIBED: Final[Mapping[str, Described]] = {
     "POST /v3/push/batch/regid/single": Described(
         "Up to 1000 pushes to one registration id each, by cid.",
         Batch,
-        dict[str, shapes.Pushed | shapes.Refusal],
+        dict[str, shapes.Result],
         codes=_PUSH_CODES,
     ),
     "POST /v3/push/batch/alias/single": Described(
         "Up to 1000 pushes to one alias each, by cid.",
         Batch,
-        dict[str, shapes.Pushed | shapes.Refusal],
+        dict[str, shapes.Result],
         codes=_PUSH_CODES,
     ),
     "DELETE /v3/push/{msg_id}": Described("Withdraw a push: who does not have it yet never gets it."),
     "POST /v3/grouppush": Described(
         "One push to each app of a group, as `group-KEY` with the group's secret; each app's own result by its key.",
         PushRequest,
-        dict[str, str | shapes.Pushed | shapes.Refusal],
+        dict[str, str | shapes.Result],
         codes=(*_PUSH_CODES, 1008),
         needed=_NEEDED,
     ),

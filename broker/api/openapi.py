@@ -1,7 +1,7 @@
 """GET /v1/openapi.json: the API as an OpenAPI 3.1 document, made from the endpoints and described.py.
 
-Schemas are JSON Schema 2020-12, as msgspec derives them from the types that bodies are read with and from the shapes of
-the answers. A path of the second address plan is a row of its own with the tag `other addresses`.
+Schemas are JSON Schema 2020-12, as msgspec derives them from the types that bodies are read with and from the shapes
+of the answers. A path of the second address plan is a row of its own with the tag `other addresses`.
 """
 
 from __future__ import annotations
@@ -60,11 +60,12 @@ def document(endpoints: Sequence[Endpoint]) -> Document:
     schemas, components = msgspec.json.schema_components([*types, Refusal], ref_template=REF)
     found = iter(schemas)
     paths: dict[str, Document] = {}
+    refusals = _Refusals()
     for endpoint, row in rows:
         body = next(found) if row.body is not None else None
         answer = next(found) if row.answer is not None else None
         for number, path in enumerate(_distinct(endpoint.paths)):
-            operation = _operation(endpoint, row, path, body, answer)
+            operation = _operation(endpoint, row, path, body, answer, refusals)
             if number:
                 operation["tags"] = [OTHER_PLAN]
             paths.setdefault(path, {})[endpoint.method.lower()] = operation
@@ -79,6 +80,7 @@ def document(endpoints: Sequence[Endpoint]) -> Document:
         "paths": paths,
         "components": {
             "schemas": components,
+            "responses": refusals.found,
             "securitySchemes": _security(),
             "headers": {name: _header(about) for name, about in _HEADERS.items()},
         },
@@ -95,14 +97,19 @@ def _distinct(paths: Iterable[str]) -> list[str]:
 
 
 def _operation(
-    endpoint: Endpoint, row: Described, path: str, body: Document | None, answer: Document | None
+    endpoint: Endpoint,
+    row: Described,
+    path: str,
+    body: Document | None,
+    answer: Document | None,
+    refusals: _Refusals,
 ) -> Document:
     operation: Document = {
         "operationId": re.sub(r"\W+", "_", f"{endpoint.method.lower()}{path}").strip("_"),
         "summary": row.summary,
         "tags": [endpoint.needs],
         "parameters": [*_path_parameters(path), *_query_parameters(row)],
-        "responses": _responses(endpoint, row, answer),
+        "responses": _responses(endpoint, row, answer, refusals),
     }
     if endpoint.who == "anybody":
         operation["security"] = []
@@ -148,19 +155,39 @@ def _request_body(row: Described, body: Document | None) -> Document:
     return {"required": not row.optional_body, "content": {JSON: {"schema": schema}}}
 
 
-def _responses(endpoint: Endpoint, row: Described, answer: Document | None) -> Document:
-    headers = {name: {"$ref": f"#/components/headers/{name}"} for name in _HEADERS}
-    done: Document = {"description": "Done.", "headers": headers}
+def _responses(endpoint: Endpoint, row: Described, answer: Document | None, refusals: _Refusals) -> Document:
+    done: Document = {"description": "Done.", "headers": _RATE_HEADERS}
     if answer is not None:
         done["content"] = {JSON: {"schema": answer}}
     responses: Document = {"200": done}
     for status, reasons in sorted(_failures(endpoint, row).items()):
-        responses[str(status)] = {
-            "description": "; ".join(f"{code}: {reason}" for code, reason in sorted(reasons.items())),
-            "headers": headers,
-            "content": {JSON: {"schema": {"$ref": REF.format(name="Refusal")}}},
-        }
+        about = "; ".join(f"{code}: {reason}" for code, reason in sorted(reasons.items()))
+        responses[str(status)] = refusals.take(f"{endpoint.area.name}-{status}", about)
     return responses
+
+
+class _Refusals:
+    """Many endpoints refuse alike: what they answer is written once."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Document] = {}
+        self._names: dict[tuple[str, str], str] = {}
+
+    def take(self, name: str, about: str) -> Document:
+        """A reference to the answer; the same name with another description gets a number."""
+        known = self._names.get((name, about))
+        if known is None:
+            alike = sum(1 for other, _ in self._names if other == name)
+            known = self._names[name, about] = f"{name}-{alike + 1}" if alike else name
+            self.found[known] = {
+                "description": about,
+                "headers": _RATE_HEADERS,
+                "content": {JSON: {"schema": {"$ref": REF.format(name="Refusal")}}},
+            }
+        return {"$ref": f"#/components/responses/{known}"}
+
+
+_RATE_HEADERS: Final = {name: {"$ref": f"#/components/headers/{name}"} for name in _HEADERS}
 
 
 def _failures(endpoint: Endpoint, row: Described) -> Mapping[int, Mapping[int, str]]:
@@ -198,8 +225,8 @@ def _security() -> Document:
         "app": {
             "type": "http",
             "scheme": "basic",
-            "description": "User: the app key. Password: the master secret, or the secret of an API key with the scope "
-            "in x-scope; the device key where an endpoint says so.",
+            "description": "User: the app key. Password: the master secret, or the secret of an API key with the "
+            "scope in x-scope; the device key where an endpoint says so.",
         },
         "group": {
             "type": "http",

@@ -36,6 +36,14 @@ class Pushed(Shape, frozen=True):
     msg_id: Number
 
 
+class Result(Shape, frozen=True):
+    """Of one push of several: `sendno` and `msg_id`, or `error` (and `sendno`)."""
+
+    sendno: str | None = None
+    msg_id: Number | None = None
+    error: Trouble | None = None
+
+
 class Cids(Shape, frozen=True):
     cidlist: list[str]
 

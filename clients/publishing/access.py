@@ -35,9 +35,9 @@ class FrequencyCap(msgspec.Struct, frozen=True, omit_defaults=True):
 class Settings(msgspec.Struct, frozen=True, omit_defaults=True):
     """`allow_from`: networks (CIDR) that may call the API; empty: all. `callback`: of pushes that bring none."""
 
-    allow_from: Sequence[str] = ()
+    allow_from: tuple[str, ...] = ()
     quiet_hours: QuietHours | None = None
-    frequency_caps: Sequence[FrequencyCap] = ()
+    frequency_caps: tuple[FrequencyCap, ...] = ()
     callback: CallbackTo | None = None
 
 

@@ -48,10 +48,10 @@ class Files:
     ) -> str:
         """Returns the id. The list is read on its way out and never whole in memory. `ttl`: hours until the server
         removes it, at most its own limit. Refused as a whole if one line is too long or not UTF-8. An upload whose
-        answer was lost is not repeated."""
+        answer was lost is not repeated. Raises OSError if there is no such file."""
         if name is None:
             name = source.name if isinstance(source, Path) else "list"
-        form = _Form(source, name, ttl, progress)
+        form = _Form(source, name, ttl, progress, await asyncio.to_thread(_size, source))
         answer = await self._calls.call(
             "POST", f"{PATH}/{by}", form.write, safe=False, content_type=form.content_type
         )
@@ -79,9 +79,12 @@ class _Listed(msgspec.Struct, frozen=True):
 class _Form:
     """multipart/form-data (RFC 7578) with the list as `filename`, written as it is read."""
 
-    def __init__(self, source: Source, name: str, ttl: int | None, progress: Progress | None) -> None:
+    def __init__(
+        self, source: Source, name: str, ttl: int | None, progress: Progress | None, total: int | None
+    ) -> None:
         self._source = source
         self._progress = progress
+        self._total = total
         self._read = False
         boundary = uuid4().hex
         self.content_type = f"multipart/form-data; boundary={boundary}"
@@ -95,14 +98,13 @@ class _Form:
         if self._read and self._source is _as_iterator(self._source):
             raise PushError(NO_ANSWER, NO_ANSWER, "the upload did not work, and its source is used up")
         self._read = True
-        total = await asyncio.to_thread(_size, self._source)
         sent = 0
         yield self._head
         async for piece in _pieces(self._source):
             yield piece
             sent += len(piece)
             if self._progress is not None:
-                self._progress(sent, total)
+                self._progress(sent, self._total)
         yield self._tail
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 from pyroaring import BitMap
 
+from broker.attributes import terms
 from broker.model import (
     AccessRule,
     App,
@@ -27,12 +28,13 @@ from broker.model import (
     OwedRequest,
     QuietHours,
     Receipt,
+    RecordChange,
     Retained,
     SessionItem,
     Settled,
     Term,
 )
-from broker.store import Store, StoreError, StoreUnavailable, UnknownDevice
+from broker.store import PIECE, Store, StoreError, StoreUnavailable, UnknownDevice
 
 START = 1_800_000_000.0
 HOUR = 3600.0
@@ -691,3 +693,105 @@ class StoreContract:
         assert [entry for _, entry in await store.list_audit(None, 0, 100)] == entries[:4:-1]
         await store.record_audit(entries[:1])
         assert (await store.list_audit(None, 0, 1))[0][0] > found[0][0]  # ids do not come again
+
+    # Attributes, and names by the thousand
+
+    async def test_attributes_are_kept_and_indexed(
+        self, make_store: MakeStore, store: Store, app: App, other: App
+    ) -> None:
+        first = {"app_version": "2.3", "age": -1.5, "paying": True, "größe": "1"}
+        (device,) = await store.register(app.app_id, [NewDevice("a", attributes=first)])
+        await store.register(other.app_id, [NewDevice("a", attributes={"age": 7})])
+        assert device.attributes == first
+        change = DeviceChange(attributes={"app_version": "2.10", "age": None, "level": 3})
+        changed = (await store.change_devices(app.app_id, {"a": change}))["a"]
+        now = {"app_version": "2.10", "paying": True, "größe": "1", "level": 3}
+        assert changed == replace(device, attributes=now)
+        for name, values in {**first, **now}.items():
+            for value in (values, first.get(name), now.get(name)):
+                if value is None:
+                    continue
+                keys = list(terms(name, value))
+                holds = now.get(name) == value
+                lists = await store.postings(app.app_id, keys)
+                assert all(list(bits) == [0] for bits in lists) == holds, (name, value)
+        await store.close()
+        again = await make_store()
+        assert await again.find_devices(app.app_id, ["a"]) == {"a": changed}
+        (age,) = await again.postings(other.app_id, [next(terms("age", 7))])
+        assert list(age) == [0]
+        await again.close()
+
+    async def test_changes_that_wait_together_are_made_in_order(self, store: Store, app: App) -> None:
+        await store.register(app.app_id, [NewDevice("a"), NewDevice("b")])
+
+        def add(tag: str, *ids: str) -> Awaitable[object]:
+            change = DeviceChange(add_tags=frozenset((tag,)), attributes={"last": tag})
+            return store.change_devices(app.app_id, dict.fromkeys(ids, change))
+
+        results = await asyncio.gather(
+            add("x", "a"), add("y", "a", "b"), add("bad", "b", "nobody"), add("z", "b"), return_exceptions=True
+        )
+        assert [type(result) for result in results] == [dict, dict, UnknownDevice, dict]
+        found = await store.find_devices(app.app_id, ["a", "b"])
+        assert {rid: (device.tags, device.attributes["last"]) for rid, device in found.items()} == {
+            "a": ({"x", "y"}, "y"),
+            "b": ({"y", "z"}, "z"),
+        }
+        lists = await store.postings(app.app_id, [(Term.TAG, tag) for tag in ("x", "y", "z", "bad")])
+        assert [list(bits) for bits in lists] == [[0], [0, 1], [1], []]
+        lists = await store.postings(app.app_id, [(Term.ATTRIBUTE, f"last\0={tag}") for tag in "xyz"])
+        assert [list(bits) for bits in lists] == [[], [0], [1]]
+
+    async def test_names_are_resolved_by_the_thousand(self, store: Store, app: App, other: App) -> None:
+        devices = [NewDevice(f"d{n}", alias=f"ä{n % 7}") for n in range(3000)]
+        await store.register(app.app_id, devices)
+        await store.register(other.app_id, devices[:1])
+        names = [f"d{n}" for n in range(0, 5000, 2)]
+        assert await store.resolve_bitmap(app.app_id, names) == BitMap(range(0, 3000, 2))
+        assert await store.resolve_bitmap(app.app_id, ["", '"', "d1", "d1", "d\0"]) == BitMap([1])
+        assert await store.resolve_bitmap(app.app_id, []) == BitMap()
+        assert await store.resolve_bitmap(other.app_id, names) == BitMap([0])
+        found = await store.union_bitmap(app.app_id, Term.ALIAS, ["ä1", "ä3", "ä1", "nobody"])
+        assert found == BitMap([n for n in range(3000) if n % 7 in (1, 3)])
+        found.clear()
+        assert len(await store.union_bitmap(app.app_id, Term.ALIAS, ["ä1"])) == 429
+        assert await store.union_bitmap(app.app_id, Term.TAG, ["ä1"]) == BitMap()
+        assert await store.union_bitmap(other.app_id, Term.ALIAS, ["ä1", "ä0"]) == BitMap([0])
+        await store.change_devices(app.app_id, {"d1": DeviceChange(alias="")})
+        assert 1 not in await store.union_bitmap(app.app_id, Term.ALIAS, ["ä1"]), "S10"
+
+    # Files
+
+    async def test_a_file_is_read_as_it_was_written(
+        self, make_store: MakeStore, store: Store, app: App, other: App
+    ) -> None:
+        pieces = [b"x" * PIECE, b"", b"y"]
+        assert await store.files.write(app.app_id, "f", _each(pieces)) == PIECE + 1
+        assert await store.files.write(other.app_id, "f", _each([b"z"])) == 1
+        await store.records.save([RecordChange(a.app_id, "file", "f", b"{}", 0) for a in (app, other)])
+        await store.close()
+        again = await make_store()
+        assert [piece async for piece in again.files.read(app.app_id, "f")] == pieces
+        await again.files.remove(app.app_id, "f")
+        assert [piece async for piece in again.files.read(app.app_id, "f")] == []
+        assert [piece async for piece in again.files.read(other.app_id, "f")] == [b"z"]
+        await again.files.remove(app.app_id, "f")  # once more does nothing
+        await again.close()
+
+    async def test_a_file_that_fails_leaves_nothing(self, store: Store, app: App) -> None:
+        async def broken() -> AsyncIterator[bytes]:
+            yield b"x"
+            raise ValueError("the peer went away")
+
+        with pytest.raises(ValueError, match="went away"):
+            await store.files.write(app.app_id, "f", broken())
+        with pytest.raises(StoreError, match="at most 65536 bytes"):
+            await store.files.write(app.app_id, "g", _each([b"x", b"x" * (PIECE + 1)]))
+        for file_id in ("f", "g"):
+            assert [piece async for piece in store.files.read(app.app_id, file_id)] == []
+
+
+async def _each(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        yield piece

@@ -9,13 +9,12 @@ from typing import Any
 
 import orjson
 
-from broker.api.http import device_endpoints, push_endpoints, report_endpoints
+from broker.api.http import api_endpoints
 from broker.errors import STATUS
-from broker.limits import Limits
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
 EXAMPLE = re.compile(
-    r"```http\n(?P<method>[A-Z]+) (?P<path>\S+)\n(?P<auth>auth: device key\n)?(?:\n(?P<body>.*?))?```\n"
+    r"```http\n(?P<method>[A-Z]+) (?P<path>\S+)\n(?P<headers>(?:[A-Za-z-]+: [^\n]*\n)*)(?:\n(?P<body>.*?))?```\n"
     r"```(?P<kind>json|text) (?P<status>\d+)\n(?P<answer>.*?)```",
     re.DOTALL,
 )
@@ -26,7 +25,7 @@ DEVICE = "0a1b2c3d4e5f60718293"
 class Example:
     method: str
     path: str
-    device_key: bool
+    headers: dict[str, str]  # "auth" is ours: device key | group | none; the app's master secret without it
     body: str
     status: int
     answer: str
@@ -35,7 +34,14 @@ class Example:
 def _examples() -> list[Example]:
     page = PAGE.read_text()
     examples = [
-        Example(m["method"], m["path"], bool(m["auth"]), m["body"] or "", int(m["status"]), m["answer"])
+        Example(
+            m["method"],
+            m["path"],
+            dict(line.split(": ", 1) for line in m["headers"].splitlines()),
+            m["body"] or "",
+            int(m["status"]),
+            m["answer"],
+        )
         for m in EXAMPLE.finditer(page)
     ]
     assert len(examples) == page.count("```http"), "an example is not written as the others are"
@@ -57,7 +63,13 @@ async def test_every_example_answers_as_the_page_says(service: Any) -> None:
     device = await service.register(DEVICE, platform="android", alias="ann", tags=["red"])
     event = service.reports.event(service.app.app_id, device.devno, "opened", b'{"page":3}', service.now)
     await service.store.record_events([event])
-    seen: dict[str, str] = {}
+    group = await service.broker.groups.create(orjson.dumps({"name": "ours", "apps": [service.app.key]}))
+    logins = {
+        "device key": (service.app.key, service.app.device_key),
+        "group": (f"group-{group.key}", group.secret),
+        "none": None,
+    }
+    seen: dict[str, str] = {"APP_KEY": service.app.key}
 
     def fill(text: str) -> str:
         for name, value in seen.items():
@@ -65,9 +77,14 @@ async def test_every_example_answers_as_the_page_says(service: Any) -> None:
         return text
 
     for example in _examples():
-        auth = (service.app.key, service.app.device_key) if example.device_key else ("", "")
-        body = fill(example.body).encode() or None
-        answer = await service.call(example.method, fill(example.path), body, auth=auth)
+        headers = dict(example.headers)
+        auth = logins[headers.pop("auth")] if "auth" in headers else ("", "")
+        body = fill(example.body)
+        if headers.get("Content-Type", "").startswith("multipart/"):
+            body = body.replace("\n", "\r\n")
+        answer = await service.call(
+            example.method, fill(example.path), body.encode() or None, auth=auth, headers=headers
+        )
         where = (example.method, example.path, answer.body)
         assert answer.status == example.status, where
         if not example.answer:
@@ -75,17 +92,16 @@ async def test_every_example_answers_as_the_page_says(service: Any) -> None:
             continue
         assert _matches(orjson.loads(fill(example.answer)), answer.json), where
         if isinstance(answer.json, dict):
-            seen |= {name.upper(): answer.json[name] for name in ("msg_id", "token") if name in answer.json}
+            seen |= {
+                name.upper(): str(value)
+                for name, value in answer.json.items()
+                if name.endswith("id") or name == "token"
+            }
 
 
 def test_every_endpoint_has_a_heading_and_an_example(service: Any) -> None:
     headings = set(re.findall(r"^### (\S+ \S+)$", PAGE.read_text(), re.MULTILINE))
-    limits = Limits()
-    endpoints = [
-        *push_endpoints(service.pushes, limits),
-        *device_endpoints(service.devices, limits),
-        *report_endpoints(service.reports, limits),
-    ]
+    endpoints = api_endpoints(service.broker)
     assert headings == {f"{endpoint.method} {endpoint.paths[0]}" for endpoint in endpoints}
     examples = _examples()
     for endpoint in endpoints:

@@ -63,6 +63,7 @@ def test_every_key_is_read_from_each_place(file: Path, path: str) -> None:
         "mqtt.ws_origins": "https://app.example.com, null",
         "push.default_ttl": "7",
         "push.max_ttl": "90000",
+        "push.schedule_zone": "Asia/Tokyo",
         "admin.key": "0123456789abcdef",
     }.get(path, "4096")
     expected: object = Path(text) if "path" in key.allowed else text

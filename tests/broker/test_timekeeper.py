@@ -138,22 +138,25 @@ async def test_one_that_works_again_is_not_held_against_it(world: World) -> None
     assert dues == [1, 2, 100, 1]
 
 
-@pytest.mark.parametrize("raises", [False, True])
-async def test_a_handler_that_leaves_its_record_as_it_was_does_not_spin(
-    world: World, raises: bool, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("mistake", ["does nothing", "changes something else", "meets another record"])
+async def test_a_handler_that_leaves_its_record_due_does_not_spin(
+    world: World, mistake: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     alarms, calls = Alarms(world), []
 
     async def forget(record: Record) -> None:
         calls.append(record)
-        if raises:
+        if mistake == "meets another record":
             raise Conflict("about another record")
+        if mistake == "changes something else":
+            change = RecordChange(record.app_id, record.kind, record.key, b"x", record.version, record.due)
+            await world.store.records.save([change])
 
     alarms.keeper.register({"alarm": forget})
     await _set(world, "a", START)
     assert await alarms.keeper.run_due() == START + PUT_OFF[0]
     assert len(calls) == 1
-    assert "left it as it was" in caplog.text
+    assert "its handler left it due" in caplog.text
 
 
 async def test_a_store_that_is_away_is_asked_again_later(

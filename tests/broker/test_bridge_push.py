@@ -1,0 +1,511 @@
+"""The MQTT bridge against real brokers, mosquitto and amqtt: what is published there arrives at our devices."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+import paho.mqtt.client as paho
+import pytest
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+
+from broker.bridge import Bridge, BridgeMetrics, BridgeSettings
+from broker.bridge_rules import read_rules
+from broker.metrics import Metrics
+from broker.store import StoreUnavailable
+from clients.local_server import LocalServer
+from gateway.mqtt import Puback, Publish
+from tests.gateway.peer import Peer, call, connect_packet, eventually
+
+PATIENCE: Final = 20.0
+
+needs_mosquitto = pytest.mark.skipif(
+    not shutil.which("mosquitto"), reason="mosquitto: apt-get install mosquitto"
+)
+needs_amqtt = pytest.mark.skipif(not shutil.which("amqtt"), reason="amqtt: pip install '.[test]'")
+
+
+class ForeignBroker:
+    """In a process of its own, on a port that stays the same."""
+
+    def __init__(self, folder: Path, command: list[str]) -> None:
+        self.address = ("127.0.0.1", 0)
+        self._folder = folder
+        self._command = command
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with (self._folder / "broker.log").open("ab") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
+        eventually(self._listens, PATIENCE)
+
+    def _listens(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, (self._folder / "broker.log").read_text()
+        with socket.socket() as probe:
+            return probe.connect_ex(self.address) == 0
+
+    def stop(self, *, kill: bool = False) -> None:
+        if self._process is not None:
+            (self._process.kill if kill else self._process.terminate)()
+            self._process.wait(PATIENCE)
+            self._process = None
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def make_mosquitto(folder: Path, *lines: str) -> ForeignBroker:
+    """It keeps sessions in `folder`, saved at each change, so that a kill loses none."""
+    port, file = free_port(), folder / "mosquitto.conf"
+    settings = [
+        f"listener {port} 127.0.0.1", "allow_anonymous true", "user root", "persistence true",
+        f"persistence_location {folder}/", "autosave_on_changes true", "autosave_interval 1",
+        "max_queued_messages 0", "log_dest stderr", *lines,
+    ]  # fmt: skip
+    file.write_text("\n".join(settings) + "\n")
+    broker = ForeignBroker(folder, ["mosquitto", "-c", str(file)])
+    broker.address = ("127.0.0.1", port)
+    return broker
+
+
+def make_amqtt(folder: Path) -> ForeignBroker:
+    port, file = free_port(), folder / "amqtt.yaml"
+    file.write_text(
+        f"listeners:\n  default:\n    type: tcp\n    bind: 127.0.0.1:{port}\n"
+        "plugins:\n  amqtt.plugins.authentication.AnonymousAuthPlugin:\n    allow_anonymous: true\n"
+    )
+    broker = ForeignBroker(folder, [str(shutil.which("amqtt")), "-c", str(file)])
+    broker.address = ("127.0.0.1", port)
+    return broker
+
+
+@pytest.fixture
+def mosquitto(tmp_path: Path) -> Iterator[ForeignBroker]:
+    broker = make_mosquitto(tmp_path)
+    broker.start()
+    yield broker
+    broker.stop()
+
+
+@pytest.fixture
+def amqtt(tmp_path: Path) -> Iterator[ForeignBroker]:
+    broker = make_amqtt(tmp_path)
+    broker.start()
+    yield broker
+    broker.stop()
+
+
+class Publisher:
+    """A client of the foreign broker that waits for each PUBACK."""
+
+    def __init__(self, broker: ForeignBroker, version: int = paho.MQTTv5) -> None:
+        self._paho = paho.Client(paho.CallbackAPIVersion.VERSION2, protocol=version)
+        self._paho.connect(*broker.address)
+        self._paho.loop_start()
+
+    def publish(self, topic: str, payload: object, *, retain: bool = False, **properties: str) -> None:
+        wanted = None
+        if properties:
+            wanted = Properties(PacketTypes.PUBLISH)
+            wanted.UserProperty = list(properties.items())
+        body = payload if isinstance(payload, bytes) else orjson.dumps(payload)
+        self._paho.publish(topic, body, 1, retain, wanted).wait_for_publish(PATIENCE)
+
+    def __enter__(self) -> Publisher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._paho.disconnect()
+        self._paho.loop_stop()
+
+
+RULES = """
+[[rule]]
+topic = "orders/{who}/shipped"
+app = "APP"
+audience = { alias = ["{who}"] }
+message = { msg_content = "{payload.text}" }
+
+[[rule]]
+topic = "push/#"
+app = "APP"
+payload = "push"
+"""
+
+
+def write_rules(folder: Path, app_key: str, text: str = RULES) -> Path:
+    file = folder / "rules.toml"
+    file.write_text(text.replace("APP", app_key))
+    return file
+
+
+# Against the broker's own services, in this process
+
+
+class Bridged:
+    def __init__(self, service: Any, folder: Path, foreign: ForeignBroker) -> None:
+        self.service = service
+        self.settings = BridgeSettings(
+            host=foreign.address[0],
+            port=foreign.address[1],
+            client_id="holdfast-test",
+            rules=read_rules(write_rules(folder, service.app.key)),
+        )
+        self.metrics = Metrics()
+        self.pushed: asyncio.Queue[str] = asyncio.Queue()
+        service.bus.subscribe(self._hear)
+
+    def _hear(self, doorbells: Any) -> None:
+        for doorbell in doorbells:
+            body = getattr(getattr(doorbell, "message", None), "body", None)
+            if body is not None:
+                self.pushed.put_nowait(orjson.loads(body)["message"]["msg_content"])
+
+    @asynccontextmanager
+    async def run(self, **changes: Any) -> AsyncIterator[Bridge]:
+        settings = replace(self.settings, **changes)
+        bridge = Bridge(settings, self.service.apps, self.service.pushes, first_pause=0.05)
+        BridgeMetrics(self.metrics, bridge.stats)
+        await bridge.open()
+        try:
+            await until(lambda: bridge.stats.connected)
+            yield bridge
+        finally:
+            await bridge.close()
+
+    async def next(self) -> str:
+        return await asyncio.wait_for(self.pushed.get(), PATIENCE)
+
+    def sample(self, name: str) -> float:
+        lines = self.metrics.render()[0].decode().splitlines()
+        return next((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name} ")), 0.0)
+
+
+async def until(look: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not look():
+        assert time.monotonic() < deadline, "it never happened"
+        await asyncio.sleep(0.01)
+
+
+Start = Callable[..., Awaitable[Any]]
+
+
+@pytest.fixture
+async def bridged(start: Start, tmp_path: Path, mosquitto: ForeignBroker) -> Bridged:
+    service = await start()
+    await service.register("phone-1", alias="ann")
+    return Bridged(service, tmp_path, mosquitto)
+
+
+async def publish(broker: ForeignBroker, *messages: tuple[str, object], **properties: str) -> None:
+    def run() -> None:
+        with Publisher(broker) as publisher:
+            for topic, payload in messages:
+                publisher.publish(topic, payload, **properties)
+
+    await asyncio.to_thread(run)
+
+
+@needs_mosquitto
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+async def test_messages_become_pushes(bridged: Bridged, mosquitto: ForeignBroker, protocol: str) -> None:
+    async with bridged.run(protocol=protocol) as bridge:
+        whole = {"platform": "all", "audience": "all", "message": {"msg_content": "whole"}}
+        await publish(mosquitto, ("orders/ann/shipped", {"text": "one"}), ("push/x", whole))
+        assert {await bridged.next(), await bridged.next()} == {"one", "whole"}
+        await until(lambda: bridge.stats.pushed == 2)
+        assert bridged.sample("holdfast_bridge_connected") == 1
+    assert bridged.sample("holdfast_bridge_connected") == 0
+    assert bridged.sample("holdfast_bridge_received_total") == 2
+
+
+@needs_mosquitto
+async def test_a_window_of_one_keeps_the_order(bridged: Bridged, mosquitto: ForeignBroker) -> None:
+    async with bridged.run(window=1):
+        await publish(mosquitto, *(("orders/ann/shipped", {"text": str(i)}) for i in range(50)))
+        assert [await bridged.next() for _ in range(50)] == [str(i) for i in range(50)]
+
+
+@needs_mosquitto
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+async def test_messages_of_a_time_without_bridge_arrive(
+    bridged: Bridged, mosquitto: ForeignBroker, protocol: str
+) -> None:
+    async with bridged.run(protocol=protocol):
+        pass
+    await publish(mosquitto, *(("orders/ann/shipped", {"text": str(i)}) for i in range(100)))
+    async with bridged.run(protocol=protocol):
+        assert {await bridged.next() for _ in range(100)} == {str(i) for i in range(100)}
+    async with bridged.run(protocol=protocol):  # all were acknowledged
+        await publish(mosquitto, ("orders/ann/shipped", {"text": "last"}))
+        assert await bridged.next() == "last"
+
+
+@needs_mosquitto
+async def test_nothing_is_lost_when_the_foreign_broker_is_killed(
+    bridged: Bridged, mosquitto: ForeignBroker
+) -> None:
+    async with bridged.run() as bridge:
+        for part in range(3):
+            await publish(mosquitto, *(("orders/ann/shipped", {"text": f"{part}-{i}"}) for i in range(20)))
+            await asyncio.to_thread(mosquitto.stop, kill=part == 2)
+            await until(lambda: not bridge.stats.connected)
+            await asyncio.to_thread(mosquitto.start)
+            await until(lambda: bridge.stats.connected)
+        await publish(mosquitto, ("orders/ann/shipped", {"text": "end"}))
+        seen: set[str] = set()
+        while len(seen) < 61:
+            seen.add(await bridged.next())
+    assert seen == {f"{part}-{i}" for part in range(3) for i in range(20)} | {"end"}
+
+
+class AwayStore:
+    """Makes the appends of a store fail while it is away."""
+
+    def __init__(self, store: Any) -> None:
+        self._append = store.append
+        self.away = True
+        self.failed = asyncio.Event()
+        store.append = self
+
+    async def __call__(self, *arguments: Any) -> Any:
+        if self.away:
+            self.failed.set()
+            raise StoreUnavailable("the disk is away")
+        return await self._append(*arguments)
+
+
+@needs_mosquitto
+async def test_while_the_store_is_away_nothing_is_acknowledged(
+    bridged: Bridged, mosquitto: ForeignBroker
+) -> None:
+    store = AwayStore(bridged.service.store)
+    async with bridged.run() as bridge:
+        await publish(mosquitto, *(("orders/ann/shipped", {"text": str(i)}) for i in range(100)))
+        await asyncio.wait_for(store.failed.wait(), PATIENCE)
+        await until(lambda: bridge.stats.received == bridged.settings.window)  # the broker's window is full
+    assert bridge.stats.pushed == 0
+    async with bridged.run() as bridge:  # they come again, all of them
+        store.away = False
+        assert {await bridged.next() for _ in range(100)} == {str(i) for i in range(100)}
+        assert bridge.stats.pushed == 100
+
+
+@needs_mosquitto
+async def test_a_push_whose_acknowledgement_was_lost_is_not_made_again(
+    bridged: Bridged, mosquitto: ForeignBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The broker sends it again, with DUP."""
+    async with bridged.run() as bridge:
+        lost = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        with monkeypatch.context() as patch:
+
+            def lose(*_: object) -> int:
+                loop.call_soon_threadsafe(lost.set)
+                return 0
+
+            patch.setattr(paho.Client, "_send_puback", lose)
+            await publish(mosquitto, ("orders/ann/shipped", {"text": "once"}))
+            assert await bridged.next() == "once"
+            await asyncio.wait_for(lost.wait(), PATIENCE)
+        await asyncio.to_thread(mosquitto.stop)
+        await asyncio.to_thread(mosquitto.start)
+        await until(lambda: bridge.stats.repeated == 1)
+        await publish(mosquitto, ("orders/ann/shipped", {"text": "twice"}))
+        assert await bridged.next() == "twice"
+        assert bridge.stats.pushed == 2
+
+
+@needs_mosquitto
+async def test_a_cid_makes_it_once_over_our_crash_too(bridged: Bridged, mosquitto: ForeignBroker) -> None:
+    for _ in range(2):  # a bridge that remembers nothing of before
+        async with bridged.run() as bridge:
+            await publish(mosquitto, ("orders/ann/shipped", {"text": "once"}), cid="c-1")
+            await until(lambda bridge=bridge: bridge.stats.pushed == 1)  # type: ignore[misc]
+    assert await bridged.next() == "once"
+    assert bridged.pushed.empty()
+
+
+@needs_mosquitto
+async def test_what_cannot_be_pushed_is_counted_and_buried(
+    bridged: Bridged, mosquitto: ForeignBroker
+) -> None:
+    buried: asyncio.Queue[tuple[bytes, dict[str, str]]] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    listener = paho.Client(paho.CallbackAPIVersion.VERSION2, protocol=paho.MQTTv5)
+    listener.on_message = lambda _c, _u, message: loop.call_soon_threadsafe(
+        buried.put_nowait, (message.payload, dict(message.properties.UserProperty))
+    )
+    ready = asyncio.Event()
+    listener.on_subscribe = lambda *_: loop.call_soon_threadsafe(ready.set)
+    listener.connect(*mosquitto.address)
+    listener.loop_start()
+    listener.subscribe("dead/letters", 1)
+    await asyncio.wait_for(ready.wait(), PATIENCE)
+    wrong = [
+        ("orders/ann/shipped", b"no json", "rule 1: the payload is not JSON"),
+        ("orders/ann/shipped", b'{"txt":1}', "rule 1: the payload has no field text"),
+        ("orders/bob/shipped", b'{"text":"x"}', "rule 1: no target matches the audience"),
+        ("push/x", b'{"platform":"all"}', "rule 2: audience"),
+    ]
+    async with bridged.run(dead_topic="dead/letters") as bridge:
+        await publish(mosquitto, *((topic, payload) for topic, payload, _ in wrong))
+        found = [await asyncio.wait_for(buried.get(), PATIENCE) for _ in wrong]
+        await publish(mosquitto, ("orders/ann/shipped", {"text": "right"}))
+        assert await bridged.next() == "right"
+        assert bridge.stats.pushed == 1
+    listener.disconnect()
+    listener.loop_stop()
+    assert {(payload, told["topic"]) for payload, told in found} == {(p, t) for t, p, _ in wrong}
+    for topic, payload, reason in wrong:
+        assert any(told["reason"].startswith(reason) for p, told in found if p == payload), (topic, reason)
+    assert bridged.sample('holdfast_bridge_refused_total{reason="unfit"}') == 2
+    assert bridged.sample('holdfast_bridge_refused_total{reason="1011"}') == 1
+
+
+@needs_mosquitto
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+async def test_retained_messages_are_not_pushed(
+    bridged: Bridged, mosquitto: ForeignBroker, protocol: str
+) -> None:
+    def run() -> None:
+        with Publisher(mosquitto) as publisher:
+            publisher.publish("orders/ann/shipped", {"text": "old"}, retain=True)
+
+    await asyncio.to_thread(run)
+    async with bridged.run(protocol=protocol):
+        await publish(mosquitto, ("orders/ann/shipped", {"text": "new"}))
+        assert await bridged.next() == "new"
+        assert bridged.pushed.empty()
+
+
+@needs_mosquitto
+async def test_servers_of_a_group_share_the_messages(bridged: Bridged, mosquitto: ForeignBroker) -> None:
+    async with (
+        bridged.run(group="g", client_id="one") as one,
+        bridged.run(group="g", client_id="two") as two,
+    ):
+        await publish(mosquitto, *(("orders/ann/shipped", {"text": str(i)}) for i in range(40)))
+        assert sorted([await bridged.next() for _ in range(40)]) == sorted(str(i) for i in range(40))
+        await until(lambda: one.stats.pushed + two.stats.pushed == 40)
+        assert min(one.stats.pushed, two.stats.pushed) > 0
+
+
+@needs_mosquitto
+async def test_a_broker_that_refuses_is_asked_again(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = await start()
+    await service.register("phone-1", alias="ann")
+    passwords = tmp_path / "passwords"
+    subprocess.run(["mosquitto_passwd", "-b", "-c", str(passwords), "bridge", "right"], check=True)
+    passwords.chmod(0o600)
+    broker = make_mosquitto(tmp_path, f"password_file {passwords}")
+    conf = tmp_path / "mosquitto.conf"
+    conf.write_text(conf.read_text().replace("allow_anonymous true", "allow_anonymous false"))
+    broker.start()
+    bridged = Bridged(service, tmp_path, broker)
+    wrong = Bridge(
+        replace(bridged.settings, username="bridge", password="wrong"),
+        service.apps,
+        service.pushes,
+        first_pause=0.01,
+    )
+    await wrong.open()
+    await until(lambda: "bridge not connected" in caplog.text)
+    await wrong.close()
+    assert "wrong" not in caplog.text
+    async with bridged.run(username="bridge", password="right"):
+        pass
+    broker.stop()
+
+
+@needs_amqtt
+async def test_amqtt_messages_become_pushes_also_after_its_restart(
+    start: Start, tmp_path: Path, amqtt: ForeignBroker
+) -> None:
+    service = await start()
+    await service.register("phone-1", alias="ann")
+    bridged = Bridged(service, tmp_path, amqtt)
+    async with bridged.run(protocol="3.1.1") as bridge:
+        await publish311(amqtt, *(("orders/ann/shipped", {"text": str(i)}) for i in range(50)))
+        assert {await bridged.next() for _ in range(50)} == {str(i) for i in range(50)}
+        await asyncio.to_thread(amqtt.stop)
+        await until(lambda: not bridge.stats.connected)
+        await asyncio.to_thread(amqtt.start)
+        await until(lambda: bridge.stats.connected)
+        await publish311(amqtt, ("orders/ann/shipped", {"text": "again"}))
+        while await bridged.next() != "again":
+            pass
+    await publish311(amqtt, ("orders/ann/shipped", {"text": "meanwhile"}))
+    async with bridged.run(protocol="3.1.1"):
+        assert await bridged.next() == "meanwhile"
+
+
+async def publish311(broker: ForeignBroker, *messages: tuple[str, object]) -> None:
+    def run() -> None:
+        with Publisher(broker, paho.MQTTv311) as publisher:
+            for topic, payload in messages:
+                publisher.publish(topic, payload)
+
+    await asyncio.to_thread(run)
+
+
+# From the foreign broker to a device, over real servers
+
+
+@needs_mosquitto
+def test_from_their_broker_to_our_device_over_a_crash_of_ours(
+    tmp_path: Path, mosquitto: ForeignBroker
+) -> None:
+    server = LocalServer(tmp_path / "server")
+    server.start()
+    rules = write_rules(tmp_path, server.app.app_key)
+    server.terminate()
+    host, port = mosquitto.address
+    server._flags = ("--bridge-host", host, "--bridge-port", str(port), "--bridge-rules", str(rules))
+    server.start()
+    try:
+        with Peer(server.addresses.mqtt) as device:
+            device.connect(connect_packet(server.app, "phone"))
+            call(server, server.app, "POST", "/v3/devices/phone", {"alias": "ann"})
+            eventually(lambda: server.metrics().get("holdfast_bridge_connected") == 1, PATIENCE)
+            with Publisher(mosquitto) as publisher:
+                publisher.publish("orders/ann/shipped", {"text": "one"})
+            assert content(device) == "one"
+        server.kill()
+        with Publisher(mosquitto) as publisher:
+            for i in range(20):
+                publisher.publish("orders/ann/shipped", {"text": f"away {i}"})
+        server.start()
+        eventually(lambda: server.metrics().get("holdfast_bridge_pushed_total") == 20, PATIENCE)
+        with Peer(server.addresses.mqtt) as device:
+            device.connect(connect_packet(server.app, "phone"))
+            got = {content(device) for _ in range(20)}
+        assert got == {f"away {i}" for i in range(20)}
+        assert server.terminate() == 0
+        assert "Traceback" not in server.log_text(), server.log_text()
+    finally:
+        server.kill()
+
+
+def content(device: Peer) -> str:
+    message = device.expect(Publish)
+    device.send(Puback(message.packet_id))
+    return str(orjson.loads(message.payload)["message"]["msg_content"])

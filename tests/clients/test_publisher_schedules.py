@@ -1,0 +1,108 @@
+"""Schedules through the publisher SDK."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, time, timedelta, timezone
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import pytest
+
+from clients.publisher import Notification, Periodical, Publisher, PushError, PushRequest, Single
+
+PUSH = PushRequest("all", Notification("Hello"))
+BERLIN = ZoneInfo("Europe/Berlin")
+SOON = datetime.now(BERLIN).replace(microsecond=0) + timedelta(days=2)
+START, END = SOON, SOON + timedelta(days=90)
+NOON = time(12, 30)
+
+
+def wall(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%d %H:%M:%S")
+
+
+def test_triggers_are_the_apis_words() -> None:
+    moment = datetime(2027, 3, 4, 5, 6, 7, tzinfo=BERLIN)
+    assert Single.at(moment) == Single("2027-03-04 05:06:07", "Europe/Berlin")
+    assert Single.at(moment.astimezone(UTC)) == Single("2027-03-04 04:06:07", "UTC")
+    assert Single.at(moment.replace(tzinfo=None)) == Single("2027-03-04 05:06:07")
+    with pytest.raises(ValueError, match="is an offset"):
+        Single.at(moment.astimezone(timezone(timedelta(hours=1))))
+    common = (wall(START), wall(END), "12:30:00")
+    assert Periodical.daily(START, END, NOON, every=3) == Periodical(*common, "day", 3, None, "Europe/Berlin")
+    assert Periodical.weekly(START, END, NOON, ["MON"]).point == ["MON"]
+    assert Periodical.monthly(START, END, NOON, [1, 15]).point == ["01", "15"]
+
+
+WHEN = [
+    Single.at(SOON),
+    Single("2027-01-01 00:00:00", "Asia/Tokyo"),
+    Periodical.daily(START, END, NOON),
+    Periodical.weekly(START, END, NOON, ["MON", "FRI"], every=2),
+    Periodical.monthly(START, END, NOON, [1, 31]),
+]
+
+
+@pytest.mark.parametrize("when", [when for when in WHEN if when != WHEN[1]], ids=lambda when: repr(when)[:40])
+async def test_schedules_come_back_as_they_were_made(publisher: Publisher, when: Single | Periodical) -> None:
+    schedule_id = await publisher.schedules.create("mine", when, PUSH)
+    found = await publisher.schedules.get(schedule_id)
+    assert (found.name, found.enabled, found.fired) == ("mine", True, 0)
+    assert (found.trigger.single or found.trigger.periodical) == when
+    assert found.push["notification"] == {"alert": "Hello"}
+    assert found.next is not None
+    assert await publisher.schedules.log(schedule_id) == []
+
+
+async def test_a_cid_makes_one_schedule(publisher: Publisher) -> None:
+    made = [await publisher.schedules.create("mine", WHEN[0], PUSH, cid="c") for _ in range(2)]
+    assert made[0] == made[1]
+    assert len([one async for one in publisher.schedules.all()]) == 1
+
+
+async def test_schedules_are_changed_and_deleted(publisher: Publisher) -> None:
+    schedule_id = await publisher.schedules.create("mine", WHEN[0], PUSH)
+    later = Single.at(SOON + timedelta(days=1))
+    await publisher.schedules.change(schedule_id, name="other", enabled=False, when=later)
+    found = await publisher.schedules.get(schedule_id)
+    assert (found.name, found.enabled, found.trigger.single) == ("other", False, later)
+    await publisher.schedules.change(schedule_id, enabled=True, push={**_body("new")})
+    assert (await publisher.schedules.get(schedule_id)).push["notification"] == {"alert": "new"}
+    with pytest.raises(PushError) as caught:
+        await publisher.schedules.change(schedule_id, when=WHEN[2])
+    assert caught.value.code == 8100
+    await publisher.schedules.delete(schedule_id)
+    with pytest.raises(PushError) as caught:
+        await publisher.schedules.get(schedule_id)
+    assert (caught.value.code, caught.value.http_status) == (8104, 404)
+
+
+def _body(alert: str) -> dict[str, Any]:
+    return {"platform": "all", "audience": "all", "notification": {"alert": alert}}
+
+
+async def test_all_pages_are_read(publisher: Publisher) -> None:
+    made = [await publisher.schedules.create(f"n{n}", WHEN[0], PUSH) for n in range(51)]
+    assert [one.schedule_id async for one in publisher.schedules.all()] == made
+
+
+async def test_what_a_schedule_made(publisher: Publisher, until: Any, phone: Any) -> None:
+    """In a second from now, by the server's clock, which is ours."""
+    async with phone("a") as (_, pushes):
+        when = Single.at(datetime.now(UTC) + timedelta(seconds=1))
+        schedule_id = await publisher.schedules.create("soon", when, PUSH)
+        push = await pushes.get()
+    [firing] = await publisher.schedules.log(schedule_id)
+    assert (firing.msg_id, firing.error) == (push.msg_id, None)
+    found = await publisher.schedules.get(schedule_id)
+    assert (found.fired, found.next) == (1, None)
+
+
+async def test_what_a_schedule_was_refused(publisher: Publisher) -> None:
+    await publisher.register_device("a")
+    with pytest.raises(PushError) as caught:
+        await publisher.schedules.create("mine", WHEN[0], {"platform": "all", "audience": "all"})
+    assert caught.value.http_status == 400
+    with pytest.raises(PushError) as caught:
+        await publisher.schedules.create("mine", Single("some day"), PUSH)
+    assert caught.value.code == 8100
