@@ -46,6 +46,7 @@ FIRST_PAUSE: Final = 0.5  # before connecting again, or trying the store again; 
 MAX_PAUSE: Final = 30.0
 CLOSE_LIMIT: Final = 8.0  # for what is under way, a connection being made included
 CID: Final = "cid"  # the user property
+GOODBYE: Final = "holdfast/goodbye"  # nobody subscribes to it
 
 _Started: TypeAlias = "asyncio.Queue[tuple[MQTTMessage, asyncio.Task[bool]] | None]"
 
@@ -176,6 +177,7 @@ class Bridge:
                 connection.ended.set()
                 connection.arrived.put_nowait(None)
                 await asyncio.wait([pushing])
+            await client.unsubscribe(GOODBYE)  # its answer says that the acknowledgements before it were read
 
     def _make_client(self) -> aiomqtt.Client:
         settings = self._settings

@@ -15,6 +15,7 @@ from broker.files import Files
 from broker.groups import GroupPushes, Groups
 from broker.keys import Keys
 from broker.limits import Limits
+from broker.metrics import Metrics
 from broker.pacer import Pacer
 from broker.pushes import Pushes
 from broker.quotas import Quotas
@@ -59,26 +60,25 @@ class Broker:
         self.pushes = Pushes(store, bus, self.limits, clock, rules=self.rules, quotas=self.quotas)
         self.pushes.on_later = self.timekeeper.wake
         self.withdrawals = Withdrawals(store, bus, self.pacer, self.limits, clock)
-        self.timekeeper.register(self.pacer.handlers)
+        self.schedules = Schedules(store, self.pushes, self.timekeeper.wake, self.limits, clock)
+        self.timekeeper.register(self.schedules.handlers | self.pacer.handlers)
+        self.group_pushes = GroupPushes(self.apps, self.pushes)
         self.reports = Reports(store, self.limits, clock)
-        self.accounts = Accounts(store, clock)
+        self.accounts = Accounts(store, clock, self.pacer)
         self.users = Users(store, self.limits, clock)
         self.callbacks = Callbacks(store, callbacks, clock)
 
-        self.group_pushes = GroupPushes(self.apps, self.pushes)
-        self.timekeeper = Timekeeper(store.records, clock)
-        self.schedules = Schedules(store, self.pushes, self.timekeeper.wake, self.limits, clock)
-        self.pacer = Pacer(store, bus, self.timekeeper.wake, self.limits, clock)
-        self.timekeeper.register(self.schedules.handlers | self.pacer.handlers)
-        self.pushes.on_later = self.timekeeper.wake
+    def count_in(self, metrics: Metrics) -> None:
+        """Show in these what happens later."""
+        self.timekeeper.count_in(metrics)
+        self.schedules.counts.count_in(metrics)
+        self.pacer.counts.count_in(metrics)
 
     async def open(self) -> None:
-        self.timekeeper.open()
         await self.callbacks.open()
         self.timekeeper.open()
 
     async def close(self) -> None:
-        await self.timekeeper.close()
         await self.timekeeper.close()
         await self.callbacks.close()
         await self.quotas.close()

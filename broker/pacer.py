@@ -21,6 +21,7 @@ from broker.bus import Bus, Recalled
 from broker.errors import ApiError
 from broker.limits import Limits
 from broker.logs import log_event
+from broker.metrics import Metrics
 from broker.model import App, NewMessage, Record, RecordChange
 from broker.paces import HELD, SLOW, Pace, decode, encode
 from broker.pushes import doorbells
@@ -37,12 +38,26 @@ TRIES: Final = 5  # of a change that others are faster with
 
 @dataclass(slots=True)
 class PaceCounts:
-    """What this broker did, for the metrics."""
+    """What this broker did."""
 
+    begun: int = 0
+    ended: int = 0  # of those that had begun
+    expired: int = 0
     parts: int = 0
     devices: int = 0
     postponed: int = 0
-    expired: int = 0
+
+    def count_in(self, metrics: Metrics) -> None:
+        metrics.read_counter("paced_begun", "Slow and held pushes whose first part went.", lambda: self.begun)
+        metrics.read_counter("paced_ended", "Of these, those that came to their end.", lambda: self.ended)
+        metrics.read_counter(
+            "paced_expired", "Slow and held pushes that expired before their end.", lambda: self.expired
+        )
+        metrics.read_counter("paced_parts", "Parts of slow and held pushes that went.", lambda: self.parts)
+        metrics.read_counter("paced_devices", "Targets of these parts.", lambda: self.devices)
+        metrics.read_counter(
+            "paced_postponed", "Slow pushes that quiet hours held up.", lambda: self.postponed
+        )
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -162,6 +177,7 @@ class Pacer:
         until = self._clock() + self._limits.report_lifetime
         mark = RecordChange(record.app_id, CUT, record.key, state.encode(), 0, until)
         await self._store.records.save([_removed(record), mark])
+        self.counts.ended += decode(record.value).part > 0
 
     async def _let_go(self, record: Record, pace: Pace, part: int, now: float) -> None:
         targets = await self._targets(record, pace.released, pace.reaches(part))
@@ -169,6 +185,7 @@ class Pacer:
         change = _removed(record) if part == pace.parts else _changed(record, moved)
         if not targets:  # all of them were recalled
             await self._store.records.save([change])
+            self._count(pace, part, 0)
             return
         message = NewMessage(
             record.app_id,
@@ -185,8 +202,14 @@ class Pacer:
         )
         appended = await self._store.append([message], [change])
         self._bus.ring(doorbells([message], appended))
-        self.counts.parts += 1
-        self.counts.devices += len(targets)
+        self._count(pace, part, len(targets))
+
+    def _count(self, pace: Pace, part: int, devices: int) -> None:
+        """From the pace to this part."""
+        self.counts.begun += pace.part == 0
+        self.counts.ended += part == pace.parts
+        self.counts.parts += devices > 0
+        self.counts.devices += devices
 
     async def _targets(self, record: Record, first: int, last: int) -> BitMap:
         """Those at these places, without who was recalled."""

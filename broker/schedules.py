@@ -26,6 +26,7 @@ import orjson
 from broker.errors import SCHEDULE, ApiError
 from broker.limits import Limits, limits_of
 from broker.logs import log_event
+from broker.metrics import Metrics
 from broker.model import App, Record, RecordChange
 from broker.pushes import Pushes
 from broker.requests import check_cid, decode
@@ -116,11 +117,20 @@ _encode: Final = msgspec.json.encode
 
 @dataclass(slots=True)
 class ScheduleCounts:
-    """What this broker did, for the metrics."""
+    """What this broker did."""
 
     fired: int = 0
     missed: int = 0
     failed: int = 0
+
+    def count_in(self, metrics: Metrics) -> None:
+        metrics.read_counter("schedules_fired", "Pushes that schedules made.", lambda: self.fired)
+        metrics.read_counter(
+            "schedules_missed", "Times of schedules that nobody was there for.", lambda: self.missed
+        )
+        metrics.read_counter(
+            "schedules_failed", "Pushes of schedules that were refused.", lambda: self.failed
+        )
 
 
 class Schedules:

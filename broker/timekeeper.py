@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Final
 
+from broker.metrics import Metrics
 from broker.model import Record, RecordChange
 from broker.store import Conflict, Records, StoreError
 
@@ -51,6 +52,13 @@ class Timekeeper:
         self._failures: OrderedDict[_Key, int] = OrderedDict()
         self._task: asyncio.Task[None] | None = None
         self.failed = 0  # calls of handlers that ended with an error
+
+    def count_in(self, metrics: Metrics) -> None:
+        metrics.read_counter(
+            "due_failed",
+            "Times that something due could not be done; it is tried again.",
+            lambda: self.failed,
+        )
 
     def register(self, handlers: Mapping[str, Handle]) -> None:
         """Whom to call with records of each kind."""

@@ -86,6 +86,7 @@ class Service:
         self._bus = LocalBus()
         self._broker = Broker(self._store, self._bus, config.limits(), callbacks=config.callback_settings())
         CallbackMetrics(self.metrics, self._broker.callbacks.stats)
+        self._broker.count_in(self.metrics)
         self.node = Node(
             _node_settings(config),
             store=self._store,

@@ -65,8 +65,8 @@ _MSG_IDS: Final = Query(
 )
 _PLATFORM: Final = Query(
     "platform",
-    "Names of platforms with commas between; absent or `all`: no filter.",
-    {"type": "string", "pattern": f"^(all|({'|'.join(PLATFORMS)})(,({'|'.join(PLATFORMS)}))*)$"},
+    "Names of platforms with commas between; absent, empty or `all`: no filter.",
+    {"type": "string", "pattern": f"^((all|({'|'.join(PLATFORMS)})(,({'|'.join(PLATFORMS)}))*)?)$"},
 )
 _AFTER: Final = Query("after", "Go on where the last answer ended.", _integer(0, 2**63 - 1, 0))
 _PUSH_CODES: Final = (1005, 1009, 1011, 1012, 2003, 2005, 2006, 2007, 2008)

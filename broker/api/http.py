@@ -59,10 +59,15 @@ def build_api(broker: Broker, observe: Observe | None = None, peers: Peers | Non
     # Every endpoint reads its body itself, up to its own limit.
     api = web.Application(client_max_size=limits.max_batch_body)
     endpoints = api_endpoints(broker)
+    fixed: dict[str, set[str]] = {}  # paths without a parameter -> their methods
     for endpoint in (*endpoints, openapi_endpoint(endpoints)):
         handle = guard.route(endpoint)
         for path in _with_slash(endpoint.paths):
             api.router.add_route(endpoint.method, path, handle)
+            if "{" not in path:
+                fixed.setdefault(path, set()).add(endpoint.method)
+    for path, methods in fixed.items():  # or a pattern that fits, too, would take their other methods
+        api.router.add_route("*", path, _other_methods(guard, methods))
     api.router.add_route("*", "/{path:.*}", _fallback(guard))
     return api
 
@@ -80,15 +85,24 @@ def _fallback(guard: Guard) -> Callable[[web.Request], Awaitable[web.Response]]:
         if not allowed:
             error = ApiError(area.invalid, "there is no such path", http_status=404)
             return guard.refuse(request, error, area)
-        names = ", ".join(sorted(allowed))
-        error = ApiError(
-            area.method, f"{request.method} is not supported here, only {names}", http_status=405
-        )
-        response = guard.refuse(request, error, area)
-        response.headers["Allow"] = names
-        return response
+        return _refuse_method(guard, request, allowed)
 
     return refuse
+
+
+def _other_methods(guard: Guard, allowed: set[str]) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def refuse(request: web.Request) -> web.Response:
+        return _refuse_method(guard, request, allowed)
+
+    return refuse
+
+
+def _refuse_method(guard: Guard, request: web.Request, allowed: set[str]) -> web.Response:
+    area, names = _area(request.path), ", ".join(sorted(allowed))
+    error = ApiError(area.method, f"{request.method} is not supported here, only {names}", http_status=405)
+    response = guard.refuse(request, error, area)
+    response.headers["Allow"] = names
+    return response
 
 
 async def _methods(request: web.Request) -> set[str]:

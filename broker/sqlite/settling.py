@@ -37,8 +37,9 @@ STATES: Final = ("delivered", "evicted", "recalled", "sent")
 
 # Taken out of an inbox, or sent from it: (app, devno, msg_id, at, sent_at, node).
 _SINGLES: Final = {
-    "delivered": "delivered = target, body = NULL, done_at = v.column4, sent_at = coalesce(sent_at, v.column5),"
-    " node = v.column6",
+    "delivered": "delivered = target, body = NULL, sent_at = coalesce(sent_at, v.column5),"
+    " done_at = CASE WHEN delivered IS NULL THEN v.column4 ELSE done_at END,"
+    " node = CASE WHEN delivered IS NULL THEN v.column6 ELSE node END",
     "evicted": "evicted = target, body = NULL, done_at = coalesce(done_at, v.column4)",
     "recalled": "recalled = target, body = NULL, done_at = coalesce(done_at, v.column4)",
     "sent": "sent = target, sent_at = coalesce(sent_at, v.column4), node = v.column6",

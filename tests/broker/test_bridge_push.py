@@ -69,11 +69,11 @@ def free_port() -> int:
 
 
 def make_mosquitto(folder: Path, *lines: str) -> ForeignBroker:
-    """It keeps sessions in `folder`, saved at each change, so that a kill loses none."""
+    """It keeps sessions in `folder`, over a restart too."""
     port, file = free_port(), folder / "mosquitto.conf"
     settings = [
         f"listener {port} 127.0.0.1", "allow_anonymous true", "user root", "persistence true",
-        f"persistence_location {folder}/", "autosave_on_changes true", "autosave_interval 1",
+        f"persistence_location {folder}/",
         "max_queued_messages 0", "log_dest stderr", *lines,
     ]  # fmt: skip
     file.write_text("\n".join(settings) + "\n")
@@ -114,6 +114,7 @@ class Publisher:
 
     def __init__(self, broker: ForeignBroker, version: int = paho.MQTTv5) -> None:
         self._paho = paho.Client(paho.CallbackAPIVersion.VERSION2, protocol=version)
+        self._paho.reconnect_delay_set(0.05, 0.1)  # type: ignore[arg-type]
         self._paho.connect(*broker.address)
         self._paho.loop_start()
 
@@ -124,6 +125,11 @@ class Publisher:
             wanted.UserProperty = list(properties.items())
         body = payload if isinstance(payload, bytes) else orjson.dumps(payload)
         self._paho.publish(topic, body, 1, retain, wanted).wait_for_publish(PATIENCE)
+
+    def stream(self, topic: str, count: int) -> None:
+        """One after the other, over the broker's restarts too."""
+        for i in range(count):
+            self.publish(topic, {"text": str(i)})
 
     def __enter__(self) -> Publisher:
         return self
@@ -257,21 +263,44 @@ async def test_messages_of_a_time_without_bridge_arrive(
 
 
 @needs_mosquitto
-async def test_nothing_is_lost_when_the_foreign_broker_is_killed(
+async def test_a_stop_leaves_nothing_unacknowledged(start: Start, tmp_path: Path) -> None:
+    """Also by a broker that is slow: this one writes its file at each change."""
+    service = await start()
+    await service.register("phone-1", alias="ann")
+    slow = make_mosquitto(tmp_path, "autosave_on_changes true", "autosave_interval 1")
+    slow.start()
+    bridged = Bridged(service, tmp_path, slow)
+    async with bridged.run():
+        pass
+    await publish(slow, *(("orders/ann/shipped", {"text": str(i)}) for i in range(100)))
+    async with bridged.run():
+        assert {await bridged.next() for _ in range(100)} == {str(i) for i in range(100)}
+    async with bridged.run():
+        await publish(slow, ("orders/ann/shipped", {"text": "last"}))
+        assert await bridged.next() == "last"
+    slow.stop()
+
+
+@needs_mosquitto
+async def test_nothing_is_lost_when_the_foreign_broker_restarts(
     bridged: Bridged, mosquitto: ForeignBroker
 ) -> None:
     async with bridged.run() as bridge:
-        for part in range(3):
-            await publish(mosquitto, *(("orders/ann/shipped", {"text": f"{part}-{i}"}) for i in range(20)))
-            await asyncio.to_thread(mosquitto.stop, kill=part == 2)
-            await until(lambda: not bridge.stats.connected)
-            await asyncio.to_thread(mosquitto.start)
-            await until(lambda: bridge.stats.connected)
-        await publish(mosquitto, ("orders/ann/shipped", {"text": "end"}))
-        seen: set[str] = set()
-        while len(seen) < 61:
-            seen.add(await bridged.next())
-    assert seen == {f"{part}-{i}" for part in range(3) for i in range(20)} | {"end"}
+        with Publisher(mosquitto, paho.MQTTv311) as publisher:
+            flowing = asyncio.create_task(asyncio.to_thread(publisher.stream, "orders/ann/shipped", 300))
+            seen: set[str] = set()
+            for _ in range(3):
+                while len(seen) % 50 < 49:
+                    seen.add(await bridged.next())
+                await asyncio.to_thread(mosquitto.stop)
+                await until(lambda: not bridge.stats.connected)
+                await asyncio.to_thread(mosquitto.start)
+                await until(lambda: bridge.stats.connected)
+                seen.add(await bridged.next())
+            while len(seen) < 300:
+                seen.add(await bridged.next())
+            await flowing
+    assert seen == {str(i) for i in range(300)}
 
 
 class AwayStore:
@@ -414,7 +443,8 @@ async def test_a_broker_that_refuses_is_asked_again(
     service = await start()
     await service.register("phone-1", alias="ann")
     passwords = tmp_path / "passwords"
-    subprocess.run(["mosquitto_passwd", "-b", "-c", str(passwords), "bridge", "right"], check=True)
+    make = ["mosquitto_passwd", "-b", "-c", str(passwords), "bridge", "right"]
+    await (await asyncio.create_subprocess_exec(*make)).wait()
     passwords.chmod(0o600)
     broker = make_mosquitto(tmp_path, f"password_file {passwords}")
     conf = tmp_path / "mosquitto.conf"
@@ -497,8 +527,9 @@ def test_from_their_broker_to_our_device_over_a_crash_of_ours(
         eventually(lambda: server.metrics().get("holdfast_bridge_pushed_total") == 20, PATIENCE)
         with Peer(server.addresses.mqtt) as device:
             device.connect(connect_packet(server.app, "phone"))
-            got = {content(device) for _ in range(20)}
-        assert got == {f"away {i}" for i in range(20)}
+            missing = {f"away {i}" for i in range(20)}
+            while missing:  # and perhaps "one" again: we were killed before its delivery was recorded
+                missing.discard(content(device))
         assert server.terminate() == 0
         assert "Traceback" not in server.log_text(), server.log_text()
     finally:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
 from broker.api.described import DESCRIBED
@@ -102,14 +103,15 @@ async def _fill(service: Any) -> None:
 @pytest.mark.skipif(not SCHEMATHESIS.exists(), reason="schemathesis is not installed")
 async def test_schemathesis_finds_no_disagreement(service: Any, tmp_path: Path) -> None:
     await _fill(service)
-    (tmp_path / "schemathesis.toml").write_text(_CONFIG)
+    made = await service.broker.groups.create(orjson.dumps({"name": "g", "apps": [service.app.key]}))
+    app, group = (service.app.key, service.app.master_secret), (f"group-{made.key}", made.secret)
+    (tmp_path / "schemathesis.toml").write_text(_CONFIG.format(app=app, group=group))
     run = await asyncio.create_subprocess_exec(
         str(SCHEMATHESIS),
         "--config-file",
         str(tmp_path / "schemathesis.toml"),
         "run",
         f"{service.base}/v1/openapi.json",
-        f"--auth={service.app.key}:{service.app.master_secret}",
         f"--checks={','.join(CHECKS)}",
         "--phases=examples,coverage,fuzzing",
         f"--max-examples={EXAMPLES}",
@@ -137,4 +139,12 @@ async def test_schemathesis_finds_no_disagreement(service: Any, tmp_path: Path) 
 _CONFIG = """
 [generation]
 database = "none"
+
+[auth.openapi.app]
+username = "{app[0]}"
+password = "{app[1]}"
+
+[auth.openapi.group]
+username = "{group[0]}"
+password = "{group[1]}"
 """

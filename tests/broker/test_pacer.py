@@ -15,6 +15,7 @@ from pyroaring import BitMap
 from broker.bus import Broadcast, Recalled, Targeted
 from broker.errors import ApiError
 from broker.limits import Limits
+from broker.metrics import Metrics
 from broker.model import NewMessage, OwedRequest, QuietHours, Settled
 from broker.pacer import Progress
 from broker.paces import HELD, LEAST_GAP, MAX_PARTS, SLOW, Pace, decode, start_pace
@@ -191,6 +192,8 @@ async def test_of_many_brokers_one_lets_a_part_go(world: World) -> None:
         sum(broker.pacer.counts.parts for broker in world.brokers) == (await world.find(msg_id)).parts == 100
     )
     assert [broker.timekeeper.failed for broker in world.brokers] == [0, 0, 0]
+    assert sum(broker.pacer.counts.begun for broker in world.brokers) == 1
+    assert sum(broker.pacer.counts.ended for broker in world.brokers) == 1
 
 
 async def test_pause_and_resume_move_the_plan(world: World) -> None:
@@ -429,6 +432,32 @@ async def test_one_who_is_always_slower_is_told(world: World, monkeypatch: pytes
     for act in (pacer.pause, pacer.end):
         with pytest.raises(StoreError, match="changed by others"):
             await act(world.app.app_id, msg_id)
+
+
+async def test_the_metrics_say_what_goes_on(world: World) -> None:
+    metrics = Metrics()
+    world.broker.count_in(metrics)
+    done, stopped = await _slow(world), await _slow(world, minutes=120)
+    unbegun = await _slow(world)
+    await world.broker.pacer.pause(world.app.app_id, unbegun)
+    await world.pass_time(START + HOUR)
+    await world.broker.pacer.stop(world.app.app_id, stopped)
+    await world.broker.pacer.stop(world.app.app_id, unbegun)
+    assert (await _progress(world, done)).state == "done"
+    lines = metrics.render()[0].decode().splitlines()
+    shown = {line for line in lines if line.startswith(("holdfast_paced", "holdfast_due", "holdfast_sched"))}
+    assert shown == {
+        "holdfast_paced_begun_total 2.0",
+        "holdfast_paced_ended_total 2.0",
+        "holdfast_paced_expired_total 0.0",
+        "holdfast_paced_parts_total 151.0",
+        "holdfast_paced_devices_total 151.0",
+        "holdfast_paced_postponed_total 0.0",
+        "holdfast_due_failed_total 0.0",
+        "holdfast_schedules_fired_total 0.0",
+        "holdfast_schedules_missed_total 0.0",
+        "holdfast_schedules_failed_total 0.0",
+    }
 
 
 # Over HTTP
