@@ -36,7 +36,7 @@ class Accounts:
         counts = account(record, self._clock())
         return {
             "msg_id": str(record.msg_id),
-            "sendno": record.sendno,
+            "sendno": record.sendno or "0",  # as the push was answered
             "state": _state(counts, progress),
             "accepted_at": record.created_at,
             "expires_at": record.expires_at,

@@ -31,6 +31,7 @@ PERIODS: Final = ("hour", "day")
 
 PER_SERVER: Final = frozenset(
     {
+        "fanout_limit",
         "max_apps_cached",
         "max_unknown_keys",
         "max_groups",

@@ -61,7 +61,7 @@ class Broker:
         self.pushes.on_later = self.timekeeper.wake
         self.withdrawals = Withdrawals(store, bus, self.pacer, self.limits, clock)
         self.schedules = Schedules(store, self.pushes, self.timekeeper.wake, self.limits, clock)
-        self.timekeeper.register(self.schedules.handlers | self.pacer.handlers)
+        self.timekeeper.register(self.schedules.handlers | self.pacer.handlers | self.files.handlers)
         self.group_pushes = GroupPushes(self.apps, self.pushes)
         self.reports = Reports(store, self.limits, clock)
         self.accounts = Accounts(store, clock, self.pacer)

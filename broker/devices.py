@@ -212,7 +212,7 @@ class Devices:
 
     async def tags(self, app: App) -> list[str]:
         """At most `max_listed`, sorted."""
-        return (await self._store.list_terms(app.app_id, Term.TAG))[: self._limits.max_listed]
+        return (await self._store.list_terms(app.app_id, Term.TAG))[: limits_of(self._limits, app).max_listed]
 
     async def has_tag(self, app: App, tag: str, registration_id: str) -> bool:
         return tag in (await self.find(app, registration_id)).tags
@@ -308,7 +308,7 @@ class Devices:
             checks.room(device, changes[rid])
 
     def _issue(self, app: App, device: Device) -> Registered:
-        now, lifetime = self._clock(), self._limits.token_lifetime
+        now, lifetime = self._clock(), limits_of(self._limits, app).token_lifetime
         token = tokens.issue(
             app, device.registration_id, device.devno, device.platform, device.token_generation, now, lifetime
         )
@@ -325,7 +325,7 @@ class Devices:
         await self._store.drop_term(app.app_id, term, only)
 
     async def _names(self, app: App, devnos: BitMap) -> list[str]:
-        listed = devnos[: self._limits.max_listed]
+        listed = devnos[: limits_of(self._limits, app).max_listed]
         return list((await self._store.names(app.app_id, list(listed))).values())
 
 

@@ -108,6 +108,7 @@ class Files:
         self._store = store
         self._limits = limits or Limits()
         self._clock = clock
+        self.handlers = {KIND: self._expire}  # for the timekeeper
 
     async def write(self, app: App, by: By, name: str, chunks: AsyncIterable[bytes]) -> StoredFile:
         """Store a list as it comes. It does not exist before `publish`; else `discard` it."""
@@ -147,8 +148,7 @@ class Files:
         await self.find(app, file_id)
         await self._remove(app.app_id, file_id)
 
-    async def expire(self, record: Record) -> None:
-        """The handler of records of this kind that are due."""
+    async def _expire(self, record: Record) -> None:
         await self._remove(record.app_id, record.key)
 
     async def _remove(self, app_id: int, file_id: str) -> None:

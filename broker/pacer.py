@@ -124,24 +124,26 @@ class Pacer:
 
     async def stop(self, app_id: int, msg_id: int) -> Progress:
         """What was not delivered yet never is. Raises ApiError 1003."""
-        record, pace = await self._find(app_id, msg_id)
-        if not await self.end(app_id, msg_id):
+        await self._find(app_id, msg_id)
+        pace = await self.end(app_id, msg_id)
+        if pace is None:
             raise _finished()
         self._bus.ring([Recalled(await self._store.recall(app_id, [msg_id], self._clock()))])
-        log_event(log, logging.INFO, "slow push stopped", app_id=app_id, msg_id=record.key)
+        log_event(log, logging.INFO, "slow push stopped", app_id=app_id, msg_id=str(msg_id))
         return Progress(pace.total, pace.released, None, "stopped")
 
-    async def end(self, app_id: int, msg_id: int) -> bool:
-        """No part goes any more; whoever calls this then recalls the rest. False: there is no part to come."""
+    async def end(self, app_id: int, msg_id: int) -> Pace | None:
+        """No part goes any more; whoever calls this then recalls the rest. Returns how far it was; None: there was no
+        part to come."""
         for _ in range(TRIES):
             record = await self._record(app_id, msg_id)
             if record is None:
-                return False
+                return None
             try:
                 await self._cut(record, "stopped")
             except Conflict:
                 continue
-            return True
+            return decode(record.value)
         raise StoreError(f"push {msg_id} is changed by others all the time")
 
     # For the timekeeper

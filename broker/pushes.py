@@ -83,6 +83,9 @@ class Pushes:
         try:
             targets = await self._targets(app, checked)
             return (await self._accept(app, [checked], [targets], changes))[0]
+        except ApiError as error:
+            error.sendno = checked.sendno
+            return await self._first_result(app, checked, error)
         except Conflict:
             raise
         except UnknownMessage as error:  # since it was looked up
@@ -91,6 +94,14 @@ class Pushes:
             ) from error
         except StoreError as error:
             raise refusal(error, PUSH, checked.sendno) from error
+
+    async def _first_result(self, app: App, checked: Checked, error: ApiError) -> Accepted:
+        """Of a cid that was used: it does not matter what would be said of the push now. Else raises the error."""
+        found = await self._store.find_cids(app.app_id, [checked.cid]) if checked.cid else {}
+        if checked.cid not in found:
+            raise error
+        first = found[checked.cid]
+        return Accepted(first.msg_id, first.sendno)
 
     async def validate(self, app: App, raw: bytes) -> Accepted:
         """All checks of `push`, its audience included, and nothing sent; msg_id is 0."""
@@ -117,6 +128,10 @@ class Pushes:
                 results[cid] = error
         try:
             results.update(await self._accept_batch(app, right))
+            refused = [checked.cid for checked in right if isinstance(results[checked.cid], ApiError)]
+            if refused:  # unless they were accepted before
+                first = await self._store.find_cids(app.app_id, refused)
+                results.update((cid, Accepted(one.msg_id, one.sendno)) for cid, one in first.items())
         except StoreError as error:
             raise refusal(error, PUSH) from error
         return results
@@ -176,28 +191,30 @@ class Pushes:
         """Of pushes that have targets."""
         if not batch:
             return []
-        quotas, spent = self._quotas, (0, 0)
-        if quotas.applies(app):
-            spent = (len(batch), sum(len(t) > self._limits.fanout_limit for t in targets))
-            for devnos in targets:
-                quotas.check_targets(app, len(devnos))
-            await quotas.spend(app, *spent)
-        drafts = [
-            await self._draft(app, checked, devnos) for checked, devnos in zip(batch, targets, strict=True)
-        ]
+        spent = await self._spend(app, targets) if self._quotas.applies(app) else (0, 0)
+        drafts: list[_Draft] = []
         try:
+            for checked, devnos in zip(batch, targets, strict=True):
+                drafts.append(await self._draft(app, checked, devnos))
             appended = await self._store_and_ring(drafts, changes)
         except BaseException:
             await self._undo(app, drafts)
-            quotas.refund(app, *spent)
+            self._quotas.refund(app, *spent)
             raise
         repeated = [draft for draft, one in zip(drafts, appended, strict=True) if one.repeated]
         if repeated:
             await self._undo(app, repeated)
             if any(spent):
-                wide = sum(draft.wide for draft in repeated)
-                quotas.refund(app, len(repeated), wide)
+                self._quotas.refund(app, len(repeated), sum(draft.wide for draft in repeated))
         return [Accepted(one.msg_id, one.sendno) for one in appended]
+
+    async def _spend(self, app: App, targets: Sequence[BitMap]) -> tuple[int, int]:
+        """Count against the app's plan; returns how many pushes and broadcasts. Raises ApiError."""
+        for devnos in targets:
+            self._quotas.check_targets(app, len(devnos))
+        spent = len(targets), sum(len(devnos) > self._limits.fanout_limit for devnos in targets)
+        await self._quotas.spend(app, *spent)
+        return spent
 
     async def _draft(self, app: App, checked: Checked, targets: BitMap) -> _Draft:
         """The message with the app's rules applied to it."""

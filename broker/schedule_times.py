@@ -30,12 +30,12 @@ _DATE_TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0
 _TIME: Final = re.compile(r"[0-9]{2}:[0-9]{2}:[0-9]{2}")
 
 
-class Single(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class Single(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     time: str  # YYYY-MM-DD HH:MM:SS
     zone: str | None = None  # a name of the IANA time zone database
 
 
-class Periodical(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class Periodical(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     start: str  # YYYY-MM-DD HH:MM:SS
     end: str
     time: str  # HH:MM:SS
@@ -55,6 +55,15 @@ class Trigger(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     def zone(self) -> str | None:
         part = self.single or self.periodical
         return None if part is None else part.zone
+
+    def as_dict(self) -> dict[str, dict[str, object]]:
+        """As it was sent, without nulls, and with what it left out."""
+        parts = {"single": self.single, "periodical": self.periodical}
+        return {
+            kind: {key: value for key, value in msgspec.structs.asdict(part).items() if value is not None}
+            for kind, part in parts.items()
+            if part is not None
+        }
 
     def in_zone(self, zone: str) -> Trigger:
         """The same with the zone named, where it was not."""

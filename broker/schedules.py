@@ -23,7 +23,7 @@ from uuid import UUID
 import msgspec
 import orjson
 
-from broker.errors import SCHEDULE, ApiError
+from broker.errors import PUSH, SCHEDULE, ApiError
 from broker.limits import Limits, limits_of
 from broker.logs import log_event
 from broker.metrics import Metrics
@@ -31,7 +31,7 @@ from broker.model import App, Record, RecordChange
 from broker.pushes import Pushes
 from broker.requests import check_cid, decode
 from broker.schedule_times import Times, Trigger, check_span, read_times, show
-from broker.store import Conflict, Store, StoreError
+from broker.store import Conflict, Store, StoreError, StoreUnavailable
 from broker.timekeeper import Handle
 
 log: Final = logging.getLogger(__name__)
@@ -298,8 +298,8 @@ class Schedules:
         try:
             accepted = await self._pushes.push(app, bytes(moved.push), changes)
         except ApiError as error:
-            if isinstance(error.__cause__, StoreError):  # not refused: it may work in a moment
-                raise error.__cause__ from error
+            if error.code == PUSH.unavailable:  # not refused: it may work in a moment
+                raise StoreUnavailable(error.message) from error
             await self._note_failure(record, moved, now, error)
             return
         self.counts.fired += 1
@@ -482,7 +482,7 @@ def _view(schedule_id: str, schedule: Schedule) -> dict[str, object]:
         "schedule_id": schedule_id,
         "name": schedule.name,
         "enabled": schedule.enabled,
-        "trigger": msgspec.to_builtins(schedule.trigger),
+        "trigger": schedule.trigger.as_dict(),
         "push": orjson.Fragment(bytes(schedule.push)),
         "next": show(schedule.next, schedule.trigger.zone or "UTC"),
         "fired": schedule.fired,

@@ -278,6 +278,9 @@ class Store(Protocol):
         their own: any message's; those named after a message: that one's). `replaces` must
         name a message of the app (else UnknownMessage): what waits of it for this one's targets is recalled."""
 
+    async def find_cids(self, app_id: int, cids: Sequence[str]) -> dict[str, Appended]:
+        """By cid, what an append with it would answer now; those that are free are left out."""
+
     async def fetch_owed(self, requests: Sequence[OwedRequest]) -> list[list[StoredMessage]]:
         """For each request the waiting, unexpired inbox rows, oldest first, at most `limit`. A message asked for
         by several requests is one object."""

@@ -493,14 +493,10 @@ class SqliteStore:
         (devnos,) = await self._active(app_id, activity, [(start, end)])
         return devnos
 
-    async def active_counts(
-        self, app_id: int, activity: Activity, stretches: Sequence[Stretch]
-    ) -> list[int]:
+    async def active_counts(self, app_id: int, activity: Activity, stretches: Sequence[Stretch]) -> list[int]:
         return [len(devnos) for devnos in await self._active(app_id, activity, stretches)]
 
-    async def _active(
-        self, app_id: int, activity: Activity, stretches: Sequence[Stretch]
-    ) -> list[BitMap]:
+    async def _active(self, app_id: int, activity: Activity, stretches: Sequence[Stretch]) -> list[BitMap]:
         fresh = self._attendance.find(app_id, activity)
         found: list[BitMap] = await self._list("active", (app_id, str(activity), stretches), len(stretches))
         add_fresh(found, stretches, fresh)
@@ -537,6 +533,10 @@ class SqliteStore:
         call = Append(messages, candidates, inboxes, changes)
         appended: list[Appended] = await self._write("append", call, rows)
         return appended
+
+    async def find_cids(self, app_id: int, cids: Sequence[str]) -> dict[str, Appended]:
+        found: dict[str, Appended] = await self._list("find_cids", (app_id, cids), len(cids))
+        return found
 
     async def fetch_owed(self, requests: Sequence[OwedRequest]) -> list[list[StoredMessage]]:
         future = self._read(self._reader, "fetch_owed", requests, len(requests))

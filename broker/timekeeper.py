@@ -93,7 +93,11 @@ class Timekeeper:
     async def _run(self) -> None:
         while True:
             self._woken.clear()
-            pause = await self.run_due() - self._clock()
+            try:
+                pause = await self.run_due() - self._clock()
+            except Exception:
+                log.exception("what is due was not looked up, trying again")
+                pause = STORE_PAUSE
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), max(pause, 0.0))
 

@@ -91,8 +91,14 @@ class Users:
         if unit == "HOUR":
             oldest = max(oldest, calendar.day(now, 1 - DAYS_OF_HOURS))
         if edges[0] < oldest and edges[-1] > app.created_at:
-            since = calendar.local(oldest).strftime(UNITS[unit].form)
+            since = self._first_whole(unit, oldest).strftime(UNITS[unit].form)
             raise ApiError(3004, f"start: the report by {unit} goes back to {since}")
+
+    def _first_whole(self, unit: str, day: int) -> datetime:
+        local = self._store.calendar.local(day)
+        if unit == "MONTH" and local.day > 1:
+            return self._store.calendar.local(self._edges(unit, local.replace(day=1, tzinfo=None), 1)[1])
+        return local
 
     async def _count(self, app: App, edges: Sequence[int]) -> list[dict[str, object]]:
         stretches = list(itertools.pairwise(edges))

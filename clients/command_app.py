@@ -10,6 +10,7 @@ import msgspec
 
 from clients.command_shared import (
     Login,
+    always_json,
     json_option,
     login_options,
     moment,
@@ -97,6 +98,7 @@ def parked(login: Login, as_json: bool) -> None:
 
 @callbacks.command()
 @login_options
+@always_json
 def retry(login: Login) -> None:
     """Try what was given up again, and print as JSON how many events that are."""
     print_json({"retried": login.call(lambda publisher: publisher.callbacks.retry())})
@@ -104,6 +106,7 @@ def retry(login: Login) -> None:
 
 @callbacks.command()
 @login_options
+@always_json
 def drop(login: Login) -> None:
     """Forget what was given up, and print as JSON how many events that were."""
     print_json({"dropped": login.call(lambda publisher: publisher.callbacks.drop())})
@@ -119,6 +122,7 @@ def key() -> None:
 
 @key.command()
 @login_options
+@always_json
 @click.argument("name")
 @click.option(
     "--scope", "scopes", multiple=True, required=True, type=click.Choice(SCOPES), help="Repeatable."
@@ -180,6 +184,7 @@ def settings() -> None:
 
 @settings.command("show")
 @login_options
+@always_json
 def show_settings(login: Login) -> None:
     """Print the app's settings as JSON: allow_from, quiet_hours, frequency_caps, callback."""
     print_json(_every_key(login.call(lambda publisher: publisher.settings())))
@@ -187,6 +192,7 @@ def show_settings(login: Login) -> None:
 
 @settings.command("set")
 @login_options
+@always_json
 @click.argument("file", type=click.File("rb"))
 def set_settings(login: Login, file: BinaryIO) -> None:
     """Replace the settings by those of a JSON file (- is stdin), and print them as they are now.

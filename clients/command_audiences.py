@@ -10,6 +10,7 @@ import orjson
 
 from clients.command_shared import (
     Login,
+    always_json,
     json_option,
     login_options,
     print_fields,
@@ -53,6 +54,7 @@ def list_segments(login: Login, as_json: bool) -> None:
 
 @segment.command()
 @login_options
+@always_json
 @click.argument("name")
 @_rule
 def create(login: Login, name: str, rule: BinaryIO) -> None:
@@ -63,6 +65,7 @@ def create(login: Login, name: str, rule: BinaryIO) -> None:
 
 @segment.command()
 @login_options
+@always_json
 @_segment_id
 @click.option("--name", help="Another name. Default: the one it has.")
 @_rule
@@ -79,6 +82,7 @@ def replace(login: Login, segment_id: str, name: str | None, rule: BinaryIO) -> 
 
 @segment.command()
 @login_options
+@always_json
 @_segment_id
 def show(login: Login, segment_id: str) -> None:
     """Print a segment as JSON."""
@@ -123,6 +127,7 @@ def file() -> None:
 
 @file.command()
 @login_options
+@always_json
 @click.option("--alias", is_flag=True, help="The lines are aliases. Default: registration ids.")
 @click.option("--hours", type=click.IntRange(1), help="Remove it after so many. Default: the server's limit.")
 @click.argument("path", type=click.Path(exists=True, dir_okay=False, path_type=Path))

@@ -113,6 +113,8 @@ class _Printer:
 
     def _print(self, push: Push) -> None:
         content = {"msg_id": str(push.msg_id), "notification": push.notification, "message": push.message}
+        others = {"override": push.override, "recall": push.recall}
+        content |= {name: str(msg_id) for name, msg_id in others.items() if msg_id is not None}
         content |= {
             "override": push.override and str(push.override),
             "recall": push.recall and str(push.recall),

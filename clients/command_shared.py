@@ -90,6 +90,9 @@ def login_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 json_option: Final = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+always_json: Final = click.option(
+    "--json", is_flag=True, expose_value=False, help="Print one JSON document, as it always does."
+)
 msg_id_argument: Final = click.argument("msg_id", type=click.IntRange(1))
 
 

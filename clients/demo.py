@@ -11,18 +11,31 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Final
+from zoneinfo import ZoneInfo
 
 import click
 
 from clients.device import Device, LinkSettings, Push
 from clients.local_server import LocalServer, ServerFailed
-from clients.publisher import Audience, Everyone, Notification, Publisher, PushError, PushRequest, Report
+from clients.publisher import (
+    Audience,
+    Everyone,
+    Notification,
+    Options,
+    Publisher,
+    PushError,
+    PushRequest,
+    Report,
+    Single,
+)
 
 LIMIT: Final = 60.0  # seconds for the whole demo
 STEP_LIMIT: Final = 15.0  # seconds for one thing to happen
 QUICK: Final = LinkSettings(backoff_base=0.1, backoff_cap=0.5)  # people are watching
+BERLIN: Final = ZoneInfo("Europe/Berlin")
 METRICS: Final = ("connects", "deliver", "accept")
 
 
@@ -100,6 +113,9 @@ async def demo(server: LocalServer, folder: Path) -> None:
         await show.away()
         await show.crash()
         await show.report()
+        await show.withdraw()
+        await show.slow()
+        await show.later()
         show.exactly_once()
     show_metrics(server)
 
@@ -175,8 +191,40 @@ class Show:
     async def report(self) -> None:
         say("What became of that push.")
         report = await self.account(self._last, lambda report: report.delivered == 2)
-        check(report.adds_up, "target = delivered + pending + expired + evicted")
+        check(report.adds_up, "the targets are all accounted for, each once")
         check(report.shown == 2, "both devices reported that it was shown")
+        trace = await self._publisher.reports.trace(self._last, "anna-phone")
+        check(trace.status == "delivered", "anna-phone: " + ", ".join(step.step for step in trace.steps))
+
+    async def withdraw(self) -> None:
+        say("A push that was a mistake is taken back while anna-phone is away.")
+        mistake, _ = await self.push(Audience(alias=["anna"]), "Oops")
+        await self._publisher.withdraw(mistake)
+        report = await self._publisher.reports.push(mistake)
+        check(report.recalled == 1, "the report says: recalled")
+        msg_id, since = await self.push(Audience(alias=["anna"]), "What I meant")
+        async with self._anna.online():
+            await self._anna.gets(msg_id, since)
+
+    async def slow(self) -> None:
+        say("A push to all, spread over ten minutes, and stopped on its way.")
+        request = PushRequest("all", Notification("Slowly"), options=Options(big_push_duration=10))
+        accepted = await self._publisher.push(request)
+        paused = await self._publisher.pause(accepted.msg_id)
+        ok(f"paused after {paused.released} of {paused.total} devices")
+        await self._publisher.stop(accepted.msg_id)
+        report = await self._publisher.reports.push(accepted.msg_id)
+        check(report.pending == 0 and report.adds_up, f"stopped: {report.recalled} will not get it")
+
+    async def later(self) -> None:
+        say('A push to the alias "anna" in a second from now, said in Berlin\'s time.')
+        when = Single.at(datetime.now(BERLIN) + timedelta(seconds=1.2))
+        request = PushRequest(Audience(alias=["anna"]), Notification("On time"))
+        async with self._anna.online():
+            schedule_id = await self._publisher.schedules.create("demo", when, request)
+            push = await asyncio.wait_for(self._anna.arrived.get(), STEP_LIMIT)
+        [firing] = await self._publisher.schedules.log(schedule_id)
+        check(firing.msg_id == push.msg_id, f"the schedule of {when.time} made it, and anna-phone got it")
 
     async def account(
         self, msg_id: int, until: Callable[[Report], bool] = lambda report: report.known

@@ -3,6 +3,10 @@
     async with Publisher("APPKEY", "MASTERSECRET", "https://push.example.com") as publisher:
         accepted = await publisher.push(PushRequest(Audience(alias=["anna"]), Notification("Hello")))
 
+Pushes and devices are methods of the Publisher; what is kept on the server has a place of its own:
+`publisher.schedules`, `.segments`, `.files`, `.callbacks`, `.keys`, and `.reports` of pushes. A receiver of callbacks
+checks them with `read_callback`.
+
 An accepted push is durable on the server. One Publisher is one pool of connections: make one for a process
 and share it between tasks.
 

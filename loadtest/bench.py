@@ -22,6 +22,7 @@ from loadtest.scenarios.churn import churn
 from loadtest.scenarios.connects import connects
 from loadtest.scenarios.idle import idle
 from loadtest.scenarios.offline import offline
+from loadtest.scenarios.reach import reach
 from loadtest.scenarios.subscriptions import subscriptions
 from loadtest.scenarios.targeted import targeted
 from loadtest.scenarios.topics import topics
@@ -42,6 +43,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
         topics,
         subscriptions,
         churn,
+        reach,
     )
 }
 NUMBERS: Final = Path("docs/numbers.md")
@@ -54,6 +56,7 @@ WORK: Final = Path(".bench")
 @click.option("--runs", type=click.IntRange(min=1), help="Runs of each measurement.")
 @click.option("--devices", type=click.IntRange(min=1200), help="Devices online at once.")
 @click.option("--registered", type=click.IntRange(min=1200), help="Devices of accepts and offline.")
+@click.option("--reachable", type=click.IntRange(min=1200), help="Devices of reach.")
 @click.option("--cycles", type=click.IntRange(min=1000), help="Connects and disconnects of churn.")
 @click.option("--log-level", default="info", show_default=True, help="Of the server; its log goes to a file.")
 @click.option("--profile", type=click.Path(path_type=Path), help="Write py-spy stacks of the server there.")
@@ -69,6 +72,7 @@ def main(
     runs: int | None,
     devices: int | None,
     registered: int | None,
+    reachable: int | None,
     cycles: int | None,
     log_level: str,
     profile: Path | None,
@@ -77,6 +81,7 @@ def main(
 ) -> None:
     """Run the named scenarios, or all, and print a table for each."""
     plan = make_plan(quick=quick, runs=runs, devices=devices, registered=registered, cycles=cycles)
+    plan = replace(plan, reachable=reachable or plan.reachable)
     directory = WORK / str(os.getpid())
     settings = {"HOLDFAST_SERVER_LOG_LEVEL": log_level}
     here = plan if against is None else replace(plan, runs=1)

@@ -44,6 +44,7 @@ class Plan:
     sessions: int = 400  # that hold them
     cycles: int = 1_000_000  # of connecting and disconnecting
     churn_limit: float = 3600.0  # seconds, after which those that were done must do
+    reachable: int = 1_000_000  # registered devices whose audiences are resolved
 
 
 QUICK: Final = Plan(
@@ -61,6 +62,7 @@ QUICK: Final = Plan(
     sessions=200,
     cycles=4_000,
     churn_limit=60.0,
+    reachable=3_000,
 )
 
 
@@ -107,7 +109,7 @@ class Stage:
     ) -> None:
         self.plan = plan
         self.source = source
-        self._directory = directory
+        self.directory = directory
         self._settings = settings or {}
         self._profile = profile
         self._populations: dict[str, Population] = {}
@@ -132,7 +134,7 @@ class Stage:
         found = self._populations.get(name)
         if found is None:
             started = time.perf_counter()
-            directory = self._directory / name / "data"
+            directory = self.directory / name / "data"
             directory.parent.mkdir(parents=True)
             found = register(directory, count, is_open=is_open, core=self.server_core, source=self.source)
             self._populations[name] = found
@@ -143,7 +145,7 @@ class Stage:
     def server(self, population: Population, settings: Mapping[str, str] | None = None) -> Iterator[Server]:
         """A fresh server on a copy of the population's data."""
         self._servers += 1
-        home = self._directory / f"server-{self._servers}"
+        home = self.directory / f"server-{self._servers}"
         home.mkdir(parents=True)
         population.copy_to(home / "data")
         both = {**self._settings, **(settings or {})}

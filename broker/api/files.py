@@ -9,6 +9,7 @@ from typing import Any, Final
 import msgspec
 import orjson
 from aiohttp import BodyPartReader, hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.multipart import MultipartReader
 
 from broker.api.call import BODY, DONE, Call, Endpoint
@@ -21,6 +22,16 @@ from broker.requests import decode
 FIELD: Final = "filename"  # what SDKs call the field with the list
 TTL_SIZE: Final = 16
 MAX_FIELDS: Final = 16  # of one upload
+
+
+BROKEN: Final = (
+    ValueError,
+    AssertionError,
+    HttpProcessingError,
+    web.RequestPayloadError,
+    ConnectionError,
+)
+"""What aiohttp's reader of multipart bodies makes of a wrong one."""
 
 
 class FileAudience(msgspec.Struct, frozen=True):
@@ -91,8 +102,8 @@ async def _receive(files: Files, call: Call, by: By) -> StoredFile:
     except BaseException as error:
         if file is not None:
             await files.discard(call.app, file)
-        if isinstance(error, ValueError | AssertionError | web.RequestPayloadError | ConnectionError):
-            raise ApiError(1003, f"the body is not valid multipart/form-data: {error}") from None
+        if isinstance(error, BROKEN):
+            raise ApiError(1003, f"the body is not valid multipart/form-data: {str(error)[:200]}") from None
         raise
 
 

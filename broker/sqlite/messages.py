@@ -31,8 +31,8 @@ from broker.sqlite.threads import Handler
 from broker.store import StoreError, UnknownMessage
 
 ID_EPOCH: Final = 1_704_067_200.0  # 2024-01-01: 41 bits of milliseconds reach to 2093
-# 4096 ids a millisecond: more than a store accepts, and more only run ahead of the clock. An id stays below 2**53, which
-# is as far as JavaScript, and every reader that makes JSON numbers into doubles, can count.
+# 4096 ids a millisecond: more than a store accepts, and more only run ahead of the clock. An id stays below 2**53,
+# which is as far as JavaScript, and every reader that makes JSON numbers into doubles, can count.
 ID_COUNTER_BITS: Final = 12
 
 
@@ -171,9 +171,7 @@ class MessageWrites:
         (answer,) = self._append_together([call])
         once = not any(appended.repeated for appended in answer)
         changes = [
-            change
-            for change in call.changes
-            if (once if change.key else not answer[change.message].repeated)
+            change for change in call.changes if (once if change.key else not answer[change.message].repeated)
         ]
         self._records.make(changes, [appended.msg_id for appended in answer])
         return [

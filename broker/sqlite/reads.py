@@ -12,6 +12,7 @@ from pyroaring import BitMap
 
 from broker.model import (
     App,
+    Appended,
     BehaviourEvent,
     Device,
     MessageRecord,
@@ -130,6 +131,7 @@ class Reads:
             "find_devices": self._find_devices,
             "names": self._names,
             "fetch_owed": self._fetch_owed,
+            "find_cids": lambda calls: [self._find_cids(*call) for call in calls],
             "find_app": lambda calls: [self._find_app(key) for key in calls],
             "list_apps": lambda calls: [self._list_apps(*call) for call in calls],
             "list_terms": lambda calls: [self._list_terms(*call) for call in calls],
@@ -204,6 +206,17 @@ class Reads:
         ids = [[next(owed)[: request.limit] for request in call] for call in calls]
         messages = self._bodies({msg_id for call in ids for found in call for msg_id in found})
         return [[[messages[msg_id] for msg_id in found] for found in call] for call in ids]
+
+    def _find_cids(self, app_id: int, cids: Sequence[str]) -> dict[str, Appended]:
+        rows = read_rows(
+            self._connection,
+            "SELECT c.cid, c.msg_id, m.sendno FROM ({values}) v"
+            " CROSS JOIN cids c ON c.app = v.column1 AND c.cid = v.column2"
+            " JOIN messages m ON m.msg_id = c.msg_id WHERE c.expires_at > ?",
+            [(app_id, cid) for cid in dict.fromkeys(cids)],
+            (self._clock(),),
+        )
+        return {cid: Appended(msg_id, True, sendno) for cid, msg_id, sendno in rows}
 
     def _owed_ids(self, requests: Sequence[OwedRequest]) -> list[list[int]]:
         rows = read_rows(

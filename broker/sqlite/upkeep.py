@@ -129,7 +129,9 @@ class Upkeep:
         return self._drop("cids", "expires_at <= ? ORDER BY expires_at", (now,))
 
     def _drop_events(self, now: float) -> int:
-        gone = self._drop("events", "id < ? ORDER BY id", (first_id(now - self._event_lifetime),))
+        before = (first_id(now - self._event_lifetime),)
+        gone = self._drop("events", "id < ? ORDER BY id", before)
+        gone = gone or self._drop("callback_events", "id < ? ORDER BY id", before)
         if gone:
             self._keep_high_water()
         return gone

@@ -171,7 +171,7 @@ class Calls:
         return PushError(NO_ANSWER, NO_ANSWER, f"{self._url} cannot be reached: {error}")
 
     def _lost(self, error: Exception, safe: bool) -> PushError:
-        what = "" if safe else "; it may have been accepted, only a push with a cid can be sent again safely"
+        what = "" if safe else "; it may have been accepted: look before you try again, or give a push a cid"
         why = str(error) or "no answer in time"
         return PushError(NO_ANSWER, NO_ANSWER, f"{self._url}: the answer was lost: {why}{what}")
 

@@ -11,6 +11,7 @@ from pyroaring import BitMap
 
 from broker.model import (
     App,
+    Appended,
     DeliveryState,
     MessageRecord,
     NewDevice,
@@ -272,6 +273,18 @@ class MessageContract:
         assert await counts(store, app, appended.msg_id, clock.now) == {"expired": 1, "pending": 3}
         clock.now = START + 101
         assert await counts(store, app, appended.msg_id, clock.now) == {"expired": 4}
+
+    # cids
+
+    async def test_a_cid_is_found_while_it_is_taken(
+        self, store: Store, app: App, other: App, clock: Clock
+    ) -> None:
+        await registered(store, app)
+        (appended,) = await store.append([replace(push(app, [0]), cid="c", sendno="7")])
+        assert await store.find_cids(app.app_id, ["c", "d"]) == {"c": Appended(appended.msg_id, True, "7")}
+        assert await store.find_cids(other.app_id, ["c"]) == {}
+        clock.now += 24 * HOUR + 1
+        assert await store.find_cids(app.app_id, ["c"]) == {}
 
     # Records
 

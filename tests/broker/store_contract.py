@@ -730,7 +730,11 @@ class StoreContract:
             return store.change_devices(app.app_id, dict.fromkeys(ids, change))
 
         results = await asyncio.gather(
-            add("x", "a"), add("y", "a", "b"), add("bad", "b", "nobody"), add("z", "b"), return_exceptions=True
+            add("x", "a"),
+            add("y", "a", "b"),
+            add("bad", "b", "nobody"),
+            add("z", "b"),
+            return_exceptions=True,
         )
         assert [type(result) for result in results] == [dict, dict, UnknownDevice, dict]
         found = await store.find_devices(app.app_id, ["a", "b"])
@@ -790,6 +794,116 @@ class StoreContract:
             await store.files.write(app.app_id, "g", _each([b"x", b"x" * (PIECE + 1)]))
         for file_id in ("f", "g"):
             assert [piece async for piece in store.files.read(app.app_id, file_id)] == []
+
+    # Callbacks
+
+    async def _tell(self, store: Store, app: App, count: int = 1) -> list[int]:
+        """So many deliveries to device 0 of messages with a callback."""
+        await store.register(app.app_id, [NewDevice("d0"), NewDevice("d1")])
+        callback = Callback("http://example.com/", ("delivered",), {"a": 1})
+        messages = [push(app, [0], callback=callback) for _ in range(count)]  # type: ignore[arg-type]
+        msg_ids = [appended.msg_id for appended in await store.append(messages)]
+        await store.settle([Settled(app.app_id, m, False, (0,), at=START + 1) for m in msg_ids])
+        return msg_ids
+
+    async def test_a_callback_event_is_claimed_for_a_lease(
+        self, store: Store, app: App, clock: Clock
+    ) -> None:
+        msg_ids = await self._tell(store, app, 3)
+        assert await store.callbacks.claim(START, 60, 10) == [], "not before it happened"
+        first, second = await store.callbacks.claim(START + 1, 60, 2)
+        assert (first.msg_id, second.msg_id) == (msg_ids[0], msg_ids[1])
+        assert (first.event, first.at, first.devnos, first.attempts) == (
+            "delivered",
+            START + 1,
+            BitMap([0]),
+            0,
+        )
+        assert first.callback == Callback("http://example.com/", ("delivered",), {"a": 1})
+        [third] = await store.callbacks.claim(START + 1, 60, 10)
+        assert await store.callbacks.claim(START + 60, 60, 10) == []
+        await store.callbacks.done([first.event_id])
+        again = await store.callbacks.claim(START + 61, 60, 10)
+        assert [event.event_id for event in again] == [second.event_id, third.event_id]
+
+    async def test_callback_events_fail_are_parked_and_come_back(
+        self, store: Store, app: App, other: App
+    ) -> None:
+        await self._tell(store, app, 2)
+        await self._tell(store, other)
+        one, two, three = await store.callbacks.claim(START + 1, 60, 10)
+        await store.callbacks.failed([one.event_id], START + 5, "HTTP 500")
+        await store.callbacks.failed([two.event_id], None, "HTTP 410")
+        await store.callbacks.postpone([three.event_id], START + 9)
+        assert await store.callbacks.counts(app.app_id) == (1, 1)
+        assert await store.callbacks.counts(0) == (2, 1)
+        [due] = await store.callbacks.claim(START + 5, 60, 10)
+        assert (due.event_id, due.attempts, due.error) == (one.event_id, 1, "HTTP 500")
+        [late] = await store.callbacks.claim(START + 9, 60, 10)
+        assert (late.event_id, late.attempts) == (three.event_id, 0)
+        [parked] = await store.callbacks.list_parked(app.app_id, 0, 10)
+        assert (parked.event_id, parked.attempts, parked.error) == (two.event_id, 1, "HTTP 410")
+        assert await store.callbacks.list_parked(app.app_id, two.event_id, 10) == []
+        assert await store.callbacks.list_parked(other.app_id, 0, 10) == []
+        assert await store.callbacks.retry(other.app_id, START) == 0
+        assert await store.callbacks.retry(app.app_id, START + 10) == 1
+        [back] = await store.callbacks.claim(START + 10, 60, 10)
+        assert (back.event_id, back.attempts) == (two.event_id, 0)
+        await store.callbacks.failed([back.event_id], None, "")
+        assert await store.callbacks.drop_parked(other.app_id) == 0
+        assert await store.callbacks.drop_parked(app.app_id) == 1
+        assert await store.callbacks.counts(app.app_id) == (1, 0)
+
+    async def test_callback_events_survive_and_their_ids_are_not_used_again(
+        self, make_store: MakeStore, store: Store, app: App, clock: Clock
+    ) -> None:
+        await self._tell(store, app)
+        [told] = await store.callbacks.claim(START + 1, 60, 1)
+        await store.callbacks.done([told.event_id])
+        await store.close()
+        clock.now = START - DAY  # a clock that was put back
+        again = await make_store()
+        [msg_id] = await self._tell(again, app)
+        [event] = await again.callbacks.claim(START + 1, 60, 10)
+        assert event.msg_id == msg_id
+        assert event.event_id > told.event_id
+        await again.close()
+        once_more = await make_store()
+        assert [e.event_id for e in await once_more.callbacks.claim(START + 61, 60, 10)] == [event.event_id]
+        await once_more.close()
+
+    async def test_a_part_is_told_as_its_whole(self, store: Store, app: App) -> None:
+        await store.register(app.app_id, [NewDevice(f"d{i}") for i in range(4)])
+        callback = Callback("http://example.com/", ("delivered",))
+        whole = NewMessage(
+            app.app_id, b"{}", BitMap(range(4)), False, START, START + HOUR, paced=True, callback=callback
+        )
+        [public] = await store.append([whole])
+        parts = [
+            NewMessage(app.app_id, b"{}", BitMap(t), False, START, START + HOUR, part_of=public.msg_id)
+            for t in ((0, 1), (2, 3))
+        ]
+        ids = [appended.msg_id for appended in await store.append(parts)]
+        await store.settle(
+            [
+                Settled(app.app_id, ids[0], False, (0, 1, 3), at=START),  # 3 is no target of this part
+                Settled(app.app_id, ids[1], False, (2,), at=START),
+            ]
+        )
+        [event] = await store.callbacks.claim(START, 60, 10)
+        assert (event.msg_id, event.devnos) == (public.msg_id, BitMap([0, 1, 2]))
+
+    async def test_old_callback_events_and_those_of_deleted_apps_go(
+        self, store: Store, app: App, other: App, clock: Clock
+    ) -> None:
+        await self._tell(store, app)
+        await self._tell(store, other)
+        await store.delete_app(other.key)
+        assert [event.app_id for event in await store.callbacks.claim(START + 1, 0, 10)] == [app.app_id]
+        await expire_all(store, START + 1)
+        assert await store.callbacks.counts(0) == (1, 0)
+        await expire_all(store, START + 8 * DAY)
+        assert await store.callbacks.counts(0) == (0, 0)
 
 
 async def _each(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:

@@ -132,6 +132,64 @@ async def test_access_rules_are_replaced_as_a_whole(server: Server) -> None:
     assert await server.call("GET", path) == (200, [])
 
 
+async def test_settings_are_replaced_as_a_whole(server: Server) -> None:
+    _, made = await server.call("POST", "/v1/app", {"name": "Shop"})
+    path = f"/v1/apps/{made['app_key']}/settings"
+    status, nothing = await server.call("GET", path)
+    assert (status, nothing["limits"], nothing["restricted"]) == (200, {}, False)
+    wanted = {"restricted": True, "limits": {"push_rate": 600}, "allow_from": ["10.0.0.0/8"]}
+    assert await server.call("PUT", path, wanted) == (200, nothing | wanted)
+    assert await server.call("GET", path) == (200, nothing | wanted)
+    status, refused = await server.call("PUT", path, {"limits": {"push_rate": 0}})
+    assert (status, refused["error"]["code"]) == (400, 1003)
+    assert refused["error"]["message"].startswith("limits.push_rate = 0: must be")
+    assert await server.call("GET", path) == (200, nothing | wanted)
+    assert await server.call("PUT", path, {}) == (200, nothing)
+    for method in ("GET", "PUT"):
+        status, refused = await server.call(method, "/v1/apps/nope/settings", {})
+        assert (status, refused["error"]["code"]) == (404, 1008)
+
+
+async def test_groups_are_managed(server: Server) -> None:
+    _, made = await server.call("POST", "/v1/app", {"name": "Shop"})
+    status, group = await server.call("POST", "/v1/groups", {"name": "all", "apps": [made["app_key"]]})
+    assert (status, group["name"], group["apps"]) == (200, "all", [made["app_key"]])
+    assert len(group["secret"]) == 32
+    assert await server.call("GET", "/v1/groups") == (200, [group])
+    path = f"/v1/groups/{group['group_key']}"
+    assert await server.call("PUT", path, {"apps": []}) == (200, group | {"apps": []})
+    for body, code in (([], 1003), ({"apps": ["nope"]}, 1008), ({"name": 1}, 1003)):
+        status, refused = await server.call("PUT", path, body)
+        assert (status, refused["error"]["code"]) == (400, code)
+    assert await server.call("DELETE", path) == (200, {"success": "delete group success"})
+    status, refused = await server.call("DELETE", path)
+    assert (status, refused["error"]["code"]) == (404, 1003)
+    assert await server.call("GET", "/v1/groups") == (200, [])
+
+
+async def test_what_the_operator_did_is_listed(server: Server) -> None:
+    for name in ("Shop", "Club"):
+        _, made = await server.call("POST", "/v1/app", {"name": name})
+    _, page = await server.call("GET", "/v1/audit")
+    newest = page["entries"][0]
+    assert (newest["subject"], newest["app_key"]) == (f"{made['app_key']} Club", made["app_key"])
+    assert {(entry["actor"], entry["address"], entry["action"]) for entry in page["entries"]} == {
+        ("admin", "127.0.0.1", "app.create")
+    }
+    _, one = await server.call("GET", f"/v1/audit?app={made['app_key']}&limit=5")
+    assert (one["entries"], one["before"]) == (page["entries"][:1], 0)
+    for query, code in (("limit=0", 1003), ("before=x", 1003), ("app=nope", 1008)):
+        _, refused = await server.call("GET", f"/v1/audit?{query}")
+        assert refused["error"]["code"] == code
+
+
+async def test_who_has_no_admin_key_is_not_recorded(server: Server) -> None:
+    wrong = {"Authorization": "Bearer wrong-key-wrong-key"}
+    status, _ = await server.call("POST", "/v1/app", {"name": "Shop"}, headers=wrong)
+    assert status == 401
+    assert (await server.call("GET", "/v1/audit"))[1]["entries"] == []
+
+
 async def test_the_longest_list_of_access_rules_is_taken(server: Server) -> None:
     _, made = await server.call("POST", "/v1/app", {"name": "Shop"})
     path = f"/v1/apps/{made['app_key']}/access"

@@ -73,7 +73,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"allow_from": ["10.0.0.1/8"]}, "allow_from: must be networks such as 192.0.2.0/24"),
     ({"allow_from": ["example.org"]}, "'example.org' does not appear to be"),
     ({"allow_from": ["10.0.0.0/8"] * 1001}, "allow_from: at most 1000 networks, got 1001"),
-    ({"limits": {"pushes": 1}}, "limits.pushes: there is no such limit; there are fanout_limit, "),
+    ({"limits": {"pushes": 1}}, "limits.pushes: there is no such limit; there are default_ttl, "),
     ({"limits": {"max_apps_cached": 1}}, "limits.max_apps_cached: there is no such limit"),
     (
         {"limits": {"push_rate": 0}},

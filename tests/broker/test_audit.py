@@ -35,6 +35,22 @@ async def test_calls_of_the_owner_are_recorded(service: Any) -> None:
     assert made["secret"] not in str(entries)
 
 
+async def test_what_takes_something_away_is_recorded(service: Any) -> None:
+    await service.register("a", alias="ann", tags=["red"])
+    await service.call("DELETE", "/v3/tags/red")
+    await service.call("DELETE", "/v3/aliases/ann")
+    await service.call("DELETE", "/v1/devices/a/token")
+    await service.call("DELETE", "/v3/push/1")
+    await service.call("DELETE", "/v1/callbacks/parked")
+    assert [(entry["action"], entry["subject"]) for entry in await _entries(service)] == [
+        ("callback.drop", ""),
+        ("push.withdraw", "1"),
+        ("token.revoke", "a"),
+        ("alias.delete", "ann"),
+        ("tag.delete", "red"),
+    ]
+
+
 async def test_reading_is_no_deed(service: Any) -> None:
     for path in ("/v1/keys", "/v1/settings", "/v1/audit", "/v3/tags"):
         await service.call("GET", path)

@@ -158,6 +158,7 @@ async def test_the_resolver_hands_out_only_what_may_be_called() -> None:
 
 
 async def _park(service: Any, count: int) -> list[int]:
+    await service.broker.callbacks.close()  # nobody else takes them
     app, now = service.app, service.now
     await service.register("device-1")
     callback = Callback("http://192.168.0.1/x", ("delivered",))

@@ -149,6 +149,57 @@ def test_wrong_access_rules_are_refused_with_the_reason(data_dir: Path, content:
     assert (done.exit_code, done.output[: len(message)]) == (1, message)
 
 
+def _set_settings(data_dir: Path, key: str, content: bytes) -> Result:
+    return CliRunner().invoke(
+        app, ["settings", key, "--set", "-", "--data-dir", str(data_dir)], input=content
+    )
+
+
+def test_settings_of_a_stopped_server(data_dir: Path) -> None:
+    key = _answer(data_dir, "app create Shop")["app_key"]
+    before = _answer(data_dir, f"app settings {key}")
+    assert before["limits"] == {}
+    done = _set_settings(data_dir, key, b'{"limits": {"daily_pushes": 5}, "restricted": true}')
+    assert (done.exit_code, orjson.loads(done.stdout)["limits"]) == (0, {"daily_pushes": 5})
+    assert _answer(data_dir, f"app settings {key}")["restricted"] is True
+    for content, message in (
+        (b"[", "Error: the settings are not valid JSON: "),
+        (b'{"restricted": 1}', "Error: restricted: expected bool"),
+        (b'{"limits": {"x": 1}}', "Error: limits.x: there is no such limit"),
+    ):
+        refused = _set_settings(data_dir, key, content)
+        assert (refused.exit_code, refused.output[: len(message)]) == (1, message)
+
+
+def test_groups_of_a_stopped_server(data_dir: Path) -> None:
+    shop, club = (_answer(data_dir, f"app create {name}")["app_key"] for name in ("Shop", "Club"))
+    made = _answer(data_dir, f"group create all --app {shop} --app {club}")
+    key = made["group_key"]
+    assert (made["name"], made["apps"]) == ("all", [shop, club])
+    assert _answer(data_dir, "group list") == [made]
+    assert _answer(data_dir, f"group change {key} --app {shop}") == made | {"apps": [shop]}
+    assert _answer(data_dir, f"group change {key} --name one") == made | {"apps": [shop], "name": "one"}
+    _answer(data_dir, f"group delete {key}")
+    assert _answer(data_dir, "group list") == []
+    done = _run(f"group create all --app nope --data-dir {data_dir}")
+    assert (done.exit_code, done.output) == (1, "Error: apps: there is no app nope\n")
+
+
+def test_the_audit_log_of_a_stopped_server(data_dir: Path) -> None:
+    shop, club = (_answer(data_dir, f"app create {name}")["app_key"] for name in ("Shop", "Club"))
+    _answer(data_dir, f"app rotate-secret {shop}")
+    entries = _answer(data_dir, "audit")["entries"]
+    assert [(entry["action"], entry["app_key"]) for entry in entries] == [
+        ("app.rotate_secret", shop),
+        ("app.create", club),
+        ("app.create", shop),
+    ]
+    assert {entry["actor"] for entry in entries} == {"local"}
+    page = _answer(data_dir, f"audit --app {shop} --limit 1")
+    assert page["entries"] == entries[:1]
+    assert _answer(data_dir, f"audit --app {shop} --before {page['before']}")["entries"] == entries[2:]
+
+
 def test_an_unknown_app_is_said(data_dir: Path) -> None:
     _answer(data_dir, "app create Shop")
     done = _run("app delete nope", "--data-dir", str(data_dir))
@@ -204,6 +255,32 @@ async def test_apps_and_tokens_of_a_running_server(running: Path) -> None:
     assert await asyncio.to_thread(_answer, running, f"app access {key}") == RULES
     await asyncio.to_thread(_answer, running, f"app delete {key}")
     assert await asyncio.to_thread(_answer, running, "app list") == []
+
+
+async def test_settings_groups_and_the_audit_log_of_a_running_server(running: Path) -> None:
+    key = (await asyncio.to_thread(_answer, running, "app create Shop"))["app_key"]
+    done = await asyncio.to_thread(_set_settings, running, key, b'{"restricted": true}')
+    assert (done.exit_code, orjson.loads(done.stdout)["restricted"]) == (0, True)
+    shown = await asyncio.to_thread(_answer, running, f"app settings {key}")
+    assert shown["restricted"] is True
+    refused = await asyncio.to_thread(_set_settings, running, key, b'{"limits": {"x": 1}}')
+    assert (refused.exit_code, refused.output.split(":")[1]) == (1, " limits.x")
+    made = await asyncio.to_thread(_answer, running, f"group create all --app {key}")
+    path = made["group_key"]
+    renamed = await asyncio.to_thread(_answer, running, f"group change {path} --name one")
+    assert await asyncio.to_thread(_answer, running, "group list") == [renamed] == [made | {"name": "one"}]
+    await asyncio.to_thread(_answer, running, f"group delete {path}")
+    entries = (await asyncio.to_thread(_answer, running, "audit --limit 50"))["entries"]
+    assert {entry["actor"] for entry in entries} == {"admin"}
+    assert [entry["action"] for entry in entries] == [
+        "group.delete",
+        "group.change",
+        "group.create",
+        "app.set_settings",
+        "app.set_settings",
+        "app.create",
+    ]
+    assert (await asyncio.to_thread(_answer, running, f"audit --app {key}"))["entries"][-1] == entries[-1]
 
 
 async def test_the_running_server_says_why_not(running: Path) -> None:

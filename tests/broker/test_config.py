@@ -207,7 +207,10 @@ def test_shown_settings_are_valid_and_hide_the_secret(file: Path) -> None:
 
 HTTP_ROWS = [
     ({"http.https_only": "true"}, "http.https_only = true: nobody could call; name the proxies"),
-    ({"http.trusted_proxies": "10.0.0.1/8"}, "http.trusted_proxies = '10.0.0.1/8': must be networks with commas"),
+    (
+        {"http.trusted_proxies": "10.0.0.1/8"},
+        "http.trusted_proxies = '10.0.0.1/8': must be networks with commas",
+    ),
     ({"http.trusted_proxies": "proxy.example"}, "http.trusted_proxies = 'proxy.example': must be networks"),
 ]
 

@@ -26,8 +26,10 @@ REFUSED: list[tuple[str, str, object, int, int, str]] = [
     # method, path, body, status, code, what the message says
     ("GET", "/", None, 404, 1003, "no such path"),
     ("POST", "/v3/pushes", {}, 404, 1003, "no such path"),
-    ("POST", "/v3/push/", HELLO, 404, 1003, "no such path"),
-    ("GET", "/v3/schedules", None, 404, 1003, "no such path"),
+    ("POST", "/v1/push/", HELLO, 404, 1003, "no such path"),
+    ("GET", "/v1/settings/x", None, 404, 1003, "no such path"),
+    ("DELETE", "/v3/push/cid", None, 405, 1001, "DELETE is not supported here, only GET"),
+    ("GET", "/v3/devices/status", None, 405, 7002, "GET is not supported here, only POST"),
     ("GET", "/v3/devices/a/b", None, 404, 7002, "no such path"),
     ("GET", "/v3/report/x", None, 404, 3004, "no such path"),
     ("GET", "/%ff%00", None, 404, 1003, "no such path"),

@@ -160,6 +160,53 @@ async def test_everything_that_the_sdk_can_say(service: Any, sdk: jpush.JPush) -
     assert (await _payload(push.send))["sendno"] == "12"
 
 
+FORMS: dict[str, tuple[Any, Any]] = {
+    "each platform its own": (
+        jpush.notification(
+            alert="Hello",
+            ios=jpush.ios(alert="Hello, iOS", sound="a.caf", extras={"k1": "v1"}),
+            android=jpush.android(
+                alert="Hello, Android", priority=1, style=1, alert_type=1, big_text="j" * 10
+            ),
+            hmos=jpush.hmos(alert="Hello, HMOS", large_icon="icon", style="style", inbox="inbox"),
+        ),
+        None,
+    ),
+    "with a message": (
+        jpush.notification(alert="Hello", ios=jpush.ios(alert="Hello, iOS", badge="+1")),
+        jpush.message("content", extras={"k2": "v2", "k3": "v3"}),
+    ),
+    "silent": (
+        jpush.notification(
+            alert="Hello",
+            ios=jpush.ios(alert="Hello, iOS", badge="+1", extras={"k1": "v1"}, sound_disable=True),
+            hmos=jpush.hmos(alert="Hello, HMOS"),
+        ),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_the_forms_of_its_examples(service: Any, sdk: jpush.JPush, form: str) -> None:
+    await _devices(service)
+    push = _hello(sdk, jpush.audience(jpush.tag("red", "big"), {"alias": ["ann", "bob"]}))
+    push.notification, push.message = FORMS[form]
+    assert int((await _payload(push.send))["msg_id"]) > 0
+    assert (await _payload(push.send_validate))["msg_id"] == "0"
+
+
+async def test_devices_as_its_examples_change_them(service: Any, sdk: jpush.JPush) -> None:
+    await _devices(service)
+    device = sdk.create_device()
+    await _payload(device.set_devicemobile, "a", jpush.device_tag(jpush.add("ddd", "tageee")))
+    assert await _payload(device.check_taguserexist, "ddd", "a") == {"result": True}
+    assert await _payload(device.delete_tag, "ddd", "android,ios,hmos") == "success"
+    assert await _payload(device.get_aliasuser, "ann", "android,ios,hmos") == {"registration_ids": ["a", "b"]}
+    assert await _payload(device.delete_alias, "ann", "android,ios,hmos") == "success"
+    assert await _payload(device.get_device_status, "a") == {"a": {"online": False}}
+
+
 async def test_validate_and_cid(service: Any, sdk: jpush.JPush) -> None:
     await _devices(service)
     assert (await _payload(_hello(sdk).send_validate)).keys() == {"sendno", "msg_id"}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from random import Random
 from typing import Any
 
+import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyroaring import BitMap
 
@@ -73,6 +76,7 @@ def _pace(total: int, duration: float, **changes: Any) -> Pace:
 
 
 @given(st.integers(1, 100_000), st.integers(1, 1400), st.floats(0, 1.2))
+@settings(deadline=None)
 def test_what_is_released_is_within_five_percent_of_the_plan_or_one_device(
     total: int, minutes: int, moment: float
 ) -> None:
@@ -87,6 +91,7 @@ def test_what_is_released_is_within_five_percent_of_the_plan_or_one_device(
 
 
 @given(st.integers(1, 1000), st.integers(1, 1400), st.integers(0, 99), st.floats(0, 80_000))
+@settings(deadline=None)
 def test_what_is_due_is_due_when_it_is_said(total: int, minutes: int, part: int, later: float) -> None:
     """Else it would be looked at again and again for nothing."""
     pace = _pace(total, minutes * 60.0)
@@ -94,6 +99,22 @@ def test_what_is_due_is_due_when_it_is_said(total: int, minutes: int, part: int,
     assert pace.due_part(moment) == min(part, pace.parts - 1) + 1
     moved = pace.held_until(moment + later)
     assert moved.due_part(moved.due) == 1
+
+
+@given(st.integers(1, 100_000), st.integers(1, 60), st.lists(st.tuples(st.integers(0, 1000), st.booleans())))
+@settings(deadline=None)
+def test_pauses_count_as_no_time(total: int, minutes: int, steps: list[tuple[int, bool]]) -> None:
+    pace, now, active = _pace(total, minutes * 60.0), START, 0
+    for seconds, flip in steps:
+        now += seconds
+        if pace.paused_at is None:
+            active += seconds
+            pace = msgspec.structs.replace(pace, part=pace.due_part(now))
+        planned = total * min(active / (minutes * 60), 1)
+        assert abs(pace.released - planned) <= max(0.05 * total, 1) + 1
+        if flip:
+            paused = pace.paused_at is not None
+            pace = pace.resumed(now) if paused else msgspec.structs.replace(pace, paused_at=now)
 
 
 def test_a_held_push_goes_at_once_when_it_starts() -> None:
@@ -125,6 +146,36 @@ async def test_an_hour_is_even_at_every_second_and_adds_up(tmp_path: Path) -> No
         assert (await world.find(msg_id)).parts <= MAX_PARTS
         await world.pass_time(START + 3600 + DAY)
         assert await world.counts(msg_id) == {"expired": 10_000}
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_whatever_happens_it_adds_up_and_nobody_gets_two(world: World, seed: int) -> None:
+    """Time, deliveries, pauses, crashes and at last a stop, at random (G4)."""
+    random, msg_id = Random(seed), await _slow(world, options={"time_to_live": 1200})
+    got: list[int] = []
+    for _ in range(30):
+        pacer = world.broker.pacer
+        await world.pass_time(world.now + random.randint(0, 400))
+        bells = [bell for bell in await world.rung() if isinstance(bell, Broadcast | Targeted)]
+        got += _devnos(bells)
+        for bell in bells:
+            message = bell.broadcast.message if isinstance(bell, Broadcast) else bell.message
+            some = [devno for devno in _devnos([bell]) if random.random() < 0.5]
+            wide = isinstance(bell, Broadcast)
+            await world.store.settle([Settled(world.app.app_id, message.msg_id, wide, some, at=world.now)])
+        with suppress(ApiError):
+            await random.choice([pacer.pause, pacer.resume, pacer.resume])(world.app.app_id, msg_id)
+        if random.random() < 0.2:
+            await world.crash()
+        counts = await world.counts(msg_id)
+        assert sum(counts.values()) == 100
+        assert sorted(got) == list((await world.find(msg_id)).released)
+    with suppress(ApiError):  # it may be at its end
+        await world.broker.pacer.stop(world.app.app_id, msg_id)
+        assert "pending" not in await world.counts(msg_id)
+    await world.pass_time(world.now + 1200)
+    assert "pending" not in await world.counts(msg_id)
+    assert (await _progress(world, msg_id)).state in ("done", "stopped", "expired")
 
 
 async def test_devices_know_a_part_by_the_id_of_the_push(world: World) -> None:
@@ -378,6 +429,16 @@ async def test_a_push_in_quiet_hours_goes_when_they_end(world: World) -> None:
     await world.pass_time(START + 9 * HOUR)
     assert _devnos(await world.rung()) == list(range(100))
     assert await _progress(world, msg_id) == Progress(100, 100, None, "done")
+
+
+async def test_pushes_held_to_the_same_moment_go_in_the_order_they_came(world: World) -> None:
+    await world.set_rules(quiet_hours=QUIET)
+    world.now = START + 2 * HOUR
+    ids = [await world.push() for _ in range(100)]
+    await world.pass_time(START + 9 * HOUR)
+    bells = [bell.broadcast.message for bell in await world.rung() if isinstance(bell, Broadcast)]
+    assert [message.public_id for message in bells] == ids
+    assert [message.msg_id for message in bells] == sorted(message.msg_id for message in bells)
 
 
 async def test_one_that_was_paused_before_it_began_begins_as_planned(world: World) -> None:

@@ -7,7 +7,7 @@ import orjson
 import pytest
 
 from broker.errors import ApiError
-from broker.model import BehaviourEvent, Receipt, Settled
+from broker.model import AppSettings, BehaviourEvent, Receipt, Settled
 
 HELLO = orjson.dumps({"platform": "all", "audience": {"tag": ["red"]}, "message": {"msg_content": "hi"}})
 
@@ -52,22 +52,63 @@ async def test_the_detail_accounts_for_every_target(service: Any) -> None:
     msg_id, _ = await _pushed(service)
     row = (await service.reports.received_detail(service.app, str(msg_id)))[0]
     assert (row["jpush_received"], row["ios_msg_received"], row["hmos_msg_received"]) == (0, 1, 1)
-    states = ("delivered", "pending", "expired", "evicted")
+    states = ("delivered", "pending", "expired", "evicted", "recalled", "suppressed")
     assert row["target"] == sum(row[state] for state in states) == 3
-    assert [row[state] for state in states] == [2, 1, 0, 0]
+    assert [row[state] for state in states] == [2, 1, 0, 0, 0, 0]
     assert (row["shown"], row["clicked"], row["dismissed"]) == (0, 1, 0)
+    assert (row["online"], row["sent"]) == (0, 2)
     service.now += service.limits.default_ttl
     row = (await service.reports.received_detail(service.app, str(msg_id)))[0]
-    assert [row[state] for state in states] == [2, 0, 1, 0]
+    assert [row[state] for state in states] == [2, 0, 1, 0, 0, 0]
     unknown = (await service.reports.received_detail(service.app, "999999"))[0]
     assert unknown.keys() == row.keys()
 
 
+async def test_statistics_by_platform_and_by_channel(service: Any) -> None:
+    msg_id, _ = await _pushed(service)
+    rows = await service.reports.messages(service.app, f"{msg_id},999999")
+    one = {"target": 1, "online_push": 1, "received": 1, "click": 0, "msg_click": None}
+    none = {"target": 0, "online_push": 0, "received": 0, "click": 0, "msg_click": None}
+    apns = {"apns_target": None, "apns_sent": None, "apns_received": None}
+    assert rows[0] == {
+        "msg_id": str(msg_id),
+        "android": one | {"online_push": 0, "received": 0},
+        "ios": apns | one | {"click": 1},
+        "winphone": {"mpns_target": None, "mpns_sent": None} | none,
+        "quickapp": none,
+        "hmos": one,
+    }
+    assert set(rows[1].values()) == {"999999", None}
+    assert rows[1].keys() == rows[0].keys()
+    detail = await service.reports.messages_detail(service.app, f"{msg_id},999999")
+    assert detail[0] == {
+        "msg_id": str(msg_id),
+        "jpush": {"target": 3, "online_push": 2, "received": 2, "click": 1, "msg_click": None},
+        "android_pns": None,
+        "ios": apns | {"apns_click": None, "msg_target": 1, "msg_received": 1},
+        "winphone": {"mpns_target": None, "mpns_sent": None, "click": 0},
+        "quickapp": none,
+        "hmos": one,
+        "details": None,
+    }
+    assert set(detail[1].values()) == {"999999", None}
+    assert detail[1].keys() == detail[0].keys()
+
+
+@pytest.mark.parametrize("name", ["received", "received_detail", "messages", "messages_detail"])
 @pytest.mark.parametrize(
     "msg_ids", [None, "", "x", "1,,2", "-1", "1.5", "9" * 20, "0" * 5000, ",".join(["1"] * 101)]
 )
-async def test_msg_ids_that_are_none(service: Any, msg_ids: str | None) -> None:
-    assert (await _refused(service.reports.received(service.app, msg_ids)))[0] == 3004
+async def test_msg_ids_that_are_none(service: Any, name: str, msg_ids: str | None) -> None:
+    assert (await _refused(getattr(service.reports, name)(service.app, msg_ids)))[0] == 3004
+
+
+async def test_an_app_may_have_limits_of_its_own(service: Any) -> None:
+    settings = AppSettings(limits={"max_msg_ids": 1, "max_ids": 1})
+    app = await service.store.set_settings(service.app.key, settings)
+    assert "at most 1 values, got 2" in (await _refused(service.reports.received(app, "1,2")))[1]
+    body = b'{"msg_id":1,"registration_ids":["a","b"]}'
+    assert "at most 1 values, got 2" in (await _refused(service.reports.status(app, body)))[1]
 
 
 async def test_the_status_of_one_message_for_each_device(service: Any) -> None:
@@ -140,5 +181,7 @@ async def test_what_devices_tell_is_checked(service: Any) -> None:
         with pytest.raises(ApiError, match=message) as caught:
             call()
         assert caught.value.code == 3004
-    assert service.reports.receipt(1, 2, b'{"msg_id":"7","event":"shown"}') == Receipt(1, 7, 2, "shown")
+    assert service.reports.receipt(1, 2, b'{"msg_id":"7","event":"shown"}') == Receipt(
+        1, 7, 2, "shown", service.now
+    )
     assert service.reports.event(1, 2, "x/y", b"[1]", 3.0) == BehaviourEvent(1, 2, "x/y", 3.0, b"[1]")

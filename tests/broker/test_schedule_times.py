@@ -220,6 +220,7 @@ def test_firings_go_forward_within_the_span_and_are_as_many_as_days_that_match(
 
 
 @given(st.datetimes(_wall("2024-01-01"), _wall("2027-12-31")), st.sampled_from(ZONES))
+@settings(deadline=None)
 def test_a_moment_shows_its_wall_time_or_the_end_of_a_gap(wall: datetime, zone: str) -> None:
     wall = wall.replace(microsecond=0)
     moment = instant(wall, ZoneInfo(zone))
@@ -300,3 +301,15 @@ def test_an_own_zone_wins_over_the_default() -> None:
 def test_zones_are_found_by_name_only() -> None:
     assert find_zone("Asia/Shanghai") == ZoneInfo("Asia/Shanghai")
     assert [find_zone(name) for name in ("", "x" * 65, "\0", "/etc/localtime", "UTC/..")] == [None] * 5
+
+
+def test_a_trigger_is_shown_with_what_it_left_out() -> None:
+    sent = {
+        "start": "2026-01-01 00:00:00",
+        "end": "2026-01-02 00:00:00",
+        "time": "12:00:00",
+        "time_unit": "Day",
+    }
+    trigger = msgspec.convert({"periodical": sent | {"point": None}, "single": None}, Trigger).in_zone("UTC")
+    assert trigger.as_dict() == {"periodical": sent | {"frequency": 1, "zone": "UTC"}}
+    assert msgspec.json.decode(msgspec.json.encode(trigger), type=Trigger) == trigger

@@ -18,7 +18,7 @@ from broker.errors import ApiError
 from broker.limits import Limits
 from broker.model import AppSettings, QuietHours, Record
 from broker.schedules import CID, KEPT_IDS, LIVE, OVER, Schedule
-from broker.store import Conflict, StoreError, StoreUnavailable
+from broker.store import Conflict, StoreError, StoreUnavailable, UnknownMessage
 from tests.broker.later import HELLO, START, World, open_world
 
 HOUR = 3600.0
@@ -212,6 +212,21 @@ async def test_what_is_refused_when_it_fires_is_noted_and_it_goes_on(world: Worl
     found = await _find(world, schedule_id)
     assert (found["fired"], found["failed"]) == (1, 1)
     assert world.broker.schedules.counts.failed == 1
+
+
+async def test_a_push_whose_predecessor_is_gone_is_refused_and_not_tried_for_ever(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def gone(*_: object) -> None:
+        raise UnknownMessage("17")
+
+    early = await _create(world, push=HELLO | {"options": {"override_msg_id": 17}})
+    await world.pass_time(START + HOUR)
+    late = await _create(world, trigger=DAILY)
+    monkeypatch.setattr(world.store, "append", gone)  # it goes between the check and the append
+    await world.pass_time(START + DAY + HOUR)
+    assert await _log(world, early) == [(START + HOUR / 2, 1003)]
+    assert await _log(world, late) == [(START + DAY + HOUR, 1003)]
 
 
 async def test_the_apps_settings_of_that_moment_hold(world: World) -> None:

@@ -22,6 +22,7 @@ from broker.model import App, NewDevice, NewMessage, SessionItem, Settled, Term
 from broker.sqlite.engine import APPLICATION_ID, encode_bits
 from broker.store import Store, StoreError, StoreFull, StoreUnavailable
 from broker.store_sqlite import SqliteStore
+from tests.broker.activity_contract import ActivityContract
 from tests.broker.message_contract import MessageContract
 from tests.broker.store_contract import (
     HOUR,
@@ -36,7 +37,7 @@ from tests.broker.store_contract import (
 )
 
 
-class TestSqliteStore(StoreContract, MessageContract):
+class TestSqliteStore(StoreContract, MessageContract, ActivityContract):
     @pytest.fixture
     def make_store(self, clock: Clock, tmp_path: Path) -> MakeStore:
         async def make() -> Store:

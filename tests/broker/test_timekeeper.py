@@ -223,6 +223,26 @@ async def test_the_task_is_woken_at_once(world: World, monkeypatch: pytest.Monke
     assert alarms.rung == ["a"]
 
 
+async def test_the_task_survives_whatever_happens(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    alarms, due, failed = Alarms(world), world.store.records.due, asyncio.Event()
+
+    async def fail(*_: object) -> None:
+        monkeypatch.setattr(world.store.records, "due", due)
+        failed.set()
+        raise RuntimeError("a bug")
+
+    await _set(world, "a", START)
+    monkeypatch.setattr(world.store.records, "due", fail)
+    alarms.keeper.open()
+    await asyncio.wait_for(failed.wait(), 10)
+    alarms.keeper.wake()
+    await asyncio.wait_for(alarms.heard.wait(), 10)
+    await alarms.keeper.close()
+    assert "RuntimeError: a bug" in caplog.text
+
+
 async def test_the_task_waits_until_the_next_is_due_and_is_ended_by_close(world: World) -> None:
     loop = asyncio.get_running_loop()
     alarms = Alarms(world)

@@ -194,7 +194,8 @@ async def test_a_slow_push_answers_at_once_and_goes_in_parts(service: Any) -> No
 
 async def test_slow_pushes_are_limited_and_one_too_many_is_1012(start: Any) -> None:
     service = await start(limits=Limits(max_slow_pushes=2))
-    await service.register("a")
+    for name in "ab":  # two parts: a push with one would be over at once
+        await service.register(name)
     body = {
         "platform": "all", "audience": "all", "notification": {"alert": "x"},
         "options": {"big_push_duration": 1},
@@ -234,3 +235,24 @@ async def test_a_wide_part_is_a_broadcast(start: Any) -> None:
     bell = await _bell(service, Broadcast)
     assert bell.broadcast.message.public_id == msg_id
     assert len(bell.broadcast.targets) > 1
+
+
+# The first result of a cid
+
+
+async def test_a_used_cid_answers_its_first_result_whatever_has_changed(service: Any) -> None:
+    body: dict[str, Any] = {
+        "platform": "all", "audience": {"tag": ["red"]}, "notification": {"alert": "x"}, "cid": "c",
+    }  # fmt: skip
+    assert (await service.call("POST", "/v3/push", body)).code == 1011
+    await service.call("POST", "/v3/devices/a", {"tags": ["red"]})
+    first = await service.call("POST", "/v3/push", body)
+    assert first.status == 200
+    await service.call("DELETE", "/v3/tags/red")
+    again = await service.call("POST", "/v3/push", body)
+    assert (again.status, again.json) == (200, first.json)
+    item = {"platform": "all", "target": "nobody", "notification": {"alert": "x"}}
+    answer = await service.call("POST", "/v3/push/batch/regid/single", {"pushlist": {"c": item}})
+    assert answer.json == {"c": first.json}
+    service.now += DAY + 1
+    assert (await service.call("POST", "/v3/push", body)).code == 1011

@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from clients.command_listen import listen
-from clients.command_push import push, status
+from clients.command_push import push, status, withdraw
 from clients.local_server import LocalServer
 
 
@@ -91,6 +91,22 @@ def test_listen_prints_what_push_sends(server: LocalServer, environment: dict[st
         f"message {first}, for 1 device: 1 delivered, 0 pending, 0 expired, 0 evicted;"
         " 1 shown, 0 clicked, 0 dismissed\ncli-1  delivered\n"
     )
+
+
+def test_listen_says_what_takes_the_place_of_what_and_what_was_withdrawn(
+    server: LocalServer, environment: dict[str, str]
+) -> None:
+    with listening(server, "--id", "cli-7") as process:
+        first = pushed(run_push(environment, "--registration-id", "cli-7", "Hello"))
+        assert read(process)["msg_id"] == first
+        second = pushed(run_push(environment, "--registration-id", "cli-7", "--override", first, "Sorry"))
+        assert read(process) == {"msg_id": second, "notification": {"alert": "Sorry"}, "override": first}
+        once_delivered(environment, second)
+        withdrawn = CliRunner().invoke(withdraw, [second], env=environment)
+        assert (withdrawn.exit_code, withdrawn.stdout) == (0, "")
+        recall = read(process)
+        assert recall.keys() == {"msg_id", "recall"}
+        assert recall["recall"] == second
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import urllib.request
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -187,24 +185,11 @@ async def test_devices_are_imported_and_changed(publisher: Publisher) -> None:
 # Groups
 
 
-def make_group(server: LocalServer, *apps: str) -> tuple[str, str]:
-    """Key and secret, from the operator."""
-    key = orjson.loads((server.data_dir / "admin.json").read_bytes())["key"]
-    request = urllib.request.Request(
-        f"{server.addresses.admin}/v1/groups",
-        data=orjson.dumps({"name": "both", "apps": apps}),
-        headers={"Authorization": "Basic " + base64.b64encode(f"admin:{key}".encode()).decode()},
-    )
-    with urllib.request.urlopen(request, timeout=LIMIT) as response:
-        group = orjson.loads(response.read())
-    return group["group_key"], group["secret"]
-
-
 async def test_a_group_push_goes_to_each_app(server: LocalServer, app: AppKeys, publisher: Publisher) -> None:
     await three_devices(publisher)
     empty = server.create_app("empty")
     async with GroupPublisher(
-        *make_group(server, app.app_key, empty.app_key), server.addresses.http
+        *server.create_group("both", app.app_key, empty.app_key), server.addresses.http
     ) as group:
         answer = await group.push(PushRequest("all", HELLO, cid="once"))
         again = await group.push(PushRequest("all", HELLO, cid="once"))
@@ -218,7 +203,7 @@ async def test_a_group_push_goes_to_each_app(server: LocalServer, app: AppKeys, 
 
 
 async def test_a_group_push_that_all_refuse_is_an_error(server: LocalServer, app: AppKeys) -> None:
-    key, secret = make_group(server, app.app_key)
+    key, secret = server.create_group("one", app.app_key)
     async with GroupPublisher(key, secret, server.addresses.http) as group:
         with pytest.raises(PushError) as caught:
             await group.push({"platform": "all", "audience": "all", "notification": {"alert": "x"}})
