@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from base64 import b64decode
 from binascii import Error as Base64Error
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -50,6 +51,7 @@ class Apps:
         self._unknown: OrderedDict[str, None] = OrderedDict()  # keys that were looked up in vain
         self._logins: OrderedDict[str, Login] = OrderedDict()  # Authorization header -> what it proved
         self._changes = 0  # a lookup that spans a change is not cached
+        self._settling = asyncio.Lock()
         self._unsubscribe = bus.subscribe(self._heard)
 
     def close(self) -> None:
@@ -124,7 +126,14 @@ class Apps:
 
     async def set_settings(self, key: str, settings: AppSettings) -> App | None:
         """Other settings; they hold at once. None: no such app."""
-        app = await self._store.set_settings(key, settings)
+        return await self.change_settings(key, lambda _: settings)
+
+    async def change_settings(self, key: str, change: Callable[[AppSettings], AppSettings]) -> App | None:
+        """Other settings, made from those that are there now: nobody of this process sets others in between. What
+        `change` raises passes."""
+        async with self._settling:
+            app = await self._store.find_app(key)
+            app = app and await self._store.set_settings(key, change(app.settings))
         if app is not None:
             self.changed(app.app_id)
         return app

@@ -44,6 +44,10 @@ log: Final = logging.getLogger(__name__)
 
 FIRST_PAUSE: Final = 0.5  # before connecting again, or trying the store again; doubled each time
 MAX_PAUSE: Final = 30.0
+MAX_PACKET: Final = 1 << 20  # a larger message is no push, and should not fill our memory (MQTT 5)
+MOST_ARRIVED: Final = (
+    10_000  # messages in memory: of a broker that sends without waiting for acknowledgements
+)
 CLOSE_LIMIT: Final = 8.0  # for what is under way, a connection being made included
 CID: Final = "cid"  # the user property
 GOODBYE: Final = "holdfast/goodbye"  # nobody subscribes to it
@@ -203,6 +207,7 @@ class Bridge:
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.SessionExpiryInterval = self._settings.session_expiry
         properties.ReceiveMaximum = self._settings.window
+        properties.MaximumPacketSize = MAX_PACKET
         return properties
 
     def _take_over(self, client: aiomqtt.Client) -> _Connection:
@@ -210,14 +215,20 @@ class Bridge:
         paho = client._client
         connection = _Connection(client, paho.ack)
         paho.manual_ack_set(True)
-        paho.on_message = lambda _client, _userdata, message: connection.arrived.put_nowait(message)
         connected: Any = paho.on_connect
+
+        def on_message(paho: Any, _userdata: Any, message: MQTTMessage) -> None:
+            if connection.arrived.qsize() < MOST_ARRIVED:
+                connection.arrived.put_nowait(message)
+            else:
+                paho.disconnect()  # not acknowledged: it comes again
 
         def on_connect(paho: Any, userdata: Any, flags: Any, reason: Any, properties: Any) -> None:
             if not flags.session_present:
                 self._pushed.clear()  # its packet ids begin anew
             connected(paho, userdata, flags, reason, properties)
 
+        paho.on_message = on_message
         paho.on_connect = on_connect
         return connection
 

@@ -21,6 +21,7 @@ from broker.pushes import Pushes
 from broker.quotas import Quotas
 from broker.reports import Reports
 from broker.rules import Rules
+from broker.schedule_firing import Firing
 from broker.schedules import Schedules
 from broker.segments import Segments
 from broker.store import Store
@@ -61,7 +62,8 @@ class Broker:
         self.pushes.on_later = self.timekeeper.wake
         self.withdrawals = Withdrawals(store, bus, self.pacer, self.limits, clock)
         self.schedules = Schedules(store, self.pushes, self.timekeeper.wake, self.limits, clock)
-        self.timekeeper.register(self.schedules.handlers | self.pacer.handlers | self.files.handlers)
+        self.firing = Firing(store, self.pushes, self.limits, clock)
+        self.timekeeper.register(self.firing.handlers | self.pacer.handlers | self.files.handlers)
         self.group_pushes = GroupPushes(self.apps, self.pushes)
         self.reports = Reports(store, self.limits, clock)
         self.accounts = Accounts(store, clock, self.pacer)
@@ -71,7 +73,7 @@ class Broker:
     def count_in(self, metrics: Metrics) -> None:
         """Show in these what happens later."""
         self.timekeeper.count_in(metrics)
-        self.schedules.counts.count_in(metrics)
+        self.firing.counts.count_in(metrics)
         self.pacer.counts.count_in(metrics)
 
     async def open(self) -> None:

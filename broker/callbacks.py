@@ -4,7 +4,8 @@ The store enters each event in the transaction in which it happened, so none is 
 taken out. An event goes out at least once: a receiver that saw it while its answer was lost sees the same `event_id`
 again. Events of one app and URL form a lane. A lane has one POST at a time, so they arrive in order while all goes
 well; a lane whose receiver fails waits, the longer the more often it failed, and what comes for it meanwhile is
-handed back to the store untried. So memory holds at most HELD events, one receiver at most HOST_HELD of them.
+handed back to the store untried. So is what a receiver has no room for, until it is about to have it. So memory holds
+at most HELD, for one receiver at most HOST_HELD, and a long queue for one does not stand before the others' events.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import itertools
 import logging
+import math
 import random
 import time
 from collections import OrderedDict, deque
@@ -35,16 +38,19 @@ log: Final = logging.getLogger(__name__)
 DAY: Final = 86_400.0
 
 PAUSE: Final = 1.0  # between looks at the store; also how long events gather
-CLAIMED: Final = 500  # events of one look
-HELD: Final = 2000  # events in memory; the others stay in the store
-HOST_HELD: Final = 500  # of these, for one receiving host: a slow one does not take the room of the others
+BREATH: Final = 0.05  # between two looks while there is more: the writer is for pushes
+CLAIMED: Final = 2000  # events of one look
+HELD: Final = 20_000  # weight of the events in memory, some 20 MB; the others stay in the store
+HOST_HELD: Final = 5000  # of this, for one receiving host: a slow one does not take the room of the others
+WEIGHED_DEVICES: Final = 50  # devices that weigh as much as an event
 BATCH_EVENTS: Final = 200  # of one POST
 BATCH_BYTES: Final = 256 << 10  # of one POST's body, by estimate
 LANES: Final = (
     4096  # app and URL pairs remembered; past it the failures of the oldest idle ones are forgotten
 )
 LEASE: Final = 120.0  # what was claimed and not finished by then is due again
-CROWDED_PAUSE: Final = 5.0  # until events that found no room are looked at again
+CROWDED_LEAST, CROWDED_MOST = 0.5, 30.0  # seconds until events that found no room are looked at again
+FIRST_RATE: Final = 200.0  # events a second that a receiver is thought to take, until it is known
 COUNT_PAUSE: Final = 10.0  # between two counts of what waits, for the metrics
 ERROR_SIZE: Final = 200  # characters of an error that are kept
 EVENT_BYTES: Final = 160  # of an event's JSON, less params and ids
@@ -106,7 +112,7 @@ class Lane:
     url: str
     host: Host
     events: deque[tuple[float, CallbackEvent]] = field(default_factory=deque)  # claimed until
-    busy: bool = False
+    busy: bool = False  # a POST is under way, or in the host's queue
     failures: int = 0  # in a row
     retry_at: float = 0.0
     error: str = ""  # of the last failure
@@ -116,8 +122,20 @@ class Lane:
 class Host:
     """What all lanes to one scheme, name and port share."""
 
-    held: int = 0
-    sending: int = 0
+    queue: deque[Lane] = field(default_factory=deque)  # those that wait for a connection
+    held: int = 0  # weight
+    sending: int = 0  # POSTs
+    rate: float = FIRST_RATE  # events a second that it takes
+    booked: float = 0.0  # until then it is busy with what was handed back
+
+    def next_room(self, now: float) -> float:
+        """When there should be room for one event more; in steps, so that many come back at once."""
+        self.booked = max(self.booked, now) + 1 / self.rate
+        due = min(max(self.booked, now + CROWDED_LEAST), now + CROWDED_MOST)
+        return math.ceil(due / CROWDED_LEAST) * CROWDED_LEAST
+
+    def took(self, events: int, seconds: float) -> None:
+        self.rate += 0.3 * (events * self.sending / max(seconds, 1e-3) - self.rate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +162,11 @@ class Callbacks:
         self._chance = chance
         self._pause = pause
         self._lanes: OrderedDict[tuple[int, str], Lane] = OrderedDict()  # least lately used first
+        self._lanes_kept = LANES
         self._hosts: dict[str, Host] = {}
+        self._queue: dict[
+            str, Host
+        ] = {}  # those with lanes that wait, the one that had its turn last at the end
         self._held = 0
         self._counted_at = -COUNT_PAUSE
         self._sending: set[asyncio.Task[None]] = set()
@@ -180,10 +202,12 @@ class Callbacks:
             except StoreError as error:
                 more = False
                 log.warning("callbacks wait, trying again: %s", error)
-            if not more:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(self._pause):
-                        await self._moved.wait()
+            except Exception:  # a mistake of ours about one event must not end all of them
+                more = False
+                log.exception("callbacks")
+            with suppress(TimeoutError):
+                async with asyncio.timeout(BREATH if more else self._pause):
+                    await self._moved.wait()
 
     def wake(self) -> None:
         """Look at the store now."""
@@ -218,11 +242,23 @@ class Callbacks:
             else:
                 later.setdefault(lane.retry_at, []).append(event.event_id)
         elif lane.host.held >= HOST_HELD:
-            later.setdefault(now + CROWDED_PAUSE, []).append(event.event_id)
+            later.setdefault(lane.host.next_room(now), []).append(event.event_id)
         else:
             lane.events.append((now + LEASE, event))
-            lane.host.held += 1
-            self._held += 1
+            self._hold(lane, _weight(event))
+            self._enqueue(lane)
+
+    def _enqueue(self, lane: Lane) -> None:
+        if lane.events and not lane.busy:
+            lane.busy = True
+            lane.host.queue.append(lane)
+            self._queue[_origin(lane.url)] = lane.host
+
+    def _hold(self, lane: Lane, weight: int) -> None:
+        lane.host.held += weight
+        self._held += weight
+        if not lane.host.held:
+            lane.host.booked = 0.0
 
     def _lane(self, app_id: int, url: str) -> Lane:
         lane = self._lanes.get((app_id, url))
@@ -234,25 +270,28 @@ class Callbacks:
         return lane
 
     def _forget_lanes(self) -> None:
-        if len(self._lanes) < LANES:
+        if len(self._lanes) < self._lanes_kept:
             return
         idle = [key for key, lane in self._lanes.items() if not lane.events and not lane.busy]
         for key in idle[: LANES // 8]:
             del self._lanes[key]
+        self._lanes_kept = max(LANES, len(self._lanes) + LANES // 8)  # not looked through for each new one
         used = {id(lane.host) for lane in self._lanes.values()}
         self._hosts = {origin: host for origin, host in self._hosts.items() if id(host) in used}
 
     def _start(self) -> None:
-        """One POST for each lane that has something, while there are connections."""
-        for lane in self._lanes.values():
-            if len(self._sending) >= self._settings.connections:
-                return
-            if lane.events and not lane.busy and lane.host.sending < self._settings.connections_per_host:
-                lane.busy = True
-                lane.host.sending += 1
-                task = asyncio.get_running_loop().create_task(self._serve(lane))
+        """One POST for each lane that waits, while there are connections."""
+        for origin, host in list(itertools.islice(self._queue.items(), self._settings.connections)):
+            while host.queue and host.sending < self._settings.connections_per_host:
+                if len(self._sending) >= self._settings.connections:
+                    return
+                host.sending += 1
+                task = asyncio.get_running_loop().create_task(self._serve(host.queue.popleft()))
                 self._sending.add(task)
                 task.add_done_callback(self._sending.discard)
+            del self._queue[origin]
+            if host.queue:
+                self._queue[origin] = host
 
     async def _count(self) -> None:
         now = time.monotonic()
@@ -270,9 +309,12 @@ class Callbacks:
                 await self._tell(lane, batch)
         except StoreError as error:
             log.warning("callbacks wait for the store, they come again: %s", error)
+        except Exception:
+            log.exception("callbacks of app %d", lane.app_id)
         finally:
             lane.busy = False
             lane.host.sending -= 1
+            self._enqueue(lane)
             self._moved.set()
 
     def _next_batch(self, lane: Lane) -> list[CallbackEvent]:
@@ -288,8 +330,7 @@ class Callbacks:
                     break
                 batch.append(event)
             lane.events.popleft()
-            lane.host.held -= 1
-            self._held -= 1
+            self._hold(lane, -_weight(event))
         return batch
 
     async def _tell(self, lane: Lane, batch: list[CallbackEvent]) -> None:
@@ -310,6 +351,7 @@ class Callbacks:
             log_event(log, logging.INFO, "callbacks arrive again", app=app.key, host=URL(lane.url).host)
         lane.failures, lane.retry_at, lane.error = 0, 0.0, ""
         await self._store.callbacks.done(event_ids)
+        lane.host.took(len(batch), time.perf_counter() - started)
         self.stats.told += len(batch)
 
     async def _find_app(self, app_id: int) -> App | None:
@@ -378,14 +420,11 @@ class Callbacks:
         lane.failures += 1
         lane.error = outcome.error
         lane.retry_at = now + self._backoff(lane.failures)
-        over = [
-            event.event_id
-            for event in batch
-            if outcome.final
-            or event.attempts + 1 >= settings.max_attempts
-            or now - event.at >= settings.max_age
-        ]
-        again = [event.event_id for event in batch if event.event_id not in set(over)]
+        over: list[int] = []
+        again: list[int] = []
+        for event in batch:
+            last = event.attempts + 1 >= settings.max_attempts or now - event.at >= settings.max_age
+            (over if outcome.final or last else again).append(event.event_id)
         self.stats.failed += len(again)
         if again:
             await self._store.callbacks.failed(again, lane.retry_at, outcome.error)
@@ -401,9 +440,8 @@ class Callbacks:
     async def _hand_back(self, lane: Lane) -> None:
         """What a failing lane still holds waits in the store, so that others have the room."""
         event_ids = [event.event_id for _, event in lane.events]
+        self._hold(lane, -sum(_weight(event) for _, event in lane.events))
         lane.events.clear()
-        lane.host.held -= len(event_ids)
-        self._held -= len(event_ids)
         if event_ids:
             await self._store.callbacks.postpone(event_ids, lane.retry_at)
 
@@ -425,6 +463,10 @@ class Callbacks:
 
 def _origin(url: str) -> str:
     return str(URL(url).origin())
+
+
+def _weight(event: CallbackEvent) -> int:
+    return 1 + len(event.devnos) // WEIGHED_DEVICES
 
 
 def _size(event: CallbackEvent) -> int:

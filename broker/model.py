@@ -365,6 +365,7 @@ class RecordChange(Struct, frozen=True, gc=False):
     version: int
     due: float | None = None
     message: int = 0  # which one; if its cid was used before, the change is not made
+    at_most: int | None = None  # records of this kind that the app may have with this one
 
 
 class AuditEntry(Struct, frozen=True, gc=False):

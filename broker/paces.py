@@ -16,12 +16,13 @@ from broker.model import Callback, NewMessage, RecordChange
 
 SLOW: Final = "pace"
 HELD: Final = "held"
+KINDS: Final = (SLOW, HELD)
 MAX_PARTS: Final = 100  # each is a row of the broadcast log, which a connecting device is looked up in
 LEAST_GAP: Final = 1.0  # seconds between two parts
 
 
 class Pace(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """The value of a record of kind SLOW or HELD; its key is the msg_id of the paced push."""
+    """The value of a record of one of KINDS; its key is the msg_id of the paced push."""
 
     body: bytes
     total: int  # targets, the suppressed ones not among them

@@ -31,7 +31,7 @@ from broker.paces import SLOW, start_pace
 from broker.quotas import Quotas
 from broker.requests import NO_WISHES, Checked, check_item, read_batch, read_push
 from broker.rules import Rules, has_rules, quiet_until
-from broker.store import Conflict, Store, StoreError, UnknownMessage
+from broker.store import Conflict, Store, StoreError, TooMany, UnknownMessage
 
 Clock = Callable[[], float]
 MINUTE: Final = 60
@@ -88,10 +88,6 @@ class Pushes:
             return await self._first_result(app, checked, error)
         except Conflict:
             raise
-        except UnknownMessage as error:  # since it was looked up
-            raise ApiError(
-                1003, f"options.override_msg_id: {error} is gone", sendno=checked.sendno
-            ) from error
         except StoreError as error:
             raise refusal(error, PUSH, checked.sendno) from error
 
@@ -147,10 +143,6 @@ class Pushes:
     async def _check_wishes(self, app: App, checked: Checked) -> None:
         """Those that depend on what else there is."""
         limits, wishes = limits_of(self._limits, app), checked.wishes
-        most = limits.max_slow_pushes if wishes.slow_minutes else None
-        if most is not None and await self._store.records.count(app.app_id, SLOW) >= most:
-            many = f"{most} slow pushes are under way, which is the limit of the app"
-            raise ApiError(1012, many, sendno=checked.sendno)
         if wishes.replaces:
             found = (await self._store.find_messages(app.app_id, [wishes.replaces])).get(wishes.replaces)
             if found is None or found.created_at < self._clock() - limits.override_lifetime:
@@ -177,7 +169,10 @@ class Pushes:
                 results[checked.cid] = error
             else:
                 reached.append((checked, devnos))
-        accepted = await self._accept(app, [c for c, _ in reached], [devnos for _, devnos in reached])
+        try:
+            accepted = await self._accept(app, [c for c, _ in reached], [devnos for _, devnos in reached])
+        except ApiError as error:  # holds for all of them
+            return results | {checked.cid: error for checked, _ in reached}
         results.update((c.cid, answer) for (c, _), answer in zip(reached, accepted, strict=True))
         return results
 
@@ -196,7 +191,7 @@ class Pushes:
         try:
             for checked, devnos in zip(batch, targets, strict=True):
                 drafts.append(await self._draft(app, checked, devnos))
-            appended = await self._store_and_ring(drafts, changes)
+            appended = await self._store_and_ring(app, drafts, changes)
         except BaseException:
             await self._undo(app, drafts)
             self._quotas.refund(app, *spent)
@@ -250,15 +245,23 @@ class Pushes:
         return _Draft(message, wide, (starts_at, duration, checked.ttl))
 
     async def _store_and_ring(
-        self, drafts: Sequence[_Draft], changes: Sequence[RecordChange]
+        self, app: App, drafts: Sequence[_Draft], changes: Sequence[RecordChange]
     ) -> list[Appended]:
         messages = [draft.message for draft in drafts]
+        most = limits_of(self._limits, app).max_slow_pushes
         paces = [
-            start_pace(draft.message, draft.plan, index)
+            _limited(start_pace(draft.message, draft.plan, index), most)
             for index, draft in enumerate(drafts)
             if draft.message.paced
         ]
-        appended = await self._store.append(messages, [*changes, *paces])
+        try:
+            appended = await self._store.append(messages, [*changes, *paces])
+        except TooMany as error:
+            raise ApiError(
+                1012, f"{most} slow pushes are under way, which is the limit of the app"
+            ) from error
+        except UnknownMessage as error:  # since it was looked up
+            raise ApiError(1003, f"options.override_msg_id: {error} is gone") from error
         self._bus.ring(doorbells(messages, appended))
         if paces:
             self.on_later()
@@ -276,6 +279,11 @@ class _Draft(msgspec.Struct, frozen=True, gc=False):
     message: NewMessage
     wide: bool  # its audience, rules aside, is over the fan-out limit
     plan: tuple[float, float, int]  # if it goes in parts: start, duration and time to live, seconds
+
+
+def _limited(pace: RecordChange, most: int | None) -> RecordChange:
+    """Those that quiet hours hold back are not limited: they go when these end."""
+    return msgspec.structs.replace(pace, at_most=most) if pace.kind == SLOW else pace
 
 
 def doorbells(messages: Sequence[NewMessage], appended: Sequence[Appended]) -> list[Doorbell]:

@@ -20,14 +20,16 @@ from zoneinfo import ZoneInfo
 import msgspec
 from pyroaring import BitMap
 
+from broker.limits import DAY
 from broker.model import App, AppSettings, FrequencyCap, QuietHours, RecordChange
-from broker.store import Conflict, Store, StoreError
+from broker.store import Conflict, Store, StoreError, StoreFull, StoreUnavailable
 
 log: Final = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
 KIND: Final = "frequency"
 SAVE_DELAY: Final = 2.0
+MAX_WINDOWS: Final = 10_000  # kept ready; one takes up to ten bitmaps
 
 
 def has_rules(app: App) -> bool:
@@ -215,9 +217,22 @@ class Rules:
             except Conflict:  # another broker's counts; ours are as good
                 record = await self._store.records.find(app_id, KIND, key)
                 window.version, window.changed = record.version if record else 0, True
-            except StoreError as error:
+            except (StoreFull, StoreUnavailable) as error:
                 window.changed = True
                 log.warning("frequency counts not saved, trying again: %s", error)
+            except StoreError:  # the app was deleted
+                del self._windows[app_id, key]
+        self._forget_old()
+
+    def _forget_old(self) -> None:
+        """Of days that are over, and beyond MAX_WINDOWS all that can be loaded again."""
+        over = self._clock() - 2 * DAY
+        crowded = len(self._windows) > MAX_WINDOWS
+        self._windows = {
+            key: window
+            for key, window in self._windows.items()
+            if window.changed or not (crowded or window.start < over)
+        }
 
     async def close(self) -> None:
         self._closing.set()

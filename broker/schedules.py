@@ -1,82 +1,45 @@
-"""Schedules: pushes that are made at a time, once or again and again.
-
-A live schedule is a record of kind `schedule`; one that is over is moved to `schedule-over`, where it and the ids of
-its pushes can be read as long as their reports. The ids are records of their own, because an id is only known when
-the push is stored: the store fills it in (`RecordChange.key`), in the transaction that stores the push and moves the
-schedule on. So a schedule fires once, with any number of brokers and crashes.
-
-What is missed while no broker runs: the newest of the missed times fires, late, if it is not older than
-`schedule_grace`; the others never do, and are counted.
+"""Schedules, as publishers make, read, change and delete them. See schedule_records.py for how they are kept and
+schedule_firing.py for what happens at their times.
 """
 
 from __future__ import annotations
 
-import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
 
 import msgspec
-import orjson
 
-from broker.errors import PUSH, SCHEDULE, ApiError
+from broker.errors import SCHEDULE, ApiError
 from broker.limits import Limits, limits_of
-from broker.logs import log_event
-from broker.metrics import Metrics
 from broker.model import App, Record, RecordChange
 from broker.pushes import Pushes
 from broker.requests import check_cid, decode
-from broker.schedule_times import Times, Trigger, check_span, read_times, show
-from broker.store import Conflict, Store, StoreError, StoreUnavailable
-from broker.timekeeper import Handle
-
-log: Final = logging.getLogger(__name__)
+from broker.schedule_records import (
+    CID,
+    KEPT_IDS,
+    LIVE,
+    OVER,
+    Schedule,
+    encode,
+    forget,
+    ids_kind,
+    read_fired,
+    read_schedule,
+    set_live,
+    view,
+)
+from broker.schedule_times import Times, Trigger, check_span, read_times
+from broker.store import Conflict, Store, StoreError
 
 Clock = Callable[[], float]
 
-LIVE: Final = "schedule"
-OVER: Final = "schedule-over"
-CID: Final = "schedule-cid"
 PAGE: Final = 50  # schedules in one answer of the list
 MAX_PAGE: Final = 1_000_000
-KEPT_IDS: Final = 1000  # of a schedule's pushes, the newest
-KEPT_ERRORS: Final = 20  # of a schedule's refused pushes, the newest
 TRIES: Final = 5  # of a change that others are faster with
-
-
-class Failure(msgspec.Struct, frozen=True):
-    """A firing whose push was refused."""
-
-    at: float
-    code: int
-    message: str
-
-
-class Schedule(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The value of a record."""
-
-    name: str
-    trigger: Trigger  # with its zone
-    push: msgspec.Raw  # compact JSON, without a cid
-    enabled: bool = True
-    next: float | None = None  # None: it is over, or not enabled
-    fired: int = 0
-    missed: int = 0
-    failed: int = 0
-    errors: tuple[Failure, ...] = ()
-
-    @property
-    def times(self) -> Times:
-        return read_times(self.trigger, "UTC", _NO_LIMITS)
-
-
-_NO_LIMITS: Final = Limits(
-    max_schedule_span=10**9, max_schedule_frequency=10**9
-)  # for what was checked before
 
 
 class CreateRequest(msgspec.Struct, frozen=True):
@@ -103,34 +66,9 @@ class Created(msgspec.Struct, frozen=True):
     name: str
 
 
-class _Fired(msgspec.Struct, frozen=True):
-    at: float
-
-
 _read_create: Final = msgspec.json.Decoder(CreateRequest).decode
 _read_change: Final = msgspec.json.Decoder(ChangeRequest).decode
-_read_schedule: Final = msgspec.json.Decoder(Schedule).decode
 _read_created: Final = msgspec.json.Decoder(Created).decode
-_read_fired: Final = msgspec.json.Decoder(_Fired).decode
-_encode: Final = msgspec.json.encode
-
-
-@dataclass(slots=True)
-class ScheduleCounts:
-    """What this broker did."""
-
-    fired: int = 0
-    missed: int = 0
-    failed: int = 0
-
-    def count_in(self, metrics: Metrics) -> None:
-        metrics.read_counter("schedules_fired", "Pushes that schedules made.", lambda: self.fired)
-        metrics.read_counter(
-            "schedules_missed", "Times of schedules that nobody was there for.", lambda: self.missed
-        )
-        metrics.read_counter(
-            "schedules_failed", "Pushes of schedules that were refused.", lambda: self.failed
-        )
 
 
 class Schedules:
@@ -149,43 +87,24 @@ class Schedules:
         self._wake = wake
         self._limits = limits or Limits()
         self._clock = clock
-        self.counts = ScheduleCounts()
-
-    @property
-    def handlers(self) -> dict[str, Handle]:
-        """For the timekeeper."""
-        return {LIVE: self.fire, OVER: self._forget, CID: self._drop}
-
-    # For publishers
 
     async def create(self, app: App, raw: bytes) -> Created:
         request = decode(_read_create, raw, SCHEDULE)
         limits = limits_of(self._limits, app)
-        _check_name(request.name, limits)
-        if request.enabled is False:
-            raise ApiError(SCHEDULE.invalid, "enabled: must be true when a schedule is created")
-        times = read_times(request.trigger, limits.schedule_zone, limits)
-        push = self._read_push(app, request.push, limits)
-        repeated = await self._find_cid(app, request.cid, limits)
-        if isinstance(repeated, Created):
-            return repeated
+        schedule = self._read_new(app, request, limits)
+        earlier = await self._find_cid(app, request.cid, limits)
+        if isinstance(earlier, Created):
+            return earlier
         await self._check_room(app, limits)
-        trigger = request.trigger.in_zone(limits.schedule_zone)
-        schedule = Schedule(request.name, trigger, push, next=self._first(times, limits))
+        upcoming = self._first(schedule.times, limits)
         created = Created(_new_id(self._clock()), request.name)
-        changes = [_change(app.app_id, LIVE, created.schedule_id, schedule)]
+        changes = [
+            set_live(app.app_id, created.schedule_id, msgspec.structs.replace(schedule, next=upcoming))
+        ]
         if request.cid is not None:
             due = self._clock() + limits.cid_lifetime
-            changes.append(RecordChange(app.app_id, CID, request.cid, _encode(created), repeated, due))
-        try:
-            await self._store.records.save(changes)
-        except Conflict:  # of two calls with this cid at the same time, the other won
-            repeated = await self._find_cid(app, request.cid, limits)
-            if not isinstance(repeated, Created):
-                raise
-            return repeated
-        self._wake()
-        return created
+            changes.append(RecordChange(app.app_id, CID, request.cid, encode(created), earlier, due))
+        return await self._save_new(app, request.cid, changes, created)
 
     async def page(self, app: App, page: str | None) -> dict[str, object]:
         """Live schedules in the order in which they were created, PAGE of them; pages count from 1."""
@@ -198,11 +117,11 @@ class Schedules:
             "total_count": count,
             "total_pages": -(-count // PAGE),
             "page": number,
-            "schedules": [_view(record.key, _read_schedule(record.value)) for record in records],
+            "schedules": [view(record.key, read_schedule(record.value)) for record in records],
         }
 
     async def find(self, app: App, schedule_id: str) -> dict[str, object]:
-        return _view(schedule_id, _read_schedule((await self._find(app, schedule_id)).value))
+        return view(schedule_id, read_schedule((await self._find(app, schedule_id)).value))
 
     async def change(self, app: App, schedule_id: str, raw: bytes) -> dict[str, object]:
         """What is given takes the place of what was; returns the schedule as it is now."""
@@ -217,17 +136,15 @@ class Schedules:
             record = await self._find(app, schedule_id)
             if record.kind == OVER:
                 raise ApiError(SCHEDULE.invalid, "the schedule is over and cannot be changed any more")
-            changed = self._changed(_read_schedule(record.value), request, push, limits)
+            changed = self._changed(read_schedule(record.value), request, push, limits)
             if changed.next is None and not changed.enabled and changed.times.end <= self._clock():
                 raise ApiError(SCHEDULE.invalid, "the schedule is over and cannot be changed any more")
             try:
-                await self._store.records.save(
-                    [_change(app.app_id, LIVE, schedule_id, changed, record.version)]
-                )
+                await self._store.records.save([set_live(app.app_id, schedule_id, changed, record.version)])
             except Conflict:
                 continue
             self._wake()
-            return _view(schedule_id, changed)
+            return view(schedule_id, changed)
         raise StoreError(f"schedule {schedule_id} is changed by others all the time")
 
     async def delete(self, app: App, schedule_id: str) -> None:
@@ -235,7 +152,7 @@ class Schedules:
         for _ in range(TRIES):
             record = await self._find(app, schedule_id)
             try:
-                return await self._forget(record)
+                return await forget(self._store, record)
             except Conflict:
                 continue
         raise StoreError(f"schedule {schedule_id} is changed by others all the time")
@@ -244,129 +161,37 @@ class Schedules:
         """The newest KEPT_IDS pushes that it made, and of the newest KEPT_ERRORS that were refused why; oldest first.
         `count` and `msgids` are the vendor's."""
         record = await self._find(app, schedule_id)
-        pushed = await self._store.records.list(app.app_id, _ids_kind(schedule_id), limit=KEPT_IDS)
-        rows: list[dict[str, Any]] = [{"at": _read_fired(r.value).at, "msg_id": r.key} for r in pushed]
+        pushed = await self._store.records.list(app.app_id, ids_kind(schedule_id), limit=KEPT_IDS)
+        rows: list[dict[str, Any]] = [{"at": read_fired(r.value).at, "msg_id": r.key} for r in pushed]
         rows += [
             {"at": failure.at, "error": {"code": failure.code, "message": failure.message}}
-            for failure in _read_schedule(record.value).errors
+            for failure in read_schedule(record.value).errors
         ]
         rows.sort(key=lambda row: (row["at"], int(row.get("msg_id", 0))))
         msg_ids = [row["msg_id"] for row in rows if "msg_id" in row]
         return {"count": len(msg_ids), "msgids": msg_ids, "log": rows}
 
-    # For the timekeeper
+    def _read_new(self, app: App, request: CreateRequest, limits: Limits) -> Schedule:
+        """Whether it would ever fire is not asked: the answer to a repeated call does not depend on it."""
+        _check_name(request.name, limits)
+        if request.enabled is False:
+            raise ApiError(SCHEDULE.invalid, "enabled: must be true when a schedule is created")
+        read_times(request.trigger, limits.schedule_zone, limits)
+        push = self._read_push(app, request.push, limits)
+        return Schedule(request.name, request.trigger.in_zone(limits.schedule_zone), push)
 
-    async def fire(self, record: Record) -> None:
-        """Push what is due, and move on to the next time; both or neither. Raises Conflict if another broker did."""
-        schedule = _read_schedule(record.value)
-        now = self._clock()
-        if (
-            schedule.next is None or schedule.next > now
-        ):  # not enabled, and over; or it was put off, then changed
-            await self._save(record, schedule)
-            return
-        passed, upcoming = _passed(schedule, now)
-        late = now - passed[-1] > self._limits.schedule_grace
-        missed = len(passed) if late else len(passed) - 1
-        moved = msgspec.structs.replace(schedule, next=upcoming, missed=schedule.missed + missed)
-        if late:
-            await self._save(record, moved)
-        else:
-            await self._push(record, moved, now)
-        self.counts.missed += missed
-        if missed:
-            log_event(
-                log,
-                logging.WARNING,
-                "schedule missed",
-                app_id=record.app_id,
-                schedule=record.key,
-                times=missed,
-            )
-
-    async def _push(self, record: Record, moved: Schedule, now: float) -> None:
-        app = await self._app(record.app_id)
-        if app is None:  # it is being deleted, and its records with it
-            return
-        fired = msgspec.structs.replace(moved, fired=moved.fired + 1)
-        kind = _ids_kind(record.key)
-        changes = [
-            *self._moves(record, fired),
-            RecordChange(record.app_id, kind, "", _encode(_Fired(now)), 0),
-            *await self._surplus_id(record, fired),
-        ]
+    async def _save_new(
+        self, app: App, cid: str | None, changes: Sequence[RecordChange], created: Created
+    ) -> Created:
         try:
-            accepted = await self._pushes.push(app, bytes(moved.push), changes)
-        except ApiError as error:
-            if error.code == PUSH.unavailable:  # not refused: it may work in a moment
-                raise StoreUnavailable(error.message) from error
-            await self._note_failure(record, moved, now, error)
-            return
-        self.counts.fired += 1
-        log_event(
-            log,
-            logging.INFO,
-            "schedule fired",
-            app=app.key,
-            schedule=record.key,
-            msg_id=str(accepted.msg_id),
-        )
-
-    async def _note_failure(self, record: Record, moved: Schedule, now: float, error: ApiError) -> None:
-        errors = (*moved.errors, Failure(now, error.code, error.message))[-KEPT_ERRORS:]
-        await self._save(record, msgspec.structs.replace(moved, failed=moved.failed + 1, errors=errors))
-        self.counts.failed += 1
-        log_event(
-            log,
-            logging.WARNING,
-            "schedule's push refused",
-            app_id=record.app_id,
-            schedule=record.key,
-            code=error.code,
-            message=error.message,
-        )
-
-    async def _save(self, record: Record, schedule: Schedule) -> None:
-        await self._store.records.save(self._moves(record, schedule))
-
-    def _moves(self, record: Record, schedule: Schedule) -> list[RecordChange]:
-        """From the record to this. What is over goes where it is kept."""
-        app_id, key = record.app_id, record.key
-        if schedule.next is not None:
-            return [_change(app_id, LIVE, key, schedule, record.version)]
-        until = self._clock() + self._limits.report_lifetime
-        return [
-            RecordChange(app_id, LIVE, key, None, record.version),
-            RecordChange(app_id, OVER, key, _encode(schedule), 0, until),
-        ]
-
-    async def _surplus_id(self, record: Record, fired: Schedule) -> list[RecordChange]:
-        if fired.fired <= KEPT_IDS:
-            return []
-        kind = _ids_kind(record.key)
-        kept = await self._store.records.list(record.app_id, kind, limit=KEPT_IDS)
-        if len(kept) < KEPT_IDS:
-            return []
-        oldest = min(kept, key=lambda one: int(one.key))
-        return [RecordChange(record.app_id, kind, oldest.key, None, oldest.version)]
-
-    async def _forget(self, record: Record) -> None:
-        """Remove a schedule and its ids."""
-        ids = await self._store.records.list(record.app_id, _ids_kind(record.key), limit=KEPT_IDS)
-        await self._store.records.save(
-            [RecordChange(one.app_id, one.kind, one.key, None, one.version) for one in (record, *ids)]
-        )
-
-    async def _drop(self, record: Record) -> None:
-        await self._store.records.save(
-            [RecordChange(record.app_id, record.kind, record.key, None, record.version)]
-        )
-
-    async def _app(self, app_id: int) -> App | None:
-        found = await self._store.list_apps(app_id - 1, 1)
-        return found[0] if found and found[0].app_id == app_id else None
-
-    # Checks
+            await self._store.records.save(changes)
+        except Conflict:  # of two calls with this cid at the same time, the other won
+            earlier = await self._find_cid(app, cid, self._limits)
+            if not isinstance(earlier, Created):
+                raise
+            return earlier
+        self._wake()
+        return created
 
     def _changed(
         self, schedule: Schedule, request: ChangeRequest, push: msgspec.Raw | None, limits: Limits
@@ -409,7 +234,7 @@ class Schedules:
         """The push as it is kept. Its cid goes: the vendor ignores it, and a second firing would send nothing."""
         push.pop("cid", None)
         try:
-            raw = _encode(push)
+            raw = encode(push)
         except RecursionError:
             raise ApiError(SCHEDULE.invalid, "push: nested too deeply") from None
         if len(raw) > limits.max_schedule:
@@ -452,43 +277,6 @@ class Schedules:
                 return []
             after = skipped[-1].key
         return await self._store.records.list(app_id, LIVE, after, PAGE)
-
-
-def _passed(schedule: Schedule, now: float) -> tuple[list[float], float | None]:
-    """The times from `next` to now, and the one after them."""
-    assert schedule.next is not None
-    times = schedule.times
-    passed, upcoming = [schedule.next], times.next_after(schedule.next)
-    while upcoming is not None and upcoming <= now:
-        passed.append(upcoming)
-        upcoming = times.next_after(upcoming)
-    return passed, upcoming
-
-
-def _change(app_id: int, kind: str, key: str, schedule: Schedule, version: int = 0) -> RecordChange:
-    """A schedule that is not enabled is looked at when it is over."""
-    due = schedule.times.end if schedule.next is None else schedule.next
-    return RecordChange(app_id, kind, key, _encode(schedule), version, due)
-
-
-def _ids_kind(schedule_id: str) -> str:
-    """Each schedule's pushes have a kind of their own, and so are listed without those of others."""
-    return f"schedule-ids {schedule_id}"
-
-
-def _view(schedule_id: str, schedule: Schedule) -> dict[str, object]:
-    """The vendor's keys first."""
-    return {
-        "schedule_id": schedule_id,
-        "name": schedule.name,
-        "enabled": schedule.enabled,
-        "trigger": schedule.trigger.as_dict(),
-        "push": orjson.Fragment(bytes(schedule.push)),
-        "next": show(schedule.next, schedule.trigger.zone or "UTC"),
-        "fired": schedule.fired,
-        "missed": schedule.missed,
-        "failed": schedule.failed,
-    }
 
 
 def _new_id(now: float) -> str:

@@ -92,6 +92,10 @@ class Conflict(StoreError):
     """A record is not in the version that a change expects: somebody else was faster. Nothing was changed."""
 
 
+class TooMany(StoreError):
+    """The app has as many records of a kind as a change allows (`at_most`). Nothing was changed."""
+
+
 class StoreStats(Protocol):
     """Counters, written by whatever thread commits, read by the metrics."""
 
@@ -273,10 +277,13 @@ class Store(Protocol):
         self, messages: Sequence[NewMessage], changes: Sequence[RecordChange] = ()
     ) -> list[Appended]:
         """Store pushes, all or none, in order; ids are assigned here. Messages that expire at once
-        (`expires_at <= created_at`) get a row for the report and nothing that could be fetched. The record changes
-        are made along with them (S12; raises Conflict), but not if a message's cid was used before (those with a key of
-        their own: any message's; those named after a message: that one's). `replaces` must
-        name a message of the app (else UnknownMessage): what waits of it for this one's targets is recalled."""
+        (`expires_at <= created_at`) get a row for the report and nothing that could be fetched. Ids grow in the order of
+        the calls, and the answers come in that order.
+
+        The record changes are made along with the messages (S12; raises Conflict or TooMany), but not if a message's
+        cid was used before (those with a key of their own: any message's; those named after a message: that one's).
+        `replaces` must name a message of the app (else UnknownMessage): what waits of it for this one's targets is
+        recalled; as is what waits for them with the same collapse key and is older."""
 
     async def find_cids(self, app_id: int, cids: Sequence[str]) -> dict[str, Appended]:
         """By cid, what an append with it would answer now; those that are free are left out."""

@@ -133,6 +133,14 @@ class Timekeeper:
         self._failures.pop(_key(record), None)
         return True
 
+    async def _overtaken(self, record: Record) -> bool:
+        """Call the handler. True: another broker, or the publisher, was faster; or it met some other record."""
+        try:
+            await self._handlers[record.kind](record)
+        except Conflict:
+            return True
+        return False
+
     async def _put_off(self, record: Record) -> bool:
         failures = self._failures.pop(_key(record), 0)
         self._failures[_key(record)] = failures + 1
@@ -151,8 +159,10 @@ class Timekeeper:
         return True
 
 
-def _is_no_later(after: Record, before: Record) -> bool:
-    """It would be due at once, for ever."""
+def _is_left(after: Record, before: Record, overtaken: bool) -> bool:
+    """It would be due at once, for ever. What somebody else changed meanwhile may well be due again."""
+    if overtaken:
+        return after.version == before.version
     return after.due is not None and before.due is not None and after.due <= before.due
 
 

@@ -1,11 +1,13 @@
 """Taking a push back: what nobody got yet nobody gets, and devices that may have it are told to remove it.
 
 Told are those that acknowledged it or were sent it, and those that are online now and were still to get it: it may be
-on its way to them. Whoever never had it finds nothing to remove.
+on its way to them. Nodes record what they sent a moment later, so who was sent it is asked after that moment. Whoever
+never had it finds nothing to remove.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import Final
@@ -22,6 +24,9 @@ from broker.pushes import doorbells
 from broker.store import Store
 
 Clock = Callable[[], float]
+RECORD_LAG: Final = (
+    0.15  # seconds: nodes record what they sent, or was acknowledged, within 60 ms and a commit
+)
 NOTICE_TTL: Final = 10 * DAY  # seconds that a device which is away is told late
 
 
@@ -52,8 +57,11 @@ class Withdrawals:
                 raise ApiError(1003, f"msg_id: there is no push {msg_id} in this app", http_status=404)
             self._bus.ring([Recalled(withdrawn)])
             waiting = BitMap.union(BitMap(), *(one.devnos for one in withdrawn))
-            reached = BitMap.union(BitMap(), *(one.reached for one in withdrawn))
-            told = reached | await self._store.online(app.app_id, waiting)
+            told = BitMap.union(BitMap(), *(one.reached for one in withdrawn))
+            told |= await self._store.online(app.app_id, waiting)
+            await asyncio.sleep(RECORD_LAG)
+            for record in (await self._store.find_messages(app.app_id, [msg_id])).values():
+                told |= record.sent
             if told:
                 await self._tell(app, msg_id, told, now)
 

@@ -218,7 +218,7 @@ class Show:
 
     async def later(self) -> None:
         say('A push to the alias "anna" in a second from now, said in Berlin\'s time.')
-        when = Single.at(datetime.now(BERLIN) + timedelta(seconds=1.2))
+        when = Single.at(datetime.now(BERLIN) + timedelta(seconds=1.5))
         request = PushRequest(Audience(alias=["anna"]), Notification("On time"))
         async with self._anna.online():
             schedule_id = await self._publisher.schedules.create("demo", when, request)

@@ -108,6 +108,7 @@ class Fanout:
         position, msg_id = walk.position, push.msg_id
         more = position + 1 < hub.end  # newer broadcasts wait, to go in the same write
         sent = visited = 0
+        devno = walk.last
         for devno in islice(walk.todo, SLICE):
             visited += 1
             member = members.get(devno)
@@ -134,5 +135,6 @@ class Fanout:
             else:
                 session.behind = True
         self._sent_broadcast.value += sent
+        walk.last = devno
         walk.left -= visited
         return visited == SLICE

@@ -43,17 +43,20 @@ MAX_UINT32: Final = 0xFFFF_FFFF
 class Walk:
     """A broadcast on its way through the devices that were online when it came."""
 
-    __slots__ = ("left", "position", "push", "todo")
+    __slots__ = ("_devnos", "last", "left", "position", "push", "todo")
 
     def __init__(self, push: LivePush, position: int, devnos: BitMap) -> None:
         self.push = push
         self.position = position
         self.todo: Iterator[int] = iter(devnos)
         self.left = len(devnos)
+        self.last = -1  # the greatest devno that it came to
+        self._devnos = devnos
 
     def leave_out(self, devnos: BitMap) -> None:
-        rest = [devno for devno in self.todo if devno not in devnos]
-        self.todo, self.left = iter(rest), len(rest)
+        self._devnos = self._devnos - devnos
+        self.todo = self._devnos.iter_equal_or_larger(self.last + 1)
+        self.left = len(self._devnos) - (self._devnos.rank(self.last) if self.last >= 0 else 0)
 
 
 class SessionEnds:
@@ -97,6 +100,7 @@ class Hub:
         "_last_message",
         "_last_session",
         "_log",
+        "_positions",
         "_too_large",
         "access",
         "app",
@@ -124,6 +128,7 @@ class Hub:
         self.others: dict[str, Member] = {}  # session key -> connection of a publisher, or of a guest
         self._log: list[LivePush | None] = []  # None: over; leading ones are cut off
         self._base = 0  # position of _log[0]
+        self._positions: dict[int, int] = {}  # by msg_id, of those in the log
         self.last_broadcast = 0  # msg_id; a doorbell may ring twice
         self.recalled: dict[int, tuple[BitMap, float]] = {}  # msg_id -> for whom; until when it is remembered
         self.subscriptions = SubscriptionIndex()
@@ -150,6 +155,7 @@ class Hub:
         if row.message.expires_at <= row.message.created_at:
             row = self._for_those_online(row)
         push = LivePush(row.message, row)
+        self._positions[push.msg_id] = self.end
         self._log.append(push)
         return push, self.end - 1
 
@@ -164,17 +170,27 @@ class Hub:
 
     def recall(self, gone: Withdrawn, now: float) -> LivePush | None:
         """A push is owed to these devices no longer. Returns it if it is in the broadcast log; `now` is monotonic."""
-        self.recalled[gone.msg_id] = (gone.devnos, now + RECALL_MEMORY)
+        broadcast = self._find_broadcast(gone.msg_id)
+        if broadcast is not None:
+            assert broadcast.settled is not None
+            broadcast.settled |= gone.devnos
+        elif gone.devnos:
+            self._recall_rows(gone, now)
+        return broadcast
+
+    def _recall_rows(self, gone: Withdrawn, now: float) -> None:
+        """Inbox rows: of pages that are here, and of those on their way."""
+        known = self.recalled.get(gone.msg_id)
+        devnos = gone.devnos | known[0] if known else gone.devnos
+        self.recalled[gone.msg_id] = (devnos, now + RECALL_MEMORY)
         for devno in gone.devnos & self.online:
             session = self.members[devno].session
             if session is not None and session.inbox:
                 session.inbox = [push for push in session.inbox if push.msg_id != gone.msg_id] or None
-        for push in self.broadcasts():
-            if push.msg_id == gone.msg_id:
-                assert push.settled is not None
-                push.settled |= gone.devnos
-                return push
-        return None
+
+    def _find_broadcast(self, msg_id: int) -> LivePush | None:
+        position = self._positions.get(msg_id)
+        return None if position is None else self._log[position - self._base]
 
     def _is_recalled(self, push: LivePush, devno: int) -> bool:
         known = self.recalled.get(push.msg_id)
@@ -194,6 +210,7 @@ class Hub:
             assert push.settled is not None
             if push.message.expires_at <= now or len(push.targets) == len(push.settled):
                 self._log[i] = None
+                del self._positions[push.msg_id]
         keep = next((i for i, push in enumerate(self._log) if push is not None), len(self._log))
         del self._log[:keep]
         self._base += keep

@@ -18,6 +18,7 @@ from broker.apps import Apps, Login
 from broker.audit import Audit
 from broker.errors import ApiError, Area, refusal
 from broker.groups import Group, Groups
+from broker.keys import ApiKey
 from broker.limits import NO_LIMIT, Limits, limits_of
 from broker.model import App
 from broker.networks import is_within
@@ -40,10 +41,15 @@ class Call:
     """One authenticated, admitted request with its whole body."""
 
     caller: Login | Group | None  # None: anybody may make it
-    address: str  # of the caller, "" if unknown
     raw: bytes
     request: web.Request
-    subject: str = ""  # what it is done to, for the audit log; the Guard puts the last name of the path there
+    peers: Peers
+    subject: str | None = None  # what it is done to, for the audit log; None: the last name in the path
+
+    @property
+    def address(self) -> str:
+        """Of the caller, "" if unknown."""
+        return self.peers.address(self.request)
 
     @property
     def app(self) -> App:
@@ -154,8 +160,8 @@ _UNLIMITED: Final = _headers(NO_LIMIT, NO_LIMIT, MINUTE)
 class _Answer:
     """What is known of a call so far."""
 
-    headers: dict[str, str]
     call: Call | None = None  # once somebody proved who they are
+    headers: dict[str, str] | None = None  # once they were counted
 
 
 class Guard:
@@ -183,19 +189,20 @@ class Guard:
     def route(self, endpoint: Endpoint) -> Callable[[web.Request], Awaitable[web.Response]]:
         async def handle(request: web.Request) -> web.Response:
             started = time.perf_counter()
-            answer = _Answer(self._rates.untouched(endpoint.area))
+            answer, body, error = _Answer(), b"", None
             try:
                 body = await self._run(endpoint, request, answer)
-                response, outcome = web.Response(body=body, headers=answer.headers), "done"
-            except ApiError as error:
-                response, outcome = _refuse(error, answer.headers), error.message
-            except StoreError as error:
-                log.error("%s %s: %s", endpoint.method, endpoint.paths[0], error)
-                response, outcome = _refuse(refusal(error, endpoint.area), answer.headers), str(error)
+            except ApiError as refused:
+                error = refused
+            except StoreError as failure:
+                log.error("%s %s: %s", endpoint.method, endpoint.paths[0], failure)
+                error = refusal(failure, endpoint.area)
             except Exception:  # noqa: BLE001 - the boundary: whatever it is, the caller gets the API's shape
-                response, outcome = _refuse(_internal(endpoint), answer.headers), "internal error"
+                error = _internal(endpoint)
             if endpoint.audit and answer.call is not None:
-                await self._record(endpoint, answer.call, outcome)
+                await self._record(endpoint, answer.call, error.message if error else "done")
+            headers = answer.headers or self._rates.untouched(endpoint.area)
+            response = _refuse(error, headers) if error else web.Response(body=body, headers=headers)
             self._observe(endpoint.paths[0], response.status, time.perf_counter() - started)
             return response
 
@@ -211,17 +218,17 @@ class Guard:
     async def _run(self, endpoint: Endpoint, request: web.Request, answer: _Answer) -> bytes:
         if self._peers.https_only and not self._peers.is_secure(request):
             raise ApiError(1020)
-        call = Call(None, self._peers.address(request), b"", request)
+        call = Call(None, b"", request, self._peers)
         if endpoint.who != "anybody":
             caller = call.caller = await self._login(request, endpoint)
             answer.call = call
-            call.subject = next(reversed(request.match_info.values()), "")
             if isinstance(caller, Login):
-                _check_key(caller, endpoint, self._clock())
-                _check_address(caller, call.address)
-            answer.headers = self._rates.spend(endpoint.area, caller)
-            if answer.headers["X-Rate-Limit-Remaining"] == "-1":
-                answer.headers["X-Rate-Limit-Remaining"] = "0"
+                if caller.key is not None:
+                    _check_key(caller.key, endpoint, self._clock())
+                _check_address(caller, call)
+            headers = answer.headers = self._rates.spend(endpoint.area, caller)
+            if headers["X-Rate-Limit-Remaining"] == "-1":
+                headers["X-Rate-Limit-Remaining"] = "0"
                 raise ApiError(2002)
         if endpoint.max_body:
             call.raw = await _read_body(request, endpoint, self._most(endpoint, call.caller))
@@ -237,18 +244,12 @@ class Guard:
 
     async def _login(self, request: BaseRequest, endpoint: Endpoint) -> Login | Group:
         header = request.headers.get("Authorization")
-        group = endpoint.who == "group"
         if header is None:
-            what = "group-KEY and the group's secret" if group else "app key and master secret"
-            raise ApiError(endpoint.area.no_credentials, f"HTTP Basic authentication is required: {what}")
-        if group:
-            found = await self._groups.login(header)
-            if found is None:
-                raise ApiError(
-                    endpoint.area.bad_credentials,
-                    "a group push needs the user group-KEY and the group's secret",
-                )
-            return found
+            raise ApiError(
+                endpoint.area.no_credentials, f"HTTP Basic authentication is required: {_WHO[endpoint.who]}"
+            )
+        if endpoint.who == "group":
+            return await self._group_login(header, endpoint)
         login = self._apps.peek_login(header) or await self._apps.login(header)
         if login is None:
             raise ApiError(endpoint.area.bad_credentials)
@@ -258,18 +259,30 @@ class Guard:
             )
         return login
 
-    async def _record(self, endpoint: Endpoint, call: Call, outcome: str) -> None:
-        if isinstance(call.caller, Login) and call.publisher:
-            await self._audit.record(
-                call.app.app_id, call.caller.actor, call.address, endpoint.audit, call.subject, outcome
+    async def _group_login(self, header: str, endpoint: Endpoint) -> Group:
+        group = await self._groups.login(header)
+        if group is None:
+            raise ApiError(
+                endpoint.area.bad_credentials, f"authentication failed; it needs {_WHO[endpoint.who]}"
             )
+        return group
+
+    async def _record(self, endpoint: Endpoint, call: Call, outcome: str) -> None:
+        caller, subject = call.caller, call.subject
+        if not (isinstance(caller, Login) and caller.publisher):
+            return
+        if subject is None:
+            subject = next(reversed(call.request.match_info.values()), "")
+        await self._audit.record(
+            caller.app.app_id, caller.actor, call.address, endpoint.audit, subject, outcome
+        )
 
 
-def _check_key(login: Login, endpoint: Endpoint, now: float) -> None:
-    """An API key: not expired (401), and for this scope (403: we know who it is, and it may not)."""
-    key = login.key
-    if key is None:
-        return
+_WHO: Final = {"app": "app key and master secret", "group": "group-KEY and the group's secret"}
+
+
+def _check_key(key: ApiKey, endpoint: Endpoint, now: float) -> None:
+    """Not expired (401), and for this scope (403: we know who it is, and it may not)."""
     if key.expires_at is not None and now >= key.expires_at:
         raise ApiError(endpoint.area.bad_credentials, "the API key has expired")
     if endpoint.needs not in key.scopes:
@@ -280,12 +293,12 @@ def _check_key(login: Login, endpoint: Endpoint, now: float) -> None:
         )
 
 
-def _check_address(login: Login, address: str) -> None:
+def _check_address(login: Login, call: Call) -> None:
     """Installations are everywhere: the list is for those who hold the secret of a publisher."""
     if not login.publisher:
         return
     for networks in (login.app.settings.allow_from, login.key.allow_from if login.key else ()):
-        if networks and not is_within(address, networks):
+        if networks and not is_within(address := call.address, networks):
             raise ApiError(2004, f"the caller's address, {address or 'unknown'}, is not on the white list")
 
 

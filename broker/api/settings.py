@@ -9,6 +9,7 @@ from broker.app_settings import describe_own_settings, read_own_settings
 from broker.apps import Apps
 from broker.audit import Audit, describe_page, read_page
 from broker.errors import ADMIN, ApiError
+from broker.model import AppSettings
 
 
 def settings_endpoints(apps: Apps, audit: Audit) -> list[Endpoint]:
@@ -16,8 +17,10 @@ def settings_endpoints(apps: Apps, audit: Audit) -> list[Endpoint]:
         return orjson.dumps(describe_own_settings(call.app.settings))
 
     async def change(call: Call) -> bytes:
-        settings = read_own_settings(call.raw, call.app.settings, call.address)
-        app = await apps.set_settings(call.app.key, settings)
+        def replaced(settings: AppSettings) -> AppSettings:
+            return read_own_settings(call.raw, settings, call.address)
+
+        app = await apps.change_settings(call.app.key, replaced)
         if app is None:
             raise ApiError(1008, f"there is no app {call.app.key} any more")
         return orjson.dumps(describe_own_settings(app.settings))

@@ -35,8 +35,13 @@ DAYS_OF_HOURS: Final = 2  # a day is folded when so many whole days lie between 
 GAP: Final = 48 * HOUR  # a process that slept for longer tells nothing of the time before
 PASS_EVERY: Final = float(HOUR)  # apps are looked through for what can be folded or dropped
 SLICE_APPS: Final = 512  # looked at in one statement
-SLICE_ROWS: Final = 256  # hours of 65,536 devices folded in one transaction: up to 2 MB
+SLICE_ROWS: Final = 128  # hours of 65,536 devices folded in one transaction: up to 1 MB, about 20 ms
 PASS_APPS: Final = 8 * SLICE_APPS  # looked at in one transaction
+
+LONGEST_DAY: Final = 26 * HOUR  # a day is dropped when it would be over, had it been one
+DAY_WIDTHS: Final = tuple(
+    range(22 * HOUR, LONGEST_DAY + 1, HOUR // 2)
+)  # named, so that `start` can be looked up
 
 Stretch = tuple[float, float]  # from, to
 Hour = tuple[int, str, int]  # app, activity, start
@@ -237,9 +242,9 @@ class ActivityWrites:
             " WHERE EXISTS (SELECT 1 FROM activity WHERE app = column1 AND kind = column2"
             f"  AND width = {HOUR} AND start < max(?, ? - {HOUR}))"
             " OR EXISTS (SELECT 1 FROM activity WHERE app = column1 AND kind = column2"
-            f"  AND width > {HOUR} AND start + width <= ?)",
+            f"  AND width IN {DAY_WIDTHS} AND start < ?)",
             [(app, str(kind)) for (app,) in apps for kind in Activity],
-            (old_hours, over, over),
+            (old_hours, over, over - LONGEST_DAY),
         )
         gone = 0
         for app, kind in rows:
@@ -265,9 +270,15 @@ class ActivityWrites:
         return len(hours)
 
     def _drop(self, app: int, kind: str, over: float) -> int:
-        return self._connection.execute(
-            "DELETE FROM activity WHERE app = ? AND kind = ? AND start + width <= ?", (app, kind, over)
-        ).rowcount
+        hours = self._connection.execute(
+            "DELETE FROM activity WHERE app = ? AND kind = ? AND width = ? AND start < ?",
+            (app, kind, HOUR, over - HOUR),
+        )
+        days = self._connection.execute(
+            f"DELETE FROM activity WHERE app = ? AND kind = ? AND width IN {DAY_WIDTHS} AND start < ?",
+            (app, kind, over - LONGEST_DAY),
+        )
+        return hours.rowcount + days.rowcount
 
 
 REGISTERED_BEFORE: Final = """
@@ -295,10 +306,10 @@ class ActivityReads:
         first, last = min(start for start, _ in stretches), max(end for _, end in stretches)
         rows = self._connection.execute(
             "SELECT start, width, bits FROM activity"
-            " WHERE app = ?1 AND kind = ?2 AND width = ?3 AND start > ?4 - width AND start < ?5"
+            f" WHERE app = ?1 AND kind = ?2 AND width = {HOUR} AND start > ?3 - {HOUR} AND start < ?4"
             " UNION ALL SELECT start, width, bits FROM activity"
-            " WHERE app = ?1 AND kind = ?2 AND width > ?3 AND start > ?4 - width AND start < ?5",
-            (app_id, kind, HOUR, first, last),
+            f" WHERE app = ?1 AND kind = ?2 AND width IN {DAY_WIDTHS} AND start > ?3 - {LONGEST_DAY} AND start < ?4",
+            (app_id, kind, first, last),
         ).fetchall()
         stored = [(start, width, decode_bits(column)) for start, width, column in rows]
         return [

@@ -76,7 +76,7 @@ MESSAGE_INDEXES: Final = """
 CREATE INDEX messages_with_callback ON messages (app) WHERE callback IS NOT NULL;
 CREATE INDEX messages_by_part ON messages (part_of) WHERE part_of IS NOT NULL;
 CREATE INDEX messages_by_collapse ON messages (app, collapse, broadcast, msg_id)
-    WHERE collapse IS NOT NULL AND body IS NOT NULL;
+    WHERE collapse IS NOT NULL AND (body IS NOT NULL OR paced);
 """
 
 SCHEMA: Final = f"""
@@ -105,7 +105,7 @@ CREATE TABLE postings (  -- chunk = devno >> 16: one changed tag rewrites at mos
 
 CREATE TABLE messages (
     msg_id INTEGER PRIMARY KEY, app INTEGER NOT NULL, broadcast INTEGER NOT NULL,
-    body BLOB,  -- NULL once nobody can be owed it
+    body BLOB,  -- NULL once nobody can be owed it, and nobody is to be told that it expired
     created_at REAL NOT NULL, expires_at REAL NOT NULL, sendno TEXT NOT NULL,
     target NOT NULL,  -- a devno (INTEGER), or a bitmap (BLOB); the same for the next two
     delivered, evicted,
@@ -149,6 +149,20 @@ CREATE TABLE high_water (
 INSERT INTO high_water VALUES (0, 0);
 """
 
+# Ids were milliseconds << 22; they are milliseconds << 12, so that they stay below 2**53. Their order is kept.
+RENUMBERED: Final = "".join(
+    f"UPDATE {table} SET {column} = ({column} >> 22 << 12) | ({column} & 4095);\n"
+    for table, column in (
+        ("messages", "msg_id"),
+        ("inbox", "msg_id"),
+        ("settled", "msg_id"),
+        ("receipts", "msg_id"),
+        ("cids", "msg_id"),
+        ("events", "id"),
+        ("high_water", "id"),
+    )
+)
+
 UPGRADES: Final = {  # from this version to the next
     1: f"""
 {SESSION_ITEMS}
@@ -156,6 +170,7 @@ ALTER TABLE apps ADD COLUMN access TEXT NOT NULL DEFAULT '[]';
 ALTER TABLE retained ADD COLUMN source TEXT NOT NULL DEFAULT '';
 """,
     2: f"""
+{RENUMBERED}
 ALTER TABLE apps ADD COLUMN settings TEXT NOT NULL DEFAULT '{{}}';
 ALTER TABLE devices ADD COLUMN attributes TEXT NOT NULL DEFAULT '{{}}';
 ALTER TABLE messages ADD COLUMN recalled;

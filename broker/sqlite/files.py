@@ -4,7 +4,7 @@ other writes go between. A crash half-way leaves pieces that belong to no record
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
 from typing import Any, Final
 
@@ -44,15 +44,31 @@ class FileWrites:
 
 
 def remove_orphans(connection: sqlite3.Connection) -> int:
-    """Remove the pieces of files that were never finished, or are half removed. While nobody writes one: at open."""
-    orphans = connection.execute(
-        "SELECT DISTINCT app, file FROM files f WHERE NOT EXISTS"
-        " (SELECT 1 FROM records r WHERE r.app = f.app AND r.kind = ? AND r.key = f.file)",
-        (KIND,),
-    ).fetchall()
+    """Remove the pieces of files that were never finished, or are half removed, and return how many files those were.
+    While nobody writes one: at open."""
+    orphans = [key for key in _stored(connection) if not _has_record(connection, key)]
     for key in orphans:
         connection.execute("DELETE FROM files WHERE app = ? AND file = ?", key)
     return len(orphans)
+
+
+def _stored(connection: sqlite3.Connection) -> Iterator[Row]:
+    """One step for each file: a scan would pass over every piece."""
+    key: Row | None = (0, "")
+    while key is not None:
+        key = connection.execute(
+            "SELECT app, file FROM files WHERE (app, file) > (?, ?) ORDER BY app, file LIMIT 1", key
+        ).fetchone()
+        if key is not None:
+            yield key
+
+
+def _has_record(connection: sqlite3.Connection, key: Row) -> bool:
+    return bool(
+        connection.execute(
+            "SELECT 1 FROM records WHERE app = ? AND kind = ? AND key = ?", (key[0], KIND, key[1])
+        ).fetchone()
+    )
 
 
 class FileReads:

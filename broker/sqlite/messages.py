@@ -1,11 +1,13 @@
 """Messages as the writer thread appends them; events, retained messages, and the items of durable sessions.
 
 Appends that wait together are a few statements. Those that depend on what is there (record changes, `replaces`, a
-collapse key) go one by one: each sees what those before it did.
+collapse key) go one by one: each sees what those before it did. Ids always grow in the order of the calls, for that is
+the order in which their doorbells ring.
 """
 
 from __future__ import annotations
 
+import itertools
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
@@ -132,13 +134,14 @@ class MessageWrites:
     # Appending
 
     def _append(self, calls: list[Append]) -> list[list[Appended] | StoreError]:
-        """Ids are given out in the order of the calls, so those that go one by one come last: a newer message never
-        stands before an older one."""
-        together = iter(self._append_together([call for call in calls if not call.depends]))
-        answers = [None if call.depends else next(together) for call in calls]
-        alone = [self._append_alone(call) if call.depends else None for call in calls]
+        answers: list[list[Appended] | StoreError] = []
+        for depends, run in itertools.groupby(calls, key=lambda call: call.depends):
+            if depends:
+                answers += map(self._append_alone, run)
+            else:
+                answers += self._append_together(list(run))
         self._evict(call.candidates for call in calls)
-        return [answer or one or [] for answer, one in zip(answers, alone, strict=True)]
+        return answers
 
     def _append_together(self, calls: Sequence[Append]) -> list[list[Appended]]:
         ids = iter(self._ids.next(sum(len(call.messages) for call in calls)))
@@ -202,13 +205,14 @@ class MessageWrites:
         for message, appended in zip(messages, answer, strict=True):
             gone: list[Withdrawn] = []
             taken.append(gone)
-            if appended.repeated or message.paced:
+            if appended.repeated:
                 continue
-            if message.replaces:
+            if message.replaces and not message.paced:  # its parts do
                 gone += settling.recall(message.app_id, [message.replaces], now, message.targets)
             if message.collapse:
+                age = message.part_of or appended.msg_id
                 gone += settling.collapse(
-                    message.app_id, message.collapse, appended.msg_id, message.targets, now
+                    message.app_id, message.collapse, age, appended.msg_id, message.targets, now
                 )
         return taken
 
@@ -257,7 +261,7 @@ class MessageWrites:
                 msg_id,
                 app,
                 message.broadcast,
-                message.body if lasting else None,
+                message.body if lasting or message.callback is not None else None,
                 message.created_at,
                 message.expires_at,
                 message.sendno,

@@ -240,7 +240,7 @@ class Reads:
         """And the ids of those that owe nobody any more, to be folded."""
         rows = self._connection.execute(
             f"SELECT {STATE_COLUMNS}, {MESSAGE_COLUMNS} FROM messages m"
-            " WHERE app = ? AND broadcast AND body IS NOT NULL AND expires_at > ? ORDER BY msg_id",
+            " WHERE app = ? AND broadcast AND body IS NOT NULL AND NOT paced AND expires_at > ? ORDER BY msg_id",
             (app_id, self._clock()),
         ).fetchall()
         bitmaps = merged(self._connection, rows)

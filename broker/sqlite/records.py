@@ -10,7 +10,7 @@ from typing import Any, Final
 from broker.model import Record, RecordChange
 from broker.sqlite.engine import Row
 from broker.sqlite.threads import Handler
-from broker.store import Conflict, StoreError
+from broker.store import Conflict, StoreError, TooMany
 
 COLUMNS: Final = "app, kind, key, value, version, due"
 
@@ -27,18 +27,30 @@ class RecordWrites:
             "save_records": lambda calls: [self._save(call) for call in calls]
         }
 
-    def check(self, changes: Sequence[RecordChange]) -> Conflict | None:
-        """Whether all of them may be made."""
+    def check(self, changes: Sequence[RecordChange]) -> StoreError | None:
+        """Why they may not be made, all of them."""
+        more: dict[tuple[int, str], int] = {}  # records that the changes before make
         for change in changes:
             if change.key and self._version(change) != change.version:
                 return Conflict(f"{change.kind} {change.key} was changed by somebody else")
+            if change.at_most is not None:
+                kind = (change.app_id, change.kind)
+                more[kind] = more.get(kind, 0) + 1
+                if self._count(*kind) + more[kind] > change.at_most:
+                    return TooMany(f"{change.at_most} of kind {change.kind}")
         return None
+
+    def _count(self, app_id: int, kind: str) -> int:
+        (count,) = self._connection.execute(
+            "SELECT count(*) FROM records WHERE app = ? AND kind = ?", (app_id, kind)
+        ).fetchone()
+        return int(count)
 
     def make(self, changes: Sequence[RecordChange], ids: Sequence[int] = ()) -> list[int]:
         """Make changes that were checked; returns the new versions. `ids` of messages stand in for empty keys."""
         return [self._make(change, change.key or str(ids[change.message])) for change in changes]
 
-    def _save(self, changes: Sequence[RecordChange]) -> list[int] | Conflict:
+    def _save(self, changes: Sequence[RecordChange]) -> list[int] | StoreError:
         return self.check(changes) or self.make(changes)
 
     def _version(self, change: RecordChange) -> int:

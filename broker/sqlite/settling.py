@@ -17,6 +17,7 @@ from typing import Final, NamedTuple
 from pyroaring import BitMap
 
 from broker.model import Receipt, Settled, Withdrawn
+from broker.paces import HELD, SLOW
 from broker.sqlite.callbacks import CallbackWrites
 from broker.sqlite.engine import Row, decode_bits, delete_rows, encode_bits, read_rows, write_rows
 from broker.sqlite.threads import Handler
@@ -28,6 +29,7 @@ COUNTED_MESSAGES: Final = (
 COLLAPSED_INBOX: Final = (
     2_000  # waiting pushes of one collapse key that a broadcast with it takes the place of
 )
+IN_FLIGHT: Final = 60.0  # seconds after its expiry in which a push may still be on its way to a device
 CHUNK_BITS: Final = 16  # of `steps`: one receipt rewrites at most 8 KB
 MINUTE: Final = 60
 HOUR: Final = 3600
@@ -359,16 +361,31 @@ class SettleWrites:
         if row is None:
             return None
         states = merged(self._connection, [row])[msg_id]
-        waiting = BitMap() if now >= row[6] else states.waiting
-        if row[7]:
-            waiting -= self._released(msg_id)
+        reached, waiting = states.delivered | states.sent, states.waiting
+        if now >= row[6]:
+            if now < row[6] + IN_FLIGHT:
+                reached |= waiting  # it may have been sent in its last moment
+            waiting = BitMap()
+        paced = bool(row[7])
+        if paced:
+            waiting -= self.released(msg_id)
         if only is not None:
             waiting &= only
+        if paced and waiting:
+            self._stop_parts(app_id, msg_id)
         if waiting:
             self._take_back(app_id, msg_id, now, waiting, single=isinstance(row[1], int), broadcast=row[8])
-        return Withdrawn(app_id, msg_id, waiting, states.delivered | states.sent)
+        return Withdrawn(app_id, msg_id, waiting, reached)
 
-    def _released(self, msg_id: int) -> BitMap:
+    def _stop_parts(self, app_id: int, msg_id: int) -> None:
+        """Whoever is about to let the next part go has seen other targets: he is to look again (S12)."""
+        for kind in (SLOW, HELD):
+            self._connection.execute(
+                "UPDATE records SET version = version + 1 WHERE app = ? AND kind = ? AND key = ?",
+                (app_id, kind, str(msg_id)),
+            )
+
+    def released(self, msg_id: int) -> BitMap:
         """The targets that a paced message's parts have."""
         rows = self._connection.execute("SELECT target FROM messages WHERE part_of = ?", (msg_id,)).fetchall()
         return BitMap.union(BitMap(), *(decode_bits(target) for (target,) in rows))
@@ -388,37 +405,43 @@ class SettleWrites:
         if self._callbacks.wanted:
             self._callbacks.note([(app_id, msg_id, "recalled", devnos, now)])
 
-    def collapse(self, app_id: int, key: str, msg_id: int, devnos: BitMap, now: float) -> list[Withdrawn]:
-        """For these devices `msg_id` is the newest push with this key: older ones wait no longer."""
-        where = (app_id, key, msg_id)
-        older: dict[int, BitMap] = {
-            row[0]: devnos
-            for row in self._connection.execute(
-                "SELECT msg_id FROM messages WHERE app = ? AND collapse = ? AND msg_id < ?"
-                " AND body IS NOT NULL AND broadcast",
-                where,
+    def collapse(
+        self, app_id: int, key: str, age: int, msg_id: int, devnos: BitMap, now: float
+    ) -> list[Withdrawn]:
+        """For these devices `msg_id` has the place of what is older and has this key: that waits no longer. `age`:
+        its id, or that of the whole that it is a part of; a part is as old as its whole, however late it is let go."""
+        older = {
+            found: devnos
+            for (found,) in self._connection.execute(
+                "SELECT msg_id FROM messages WHERE app = ?1 AND collapse = ?2 AND coalesce(part_of, msg_id) < ?3"
+                " AND (body IS NOT NULL OR paced) AND (broadcast OR paced) AND expires_at > ?4",
+                (app_id, key, age, now),
             )
         }
+        for found, devno in self._collapsed_inboxes(app_id, key, age, devnos):
+            older.setdefault(found, BitMap()).add(devno)
+        older.pop(msg_id, None)
+        taken = [self.withdraw(app_id, found, now, only) for found, only in sorted(older.items())]
+        return [withdrawn for withdrawn in taken if withdrawn is not None and withdrawn.devnos]
+
+    def _collapsed_inboxes(self, app_id: int, key: str, age: int, devnos: BitMap) -> list[Row]:
+        """(msg_id, devno) of what waits in inboxes with this key."""
         if len(devnos) <= COLLAPSED_INBOX:
-            rows = read_rows(
+            return read_rows(
                 self._connection,
                 "SELECT i.msg_id, i.devno FROM ({values}) v"
                 " CROSS JOIN inbox i ON i.app = v.column1 AND i.devno = v.column2"
-                " CROSS JOIN messages m ON m.msg_id = i.msg_id WHERE m.collapse = ? AND m.msg_id < ?",
+                " CROSS JOIN messages m ON m.msg_id = i.msg_id"
+                " WHERE m.collapse = ? AND coalesce(m.part_of, m.msg_id) < ?",
                 [(app_id, devno) for devno in devnos],
-                (key, msg_id),
+                (key, age),
             )
-            for found, devno in rows:
-                older.setdefault(found, BitMap()).add(devno)
-        else:
-            newest = self._connection.execute(
-                "SELECT msg_id FROM messages WHERE app = ? AND collapse = ? AND msg_id < ?"
-                " AND body IS NOT NULL AND NOT broadcast ORDER BY msg_id DESC LIMIT ?",
-                (*where, COLLAPSED_INBOX),
-            )
-            older.update({found: devnos for (found,) in newest})
-        taken = [self.withdraw(app_id, found, now, only) for found, only in sorted(older.items())]
-        return [withdrawn for withdrawn in taken if withdrawn is not None and withdrawn.devnos]
+        newest = self._connection.execute(
+            "SELECT msg_id, target FROM messages WHERE app = ?1 AND collapse = ?2 AND NOT broadcast AND NOT paced"
+            " AND (body IS NOT NULL OR paced) AND coalesce(part_of, msg_id) < ?3 ORDER BY msg_id DESC LIMIT ?4",
+            (app_id, key, age, COLLAPSED_INBOX),
+        )
+        return [(found, devno) for found, target in newest for devno in decode_bits(target) & devnos]
 
     # Receipts
 

@@ -10,13 +10,14 @@ from typing import Final
 
 from broker.sqlite.activity import ActivityWrites
 from broker.sqlite.callbacks import CallbackWrites
-from broker.sqlite.engine import DELETED_KEYS, Row, delete_rows, write_rows
+from broker.sqlite.engine import DELETED_KEYS, Row, delete_rows, read_rows, write_rows
 from broker.sqlite.messages import Ids, first_id
 from broker.sqlite.settling import STATE_COLUMNS, SettleWrites, merged
 from broker.sqlite.threads import Handler
 
 SLICE_ROWS: Final = 4_000  # of one transaction: about 20 ms
 SLICE_MESSAGES: Final = 500  # expired messages looked at in one transaction; each may have many inbox rows
+SLICE_BITS: Final = 1 << 20  # bytes of their target bitmaps; three more of each are read
 SCAN_MESSAGES: Final = 20_000  # messages passed over in one transaction while looking for a deleted app's
 FREE_PAGES: Final = 1_000  # kept for what comes next (4 MB)
 VACUUM_PAGES: Final = 500  # given back in one transaction
@@ -73,18 +74,21 @@ class Upkeep:
         return next((gone for step in self._steps if (gone := step(now))), 0)
 
     def _expire_messages(self, now: float) -> int:
-        rows = self._connection.execute(
-            f"SELECT {STATE_COLUMNS}, app, broadcast, expires_at FROM messages m"
-            " WHERE body IS NOT NULL AND expires_at <= ? ORDER BY expires_at LIMIT ?",
-            (now, SLICE_MESSAGES),
-        ).fetchall()
+        rows = read_rows(
+            self._connection,
+            f"SELECT {STATE_COLUMNS}, m.app, m.broadcast, m.expires_at, m.paced FROM ({{values}}) v"
+            " CROSS JOIN messages m ON m.msg_id = v.column1",
+            self._expired_ids(now),
+        )
         bitmaps = merged(self._connection, rows)
         waiting: list[Row] = []
         done: list[Row] = []
         for row in rows:
-            msg_id, (app, broadcast, expires_at) = row[0], row[6:]
+            msg_id, (app, broadcast, expires_at, paced) = row[0], row[6:]
             expired = bitmaps[msg_id].waiting
-            if not broadcast:
+            if paced:
+                expired -= self._settling.released(msg_id)
+            elif not broadcast:
                 waiting.extend([(app, devno, msg_id) for devno in expired])
             if expired and self._callbacks.wanted:
                 self._callbacks.note([(app, msg_id, "expired", expired, expires_at)])
@@ -95,6 +99,22 @@ class Upkeep:
         self._settling.fold([msg_id for (msg_id,) in done])
         write_rows(self._connection, "UPDATE messages SET body = NULL WHERE msg_id IN ({values})", done)
         return len(waiting) + len(done)
+
+    def _expired_ids(self, now: float) -> list[Row]:
+        """As many as have SLICE_BITS of bitmaps together, and one at least."""
+        sizes = self._connection.execute(
+            "SELECT msg_id, length(target) FROM messages"
+            " WHERE body IS NOT NULL AND expires_at <= ? ORDER BY expires_at LIMIT ?",
+            (now, SLICE_MESSAGES),
+        ).fetchall()
+        total = 0
+        ids: list[Row] = []
+        for msg_id, size in sizes:
+            if ids and total + size > SLICE_BITS:
+                break
+            total += size
+            ids.append((msg_id,))
+        return ids
 
     def _drop_reports(self, now: float) -> int:
         return self._drop_messages(

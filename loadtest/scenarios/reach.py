@@ -258,6 +258,7 @@ def _row(scene: Scene, what: str, make: Make, *, at_most: float, count: int = EX
     """The 95th percentile of each run's calls, one after the other."""
     values: list[float] = []
     loads: list[Load] = []
+    cpu = 0.0
     for _ in range(scene.stage.plan.runs):
         calls = [make(scene) for _ in range(count)]
         meter = Meter(scene.server.pid)
@@ -265,8 +266,10 @@ def _row(scene: Scene, what: str, make: Make, *, at_most: float, count: int = EX
             times = [scene.time("POST", path, body) for path, body in calls]
         values.append(quantile(times, 0.95))
         loads.append(meter.load)
-    scene.stage.say(f"{what}: {values[-1]:.1f} ms")
-    return Row(f"{what}, p95", "ms", values, at_most=at_most, loads=loads)
+        cpu += meter.server_cpu
+    each = cpu * MS / (count * len(values))
+    scene.stage.say(f"{what}: {values[-1]:.1f} ms, {each:.2f} ms of CPU")
+    return Row(f"{what}, p95", "ms", values, at_most=at_most, loads=loads, note=f"{each:.2f} ms of CPU each")
 
 
 # Pushing to them
@@ -361,6 +364,7 @@ def _tagging(scene: Scene) -> list[Row]:
 def _rate(scene: Scene, what: str, make: Callable[[], Iterator[bytes]], devices: int, at_once: int) -> Row:
     values: list[float] = []
     loads: list[Load] = []
+    cpu = 0.0
     for run in range(scene.stage.plan.runs):
         meter = Meter(scene.server.pid)
         with scene.stage.profiled(scene.server, f"reach-tags-{devices}-{run}"), meter.running():
@@ -369,5 +373,7 @@ def _rate(scene: Scene, what: str, make: Callable[[], Iterator[bytes]], devices:
             )
         values.append(calls * devices / seconds)
         loads.append(meter.load)
+        cpu += meter.server_cpu / (calls * devices) / scene.stage.plan.runs
         scene.stage.say(f"{what}: {values[-1]:,.0f}/s")
-    return Row(what, "/s", values, at_least=5_000, loads=loads)
+    note = f"{cpu * 1e6:.0f} us of CPU each"
+    return Row(what, "/s", values, at_least=5_000, loads=loads, note=note)

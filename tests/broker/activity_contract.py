@@ -105,7 +105,7 @@ class ActivityContract:
         clock.now = MIDNIGHT + 61 * DAY + HOUR
         await expire_all(store, clock.now)
         assert await online(store, app, MIDNIGHT, MIDNIGHT + DAY) == [1, 2]
-        clock.now = MIDNIGHT + 62 * DAY + HOUR
+        clock.now = MIDNIGHT + 62 * DAY + 4 * HOUR
         await expire_all(store, clock.now)
         assert await online(store, app, 0, clock.now) == [3]
         await store.close()

@@ -22,7 +22,7 @@ from broker.model import (
     Settled,
     Withdrawn,
 )
-from broker.store import Conflict, Store, StoreError, UnknownMessage
+from broker.store import Conflict, Store, StoreError, TooMany, UnknownMessage
 from tests.broker.store_contract import HOUR, START, Clock, MakeStore, claimed, expire_all, owed, push
 
 NOW = START + 1
@@ -167,6 +167,71 @@ class MessageContract:
         pushes = [replace(push(app, [0]), collapse="a") for _ in range(3)]
         answers = await store.append(pushes)
         assert await owed(store, app, 0) == [answers[2].msg_id]
+
+    async def test_what_is_not_released_yet_of_an_older_push_collapses_too(
+        self, store: Store, app: App
+    ) -> None:
+        await registered(store, app)
+        slow = replace(push(app, range(4), broadcast=True), paced=True, collapse="price")
+        (whole,) = await store.append([slow], [RecordChange(app.app_id, "pace", "", b"", 0, NOW)])
+        part = replace(push(app, [0]), part_of=whole.msg_id, collapse="price")
+        (first,) = await store.append([part])
+        (new,) = await store.append([replace(push(app, [0, 1]), collapse="price")])
+        assert withdrawn(new.withdrawn) == {whole.msg_id: ([1], []), first.msg_id: ([0], [])}
+        assert await counts(store, app, whole.msg_id) == {"recalled": 2, "pending": 2}
+
+    async def test_a_part_is_as_old_as_its_whole_and_takes_no_newer_pushs_place(
+        self, store: Store, app: App
+    ) -> None:
+        await registered(store, app)
+        (whole,) = await store.append([replace(push(app, range(4), broadcast=True), paced=True)])
+        newer = await store.append(
+            [
+                replace(push(app, [0]), collapse="price"),
+                replace(push(app, [0, 1], broadcast=True), collapse="price"),
+            ]
+        )
+        late = replace(push(app, [0, 1]), part_of=whole.msg_id, collapse="price")
+        (part,) = await store.append([late])
+        assert part.withdrawn == ()
+        assert await counts(store, app, newer[1].msg_id) == {"pending": 2}
+
+    @pytest.mark.parametrize("by", ["recall", "override", "collapse"])
+    async def test_whoever_was_about_to_release_a_part_must_look_again_after_a_recall(
+        self, store: Store, app: App, by: str
+    ) -> None:
+        await registered(store, app)
+        slow = replace(push(app, range(4), broadcast=True), paced=True, collapse="k")
+        (whole,) = await store.append([slow], [RecordChange(app.app_id, "pace", "", b"", 0, NOW)])
+        (seen,) = await store.records.due(["pace"], NOW, 1)
+        if by == "recall":
+            await store.recall(app.app_id, [whole.msg_id], NOW)
+        else:
+            more = {"replaces": whole.msg_id} if by == "override" else {"collapse": "k"}
+            await store.append([replace(push(app, [0]), **more)])
+        part = replace(push(app, [0]), part_of=whole.msg_id)
+        with pytest.raises(Conflict):
+            await store.append([part], [RecordChange(app.app_id, "pace", seen.key, b"", seen.version, NOW)])
+
+    async def test_ids_grow_in_the_order_of_the_calls_whatever_they_depend_on(
+        self, store: Store, app: App
+    ) -> None:
+        await registered(store, app)
+        plain, key = push(app, [0]), replace(push(app, [1]), collapse="k")
+        changes = [RecordChange(app.app_id, "k", str(n), b"", 0) for n in range(30)]
+        calls = [
+            store.append([(plain, key)[n % 3 == 0]], changes[n : n + 1] if n % 5 == 0 else [])
+            for n in range(30)
+        ]
+        order: list[int] = []
+
+        async def noted(call: Awaitable[list[Appended]]) -> int:
+            (appended,) = await call
+            order.append(appended.msg_id)
+            return appended.msg_id
+
+        ids = await asyncio.gather(*map(noted, calls))
+        assert ids == order == sorted(set(ids))
 
     # States and steps
 
@@ -334,6 +399,24 @@ class MessageContract:
         calls = [store.append([push(app, [0])], [change]) for _ in range(5)]
         results = await asyncio.gather(*map(_tried, calls))
         assert sorted(results) == ["conflict"] * 4 + ["done"]
+        assert len(await owed(store, app, 0)) == 1
+
+    async def test_a_change_may_limit_how_many_records_there_are(
+        self, store: Store, app: App, other: App
+    ) -> None:
+        await registered(store, app)
+
+        def change(key: str, owner: App = app) -> RecordChange:
+            return RecordChange(owner.app_id, "pace", key, b"", 0, at_most=2)
+
+        await store.records.save([change("a")])
+        await store.records.save([change("a", other)])
+        with pytest.raises(TooMany):
+            await store.records.save([change("b"), change("c")])
+        await store.append([push(app, [0])], [change("")])
+        with pytest.raises(TooMany):
+            await store.append([push(app, [0])], [change("")])
+        assert await store.records.count(app.app_id, "pace") == 2
         assert len(await owed(store, app, 0)) == 1
 
     async def test_records_are_due_in_the_order_of_their_times_until_the_app_is_deleted(

@@ -16,7 +16,7 @@ from pyroaring import BitMap
 from broker.calendar import HOUR, Calendar
 from broker.model import Activity, App
 from broker.sqlite import activity as activity_module
-from broker.sqlite.activity import GAP, Attendance, Bits
+from broker.sqlite.activity import GAP, LONGEST_DAY, Attendance, Bits
 from broker.store import StoreUnavailable
 from broker.store_sqlite import SqliteStore
 from tests.broker.store_contract import Clock, claimed, expire_all
@@ -208,12 +208,12 @@ class Model:
         self.hours = {
             (activity, hour): devices
             for (activity, hour), devices in self.hours.items()
-            if self._end(hour) > over
+            if self._end(hour) >= over
         }
 
     def _end(self, hour: int) -> int:
         day = self.calendar.day(hour)
-        return self.calendar.day(hour, 1) if day in self.folded else hour + HOUR
+        return day + LONGEST_DAY if day in self.folded else hour + HOUR
 
     def in_hour(self, activity: Activity, hour: int) -> set[int]:
         """What a store may know of it."""

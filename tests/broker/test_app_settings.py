@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import Any
 
@@ -188,6 +189,18 @@ async def test_settings_hold_at_once_and_survive(service: Any) -> None:
     while not isinstance(bell := await service.doorbell(), CredentialsChanged) or bell.devnos is not None:
         pass
     assert (await service.call("PUT", "/v1/settings", {})).json == {name: NONE[name] for name in OWN}
+
+
+async def test_what_the_operator_sets_meanwhile_stays(service: Any) -> None:
+    """The owner's call is on its way, and its app is the one of before."""
+    wanted = AppSettings(restricted=True, limits={"push_rate": 7})
+    calls = [
+        service.apps.set_settings(service.app.key, wanted),
+        *(service.call("PUT", "/v1/settings", {"allow_from": ["127.0.0.1"]}) for _ in range(5)),
+    ]
+    await asyncio.gather(*calls)
+    app = await service.store.find_app(service.app.key)
+    assert (app.settings.restricted, app.settings.limits) == (True, {"push_rate": 7})
 
 
 async def test_a_mistake_changes_nothing(service: Any) -> None:

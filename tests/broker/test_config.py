@@ -59,11 +59,15 @@ def test_every_key_is_read_from_each_place(file: Path, path: str) -> None:
         "mqtt.anonymous_anywhere": "false",
         "http.https_only": "false",
         "http.trusted_proxies": "10.0.0.0/8, ::1",
+        "callbacks.private_addresses": "false",
+        "bridge.tls": "false",
+        "bridge.protocol": "3.1.1",
         "mqtt.keep_alive_min": "7",
         "mqtt.ws_origins": "https://app.example.com, null",
         "push.default_ttl": "7",
         "push.max_ttl": "90000",
         "push.schedule_zone": "Asia/Tokyo",
+        "store.time_zone": "Asia/Tokyo",
         "admin.key": "0123456789abcdef",
     }.get(path, "4096")
     expected: object = Path(text) if "path" in key.allowed else text
@@ -73,6 +77,10 @@ def test_every_key_is_read_from_each_place(file: Path, path: str) -> None:
         expected = False
     pair = {"mqtt.certificate": "c.pem", "mqtt.private_key": "k.pem"}
     pair.pop(path, None)
+    if path == "bridge.host":
+        rules = file.with_name("rules.toml")
+        rules.write_text('[[rule]]\ntopic = "push"\napp = "x"\npayload = "push"\n')
+        pair["bridge.rules"] = str(rules)
     file.write_text(
         f"[{key.section}]\n{key.name} = {text if not isinstance(expected, str | Path) else repr(text)}\n"
     )
@@ -167,7 +175,12 @@ CONFLICTS = [
         {"mqtt.keep_alive_max": "9", "mqtt.keep_alive_min": "10"},
         "mqtt.keep_alive_min = 10: must be at most mqtt.keep_alive_max = 9",
     ),
+    (
+        {"push.schedule_zone": "Mars/Olympus"},
+        "push.schedule_zone: 'Mars/Olympus' is no time zone, such as Europe/Berlin or UTC",
+    ),
     ({"push.max_ttl": "1"}, "push.default_ttl = 86400: must be at most push.max_ttl = 1"),
+    ({"store.time_zone": "Mars"}, "store.time_zone: 'Mars' is no time zone, such as Europe/Berlin or UTC"),
 ]
 
 

@@ -243,8 +243,9 @@ async def test_pieces_without_a_record_go_when_the_store_is_opened(service: Any)
         yield b"x" * PIECE
         yield b"y"
 
-    await service.store.files.write(service.app.app_id, "orphan", pieces())
-    assert sorted(await _stored_files(service)) == sorted([kept, "orphan"])
+    for orphan in ("", "a", "z"):  # before and after the one that stays
+        await service.store.files.write(service.app.app_id, orphan, pieces())
+    assert sorted(await _stored_files(service)) == sorted([kept, "", "a", "z"])
     await service.store.close()
     await service.store.open()
     assert await _stored_files(service) == [kept]

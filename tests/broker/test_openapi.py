@@ -17,7 +17,7 @@ from broker.api.http import api_endpoints, build_api
 from broker.errors import STATUS
 from broker.keys import SCOPES
 
-EXAMPLES = int(os.environ.get("SCHEMATHESIS_EXAMPLES", "8"))  # made up for each endpoint, beside the systematic ones
+EXAMPLES = int(os.environ.get("SCHEMATHESIS_EXAMPLES", "8"))  # for each endpoint, beside systematic ones
 SEED = int(os.environ.get("SCHEMATHESIS_SEED", "4"))
 TIME_LIMIT = 300.0
 CHECKS = (

@@ -378,6 +378,29 @@ async def test_those_that_a_newer_push_took_over_get_no_part(world: World) -> No
     assert (await _progress(world, slow)).state == "done"
 
 
+async def test_an_override_that_comes_while_a_part_is_made_is_not_missed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = await _slow(world)
+    world.now = START + HOUR / 2
+    find, newer = world.store.find_messages, []
+
+    async def find_then_override(app_id: int, msg_ids: Sequence[int]) -> Any:
+        found = await find(app_id, msg_ids)
+        if not newer:
+            newer.append(0)
+            newer[0] = await world.push(audience={"tag": ["t9"]}, options={"override_msg_id": slow})
+        return found
+
+    monkeypatch.setattr(world.store, "find_messages", find_then_override)
+    await world.run()
+    assert sorted(_devnos(await world.rung())) == sorted(
+        [*range(9, 100, 10), *(devno for devno in range(51) if devno % 10 != 9)]
+    )
+    assert await world.counts(slow) == {"pending": 90, "recalled": 10}
+    assert world.broker.timekeeper.failed == 0
+
+
 async def test_a_part_takes_the_place_of_what_the_push_overrides(world: World) -> None:
     older = await world.push()
     await world.run()

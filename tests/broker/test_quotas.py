@@ -169,6 +169,83 @@ async def test_a_store_that_is_away_gets_the_count_later(
     await quotas.close()
 
 
+# Over HTTP
+
+HELLO: dict[str, Any] = {"platform": "all", "audience": "all", "notification": {"alert": "hi"}}
+
+
+async def _settle(service: Any, **settings: Any) -> None:
+    for name in "abc":
+        await service.register(name, tags=["red"])
+    await service.apps.set_settings(service.app.key, AppSettings(**settings))
+
+
+async def _push(service: Any, **more: Any) -> tuple[int, int]:
+    answer = await service.call("POST", "/v3/push", HELLO | more)
+    return answer.status, 0 if answer.status == 200 else answer.code
+
+
+@pytest.mark.parametrize(
+    ("limits", "code"),
+    [
+        ({"daily_pushes": 2}, 2006),
+        ({"monthly_pushes": 2}, 2007),
+        ({"daily_pushes": 9, "monthly_pushes": 2}, 2007),
+    ],
+)
+async def test_a_push_over_a_quota_is_refused(service: Any, limits: dict[str, int], code: int) -> None:
+    await _settle(service, limits=limits)
+    assert await _push(service) == await _push(service) == (200, 0)
+    assert await _push(service) == (403, code)
+    service.now += 31 * DAY
+    assert await _push(service) == (200, 0)
+
+
+async def test_broadcasts_have_a_quota_of_their_own(start: Any) -> None:
+    service = await start(limits=Limits(fanout_limit=2))
+    await _settle(service, limits={"daily_broadcasts": 1})
+    assert await _push(service) == (200, 0)
+    assert await _push(service) == (403, 2008)
+    assert await _push(service, audience={"tag": ["red"]}) == (403, 2008)
+    assert await _push(service, audience={"registration_id": ["a", "b"]}) == (200, 0)
+    service.now += DAY
+    assert await _push(service) == (200, 0)
+
+
+async def test_a_push_may_be_for_so_many(service: Any) -> None:
+    await _settle(service, limits={"max_targets": 2})
+    assert await _push(service) == (403, 2005)
+    assert await _push(service, audience={"registration_id": ["a", "b"]}) == (200, 0)
+
+
+async def test_a_restricted_app_is_told_so(service: Any) -> None:
+    await _settle(service, restricted=True)
+    assert await _push(service) == (403, 2003)
+    assert (await service.call("GET", "/v3/received?msg_ids=1")).status == 200
+    await service.apps.set_settings(service.app.key, AppSettings())
+    assert await _push(service) == (200, 0)
+
+
+async def test_what_was_repeated_or_refused_does_not_count(service: Any) -> None:
+    await _settle(service, limits={"daily_pushes": 3})
+    assert await _push(service, audience={"alias": ["nobody"]}) == (400, 1011)
+    for _ in range(3):
+        assert await _push(service, cid="x") == (200, 0)
+    assert await _push(service) == await _push(service) == (200, 0)
+    assert await _push(service) == (403, 2006)
+
+
+async def test_each_push_of_a_batch_counts(service: Any) -> None:
+    await _settle(service, limits={"daily_pushes": 2})
+    item = {"platform": "all", "target": "a", "notification": {"alert": "hi"}}
+    body = {"pushlist": {f"c{n}": item for n in range(3)}}
+    answer = await service.call("POST", "/v3/push/batch/regid/single", body)
+    assert (answer.status, answer.code) == (403, 2006)
+    body["pushlist"].pop("c2")
+    assert (await service.call("POST", "/v3/push/batch/regid/single", body)).status == 200
+    assert await _push(service) == (403, 2006)
+
+
 # The algebra of what was spent
 
 DAYS = st.sampled_from(["2026-10-30", "2026-10-31", "2026-11-01", "2026-11-02", "2027-11-01"])

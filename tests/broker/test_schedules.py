@@ -13,11 +13,11 @@ import jpush
 import orjson
 import pytest
 
-from broker import schedules
+from broker import schedule_firing, schedules
 from broker.errors import ApiError
 from broker.limits import Limits
 from broker.model import AppSettings, QuietHours, Record
-from broker.schedules import CID, KEPT_IDS, LIVE, OVER, Schedule
+from broker.schedule_records import CID, KEPT_IDS, LIVE, OVER, Schedule
 from broker.store import Conflict, StoreError, StoreUnavailable, UnknownMessage
 from tests.broker.later import HELLO, START, World, open_world
 
@@ -99,7 +99,7 @@ async def test_a_periodical_one_fires_again_and_again_to_its_end(world: World) -
     await world.pass_time(START + 40 * DAY)
     found = await _find(world, schedule_id)
     assert (found["next"], found["fired"], found["missed"]) == (None, 31, 0)
-    assert world.broker.schedules.counts.fired == 31
+    assert world.broker.firing.counts.fired == 31
 
 
 async def test_its_audience_is_resolved_when_it_fires(world: World) -> None:
@@ -117,7 +117,7 @@ async def test_of_many_brokers_one_fires(world: World) -> None:
     await world.pass_time(START + 4 * DAY)
     assert await _pushes(world) == 20
     assert [len(await _log(world, one)) for one in ids] == [4] * 5
-    assert sum(broker.schedules.counts.fired for broker in world.brokers) == 20
+    assert sum(broker.firing.counts.fired for broker in world.brokers) == 20
     assert sum(broker.timekeeper.failed for broker in world.brokers) == 0
 
 
@@ -173,7 +173,7 @@ async def test_a_single_one_that_was_missed_fires_within_the_grace(
     found = await _find(world, schedule_id)
     assert (found["fired"], found["missed"], found["next"]) == (fired, missed, None)
     assert await _pushes(world) == fired
-    counts = world.broker.schedules.counts
+    counts = world.broker.firing.counts
     assert (counts.fired, counts.missed) == (fired, missed)
 
 
@@ -211,7 +211,7 @@ async def test_what_is_refused_when_it_fires_is_noted_and_it_goes_on(world: Worl
     assert await _log(world, schedule_id) == [(START + HOUR, 1011), START + DAY + HOUR]
     found = await _find(world, schedule_id)
     assert (found["fired"], found["failed"]) == (1, 1)
-    assert world.broker.schedules.counts.failed == 1
+    assert world.broker.firing.counts.failed == 1
 
 
 async def test_a_push_whose_predecessor_is_gone_is_refused_and_not_tried_for_ever(
@@ -282,8 +282,8 @@ async def test_one_that_is_over_is_kept_as_long_as_reports(world: World) -> None
 
 
 async def test_of_its_pushes_the_newest_are_kept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedules, "KEPT_IDS", 3)
-    monkeypatch.setattr(schedules, "KEPT_ERRORS", 2)
+    monkeypatch.setattr(schedule_firing, "KEPT_IDS", 3)
+    monkeypatch.setattr(schedule_firing, "KEPT_ERRORS", 2)
     schedule_id = await _create(world, trigger=DAILY)
     await world.pass_time(START + 5 * DAY)
     assert await _log(world, schedule_id) == [START + n * DAY + HOUR for n in (2, 3, 4)]
@@ -337,7 +337,7 @@ async def test_a_change_that_meets_a_firing_is_made_after_it(
         if record is not None and not fired:
             fired.append(record)
             world.now = START + HOUR
-            await world.broker.schedules.fire(record)
+            await world.broker.firing.fire(record)
         return record
 
     monkeypatch.setattr(records, "find", find_then_fire)
@@ -426,6 +426,7 @@ async def test_the_life_of_a_schedule_in_both_address_plans(service: Any) -> Non
             ("PUT", schedule_id, {"name": "x"}),
             ("DELETE", schedule_id, None),
             ("GET", "not-a-uuid", None),
+            ("GET", "%ff%00", None),
         ):
             gone = await service.call(method, f"{plan}/{path}", body)
             assert (gone.status, gone.code) == (404, 8104)
@@ -461,6 +462,9 @@ WRONG: list[tuple[object, str]] = [
     (_body(name="好" * 86), "name: must be 1 to 255 bytes"),
     (_body(name="a\nb"), "name: must be"),
     (_body(name=7), "name: expected"),
+    (orjson.dumps(_body()).replace(b"good", b"\\ud800"), "not valid JSON"),
+    (orjson.dumps(_body()).replace(b"good", b"\xff"), "not valid"),
+    (orjson.dumps(_body()).replace(b'"hi"', b"[" * 2000 + b"]" * 2000), "nested too deeply"),
     (_body(enabled=False), "enabled: must be true"),
     (_body(enabled="true"), "enabled: expected"),
     (_body(trigger={}), "trigger: must have single or periodical"),

@@ -20,6 +20,7 @@ from pyroaring import BitMap
 
 from broker.model import App, NewDevice, NewMessage, SessionItem, Settled, Term
 from broker.sqlite.engine import APPLICATION_ID, encode_bits
+from broker.sqlite.messages import ID_EPOCH
 from broker.store import Store, StoreError, StoreFull, StoreUnavailable
 from broker.store_sqlite import SqliteStore
 from tests.broker.activity_contract import ActivityContract
@@ -145,12 +146,15 @@ ROWS = {  # of every table that a version changed
     2: "INSERT INTO retained VALUES (1, 't', x'31', 1, x'', NULL, '');"
     " INSERT INTO session_items VALUES (1, 1, 's', 1, x'31');",
 }
+OLD_ID = int((START - ID_EPOCH) * 1000) << 22 | 5  # as ids were made until version 2
+NEW_ID = int((START - ID_EPOCH) * 1000) << 12 | 5
 APP = "INSERT INTO apps (key, name, master_secret, device_key, signing_key, open, created_at, offline_limit)"
 OLD_ROWS = f"""
 {APP} VALUES ('old', 'old', 'secret', 'key', x'00', 0, 1.0, 100);
 INSERT INTO devices VALUES (1, 0, 'phone', 'ios', NULL, '[]', NULL, 0, 1.0, NULL);
 INSERT INTO messages VALUES (7, 1, 0, x'7b7d', {START}, {START + HOUR}, '', 0, NULL, NULL);
-INSERT INTO inbox VALUES (1, 0, 7);
+INSERT INTO messages VALUES ({OLD_ID}, 1, 0, x'7b7d', {START}, {START + HOUR}, '', 0, NULL, NULL);
+INSERT INTO inbox VALUES (1, 0, 7), (1, 0, {OLD_ID});
 INSERT INTO receipts VALUES (7, 'shown', 0, ?);
 """
 
@@ -194,10 +198,20 @@ async def test_a_file_of_an_older_schema_version_is_brought_up_to_date(
         assert len(await store.list_retained(app.app_id)) == 1
         assert len(await store.list_session_items(app.app_id)) == version - 1
         assert (await store.find_devices(app.app_id, ["phone"]))["phone"].attributes == {}
-        assert await owed(store, app, 0) == [7]
+        assert await owed(store, app, 0) == [7, NEW_ID]
         record = (await store.find_messages(app.app_id, [7]))[7]
         assert (record.receipts["shown"], record.targets) == (BitMap((0,)), BitMap((0,)))
+        (appended,) = await store.append([push(app, [0])])
+        assert NEW_ID < appended.msg_id < 2**53
+        await store.settle([Settled(app.app_id, appended.msg_id, False, [0])])
         await store.close()
+    clock = Clock()
+    clock.now += 31 * 24 * HOUR
+    store = SqliteStore(path, clock=clock)
+    await store.open()
+    await expire_all(store, clock.now)
+    assert not await store.find_messages(app.app_id, [7, NEW_ID, appended.msg_id])
+    await store.close()
 
 
 async def test_a_directory_that_cannot_be_made_is_refused_with_what_to_do(tmp_path: Path) -> None:

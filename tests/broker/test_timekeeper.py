@@ -159,6 +159,21 @@ async def test_a_handler_that_leaves_its_record_due_does_not_spin(
     assert "its handler left it due" in caplog.text
 
 
+async def test_one_that_was_changed_while_it_was_handled_is_handled_again_at_once(world: World) -> None:
+    alarms, changed = Alarms(world), []
+
+    async def overtaken(record: Record) -> None:
+        if not changed:
+            change = RecordChange(record.app_id, record.kind, record.key, b"x", record.version, record.due)
+            changed.append(await world.store.records.save([change]))
+        await alarms.ring(record)
+
+    alarms.keeper.register({"alarm": overtaken})
+    await _set(world, "a", START)
+    await alarms.keeper.run_due()
+    assert (alarms.rung, alarms.keeper.failed) == (["a"], 0)
+
+
 async def test_a_store_that_is_away_is_asked_again_later(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

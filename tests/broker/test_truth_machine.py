@@ -419,6 +419,7 @@ class Truth(RuleBasedStateMachine):
         first: dict[tuple[str, int], Step] = {}
         for step in steps:
             for device in step.devnos:
+                assert step.step == "sent" or (step.step, device) not in first, "it happened once"
                 first.setdefault((step.step, device), step)
         happened = {key: at for row in (message, *message.parts) for key, at in row.when.items()}
         for (name, device), step in first.items():

@@ -211,6 +211,19 @@ async def test_slow_pushes_are_limited_and_one_too_many_is_1012(start: Any) -> N
     assert (await service.call("POST", "/v3/push", body)).status == 200
 
 
+async def test_slow_pushes_are_limited_in_a_batch_and_at_once(start: Any) -> None:
+    service = await start(limits=Limits(max_slow_pushes=2))
+    for name in "abc":
+        await service.register(name)
+    item = {"platform": "all", "notification": {"alert": "x"}, "options": {"big_push_duration": 9}}
+    pushlist = {name: item | {"target": name} for name in "abc"}
+    answer = await service.call("POST", "/v3/push/batch/regid/single", {"pushlist": pushlist})
+    assert (answer.status, answer.code) == (400, 1012)
+    single = item | {"audience": "all"}
+    answers = await asyncio.gather(*(service.call("POST", "/v3/push", single) for _ in range(10)))
+    assert sorted(answer.status for answer in answers) == [200] * 2 + [400] * 8
+
+
 async def test_slow_pushes_of_a_batch_have_a_plan_each(service: Any) -> None:
     item = {
         "platform": "all", "notification": {"alert": "x"}, "options": {"big_push_duration": 1},

@@ -110,3 +110,63 @@ async def test_calls_that_may_not_be_repeated_are_not(
 async def test_an_answer_of_another_shape_is_an_error() -> None:
     with pytest.raises(PushError, match="HTTP status 200"):
         await Deaf({"registered": "many"}).ask(lambda p: p.estimate("all"))
+
+
+# Pages, and answers that are none of ours
+
+
+async def ask(
+    answer: Callable[[web.Request], web.Response], call: Callable[[Publisher], Awaitable[Any]]
+) -> Any:
+    async def take(request: web.Request) -> web.Response:
+        return answer(request)
+
+    application = web.Application()
+    application.router.add_route("*", "/{path:.*}", take)
+    once = RetrySettings(attempts=1)
+    async with (
+        TestServer(application) as server,
+        Publisher("a", "s", str(server.make_url("")), retry=once) as p,
+    ):
+        return await call(p)
+
+
+def _page(request: web.Request, make: Callable[[str], object]) -> list[object]:
+    """The next thousand of 2001, after the one that is named."""
+    after = int(request.query.get("after", 0))
+    return [make(str(number)) for number in range(after + 1, min(after + 1001, 2002))]
+
+
+async def test_all_pages_of_segments_are_read() -> None:
+    def answer(request: web.Request) -> web.Response:
+        return web.json_response({"segments": _page(request, lambda i: SEGMENT | {"id": i})})
+
+    assert [one.id for one in await ask(answer, lambda p: _all(p.segments.all()))] == [
+        str(number) for number in range(1, 2002)
+    ]
+
+
+async def test_all_pages_of_parked_callbacks_are_read() -> None:
+    event = {
+        "msg_id": "1",
+        "event": "clicked",
+        "at": 1.0,
+        "devices": 1,
+        "url": "u",
+        "attempts": 1,
+        "error": "e",
+    }
+
+    def answer(request: web.Request) -> web.Response:
+        return web.json_response({"events": _page(request, lambda i: event | {"event_id": i})})
+
+    assert len(await ask(answer, lambda p: _all(p.callbacks.parked()))) == 2001
+
+
+async def test_an_answer_of_somebody_in_between_is_an_error_with_its_status() -> None:
+    def answer(request: web.Request) -> web.Response:
+        return web.Response(status=502, text="<h1>Bad Gateway</h1>")
+
+    with pytest.raises(PushError, match="HTTP status 502, without an explanation") as caught:
+        await ask(answer, lambda p: p.keys.list())
+    assert (caught.value.code, caught.value.http_status) == (0, 502)

@@ -34,17 +34,17 @@ def test_triggers_are_the_apis_words() -> None:
     assert Periodical.monthly(START, END, NOON, [1, 15]).point == ["01", "15"]
 
 
-WHEN = [
-    Single.at(SOON),
-    Single("2027-01-01 00:00:00", "Asia/Tokyo"),
-    Periodical.daily(START, END, NOON),
-    Periodical.weekly(START, END, NOON, ["MON", "FRI"], every=2),
-    Periodical.monthly(START, END, NOON, [1, 31]),
-]
+WHEN: dict[str, Single | Periodical] = {
+    "once": Single.at(SOON),
+    "daily": Periodical.daily(START, END, NOON),
+    "weekly": Periodical.weekly(START, END, NOON, ["MON", "FRI"], every=2),
+    "monthly": Periodical.monthly(START, END, NOON, [1, 31]),
+}
 
 
-@pytest.mark.parametrize("when", [when for when in WHEN if when != WHEN[1]], ids=lambda when: repr(when)[:40])
-async def test_schedules_come_back_as_they_were_made(publisher: Publisher, when: Single | Periodical) -> None:
+@pytest.mark.parametrize("often", WHEN)
+async def test_schedules_come_back_as_they_were_made(publisher: Publisher, often: str) -> None:
+    when = WHEN[often]
     schedule_id = await publisher.schedules.create("mine", when, PUSH)
     found = await publisher.schedules.get(schedule_id)
     assert (found.name, found.enabled, found.fired) == ("mine", True, 0)
@@ -55,13 +55,13 @@ async def test_schedules_come_back_as_they_were_made(publisher: Publisher, when:
 
 
 async def test_a_cid_makes_one_schedule(publisher: Publisher) -> None:
-    made = [await publisher.schedules.create("mine", WHEN[0], PUSH, cid="c") for _ in range(2)]
+    made = [await publisher.schedules.create("mine", WHEN["once"], PUSH, cid="c") for _ in range(2)]
     assert made[0] == made[1]
     assert len([one async for one in publisher.schedules.all()]) == 1
 
 
 async def test_schedules_are_changed_and_deleted(publisher: Publisher) -> None:
-    schedule_id = await publisher.schedules.create("mine", WHEN[0], PUSH)
+    schedule_id = await publisher.schedules.create("mine", WHEN["once"], PUSH)
     later = Single.at(SOON + timedelta(days=1))
     await publisher.schedules.change(schedule_id, name="other", enabled=False, when=later)
     found = await publisher.schedules.get(schedule_id)
@@ -69,7 +69,7 @@ async def test_schedules_are_changed_and_deleted(publisher: Publisher) -> None:
     await publisher.schedules.change(schedule_id, enabled=True, push={**_body("new")})
     assert (await publisher.schedules.get(schedule_id)).push["notification"] == {"alert": "new"}
     with pytest.raises(PushError) as caught:
-        await publisher.schedules.change(schedule_id, when=WHEN[2])
+        await publisher.schedules.change(schedule_id, when=WHEN["weekly"])
     assert caught.value.code == 8100
     await publisher.schedules.delete(schedule_id)
     with pytest.raises(PushError) as caught:
@@ -82,14 +82,14 @@ def _body(alert: str) -> dict[str, Any]:
 
 
 async def test_all_pages_are_read(publisher: Publisher) -> None:
-    made = [await publisher.schedules.create(f"n{n}", WHEN[0], PUSH) for n in range(51)]
+    made = [await publisher.schedules.create(f"n{n}", WHEN["once"], PUSH) for n in range(51)]
     assert [one.schedule_id async for one in publisher.schedules.all()] == made
 
 
 async def test_what_a_schedule_made(publisher: Publisher, until: Any, phone: Any) -> None:
-    """In a second from now, by the server's clock, which is ours."""
+    """In a second or two, by the server's clock, which is ours."""
     async with phone("a") as (_, pushes):
-        when = Single.at(datetime.now(UTC) + timedelta(seconds=1))
+        when = Single.at(datetime.now(UTC) + timedelta(seconds=2))
         schedule_id = await publisher.schedules.create("soon", when, PUSH)
         push = await pushes.get()
     [firing] = await publisher.schedules.log(schedule_id)
@@ -101,7 +101,7 @@ async def test_what_a_schedule_made(publisher: Publisher, until: Any, phone: Any
 async def test_what_a_schedule_was_refused(publisher: Publisher) -> None:
     await publisher.register_device("a")
     with pytest.raises(PushError) as caught:
-        await publisher.schedules.create("mine", WHEN[0], {"platform": "all", "audience": "all"})
+        await publisher.schedules.create("mine", WHEN["once"], {"platform": "all", "audience": "all"})
     assert caught.value.http_status == 400
     with pytest.raises(PushError) as caught:
         await publisher.schedules.create("mine", Single("some day"), PUSH)

@@ -77,6 +77,16 @@ async def test_a_page_that_was_read_before_the_recall_is_not_sent_after_it(world
     assert phone.got == [first]
 
 
+async def test_a_second_recall_does_not_make_the_node_forget_the_first(world: World) -> None:
+    phone = await world.online(0, **WINDOW)
+    await world.push(0)
+    second = await world.push(0)
+    await phone.pushed(1)
+    await recall(world, second)
+    await recall(world, second)
+    assert list(world.hub.recalled[second][0]) == [0]
+
+
 async def test_a_walk_leaves_out_those_it_was_recalled_for(world: World) -> None:
     phones = [await world.online(devno) for devno in EVERYONE]
     broadcast = await world.push(*EVERYONE)
