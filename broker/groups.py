@@ -22,6 +22,7 @@ from broker.networks import is_within
 from broker.pushes import Accepted, Pushes
 from broker.requests import decode
 from broker.store import Conflict, Store, StoreError
+from broker.tokens import new_secret
 
 Clock = Callable[[], float]
 KIND: Final = "group"
@@ -78,7 +79,7 @@ class Groups:
         group = Group(
             secrets.token_hex(12),
             _check_name(request.name),
-            secrets.token_urlsafe(24),
+            new_secret(),
             await self._check_apps(request.apps or []),
             self._clock(),
         )

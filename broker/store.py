@@ -277,8 +277,8 @@ class Store(Protocol):
         self, messages: Sequence[NewMessage], changes: Sequence[RecordChange] = ()
     ) -> list[Appended]:
         """Store pushes, all or none, in order; ids are assigned here. Messages that expire at once
-        (`expires_at <= created_at`) get a row for the report and nothing that could be fetched. Ids grow in the order of
-        the calls, and the answers come in that order.
+        (`expires_at <= created_at`) get a row for the report and nothing that could be fetched. Ids grow in the order
+        of the calls, and the answers come in that order.
 
         The record changes are made along with the messages (S12; raises Conflict or TooMany), but not if a message's
         cid was used before (those with a key of their own: any message's; those named after a message: that one's).

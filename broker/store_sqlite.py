@@ -420,12 +420,20 @@ class SqliteStore:
         return registered
 
     async def find_devices(self, app_id: int, registration_ids: Sequence[str]) -> dict[str, Device]:
+        unwritten = self._unwritten_last_online()
         found: dict[str, Device] = await self._read(self._reader, "find_devices", (app_id, registration_ids))
-        return {rid: self._with_last_online(device) for rid, device in found.items()}
+        return {rid: self._with_last_online(device, unwritten) for rid, device in found.items()}
 
-    def _with_last_online(self, device: Device) -> Device:
+    def _unwritten_last_online(self) -> tuple[Mapping[tuple[int, int], float], ...]:
+        """Before a read: what it may not find in the database, even if it was written when the read ends."""
+        return self._last_online, self._writing_last_online
+
+    def _with_last_online(
+        self, device: Device, unwritten: Sequence[Mapping[tuple[int, int], float]]
+    ) -> Device:
         key = (device.app_id, device.devno)
-        at = self._last_online.get(key) or self._writing_last_online.get(key)
+        newest = (*self._unwritten_last_online(), *unwritten)
+        at = next((times[key] for times in newest if key in times), None)
         return device if at is None else replace(device, last_online_at=at)
 
     async def resolve(self, app_id: int, registration_ids: Sequence[str]) -> dict[str, int]:
@@ -450,8 +458,9 @@ class SqliteStore:
 
     async def change_devices(self, app_id: int, changes: Mapping[str, DeviceChange]) -> dict[str, Device]:
         self._check_app(app_id)
+        unwritten = self._unwritten_last_online()
         devices: dict[str, Device] = await self._write("change_devices", (app_id, changes), 4 * len(changes))
-        return {rid: self._with_last_online(device) for rid, device in devices.items()}
+        return {rid: self._with_last_online(device, unwritten) for rid, device in devices.items()}
 
     async def postings(self, app_id: int, terms: Sequence[TermKey]) -> list[BitMap]:
         cached = [self._postings.get((app_id, str(kind), value)) for kind, value in terms]
@@ -656,9 +665,10 @@ class SqliteStore:
     def _wrote_last_online(self, times: Mapping[tuple[int, int], float], done: asyncio.Future[Any]) -> None:
         if not done.cancelled() and (error := done.exception()) is not None:
             log.warning("when %d devices were last online is not recorded: %s", len(times), error)
-        for key, at in times.items():
-            if self._writing_last_online.get(key) == at:
-                del self._writing_last_online[key]
+        # Another dict: reads that are under way hold this one.
+        self._writing_last_online = {
+            key: at for key, at in self._writing_last_online.items() if times.get(key) != at
+        }
 
     async def online(self, app_id: int, devnos: BitMap | None = None) -> BitMap:
         routed = self._states[app_id].routed

@@ -112,12 +112,9 @@ class Timekeeper:
     async def _handle(self, record: Record) -> bool:
         """False: the store does not take anything."""
         try:
-            with suppress(
-                Conflict
-            ):  # another broker, or the publisher, was faster; or it is about another record
-                await self._handlers[record.kind](record)
+            overtaken = await self._overtaken(record)
             after = await self._records.find(record.app_id, record.kind, record.key)
-            if after is not None and _is_no_later(after, record):
+            if after is not None and _is_left(after, record, overtaken):
                 record = after
                 raise AssertionError("its handler left it due")
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Device tokens: what a device shows as its password. Verified without I/O.
+"""Device tokens: what a device shows as its password. Verified without I/O. And how secrets are made.
 
 A token is 40 characters of base64url: version, platform code, devno, generation, expiry (14 bytes), then
 16 bytes of keyed BLAKE2b (RFC 7693) under the app's signing key over those bytes, app key and registration id.
@@ -9,11 +9,13 @@ It does not name its device: shown for another registration id or app, its signa
 from __future__ import annotations
 
 import hmac
+import secrets
 from base64 import urlsafe_b64encode
 from binascii import Error as Base64Error
 from binascii import a2b_base64
 from dataclasses import dataclass
 from hashlib import blake2b
+from string import ascii_letters, digits
 from struct import Struct
 from typing import Final
 
@@ -27,6 +29,11 @@ _CLAIMS: Final = Struct(">BBIII")  # version, platform, devno, generation, expir
 _MAC_SIZE: Final = 16
 _PLATFORM_CODES: Final = {name: code for code, name in enumerate(PLATFORMS)}
 _FROM_URLSAFE: Final = bytes.maketrans(b"-_", b"+/")
+
+
+def new_secret() -> str:
+    """A master secret or key: 24 letters and digits (142 bits), which is what the vendor's SDKs take for one."""
+    return "".join(secrets.choice(ascii_letters + digits) for _ in range(24))
 
 
 class TokenError(Exception):

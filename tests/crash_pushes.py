@@ -114,6 +114,11 @@ class Push:
         return self.options.get("time_to_live") in SHORT_TTLS
 
     @property
+    def fleeting(self) -> bool:
+        """It waits for nobody."""
+        return self.options.get("time_to_live") == 0
+
+    @property
     def collapse(self) -> str | None:
         return self.options.get("collapse_key")
 
@@ -231,7 +236,7 @@ class World:
         if random.random() < 0.12:
             options["big_push_duration"] = 1
         push = Push(self.load.uid(), self, audience, frozenset(targets), options)
-        if self.name == "plain" and not push.slow:
+        if self.name == "plain":
             if random.random() < 0.2:
                 options["collapse_key"] = random.choice(KEYS)
             elif random.random() < 0.15 and (known := self.load.known(self, random)) is not None:
@@ -397,7 +402,7 @@ class Publisher:
                 (action,) = self._random.choices(list(self._actions), weights=list(self._actions.values()))
                 async with self._load.turn():
                     await action(http)
-                await asyncio.sleep(self._random.random() * 0.06)
+                await asyncio.sleep(self._random.random() * 0.15)
 
     async def call(
         self, http: aiohttp.ClientSession, method: str, path: str, body: bytes = b"", *, again: bool = True

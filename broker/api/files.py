@@ -128,8 +128,8 @@ async def _chunks(part: BodyPartReader) -> AsyncIterator[bytes]:
 
 async def _read_field(part: BodyPartReader) -> bytes:
     """A short one."""
-    value = await part.read_chunk(TTL_SIZE)
-    if not part.at_eof():
+    value = await part.read_chunk(STEP)
+    if len(value) > TTL_SIZE or not part.at_eof():
         raise ApiError(1003, f"{part.name}: is too long")
     return bytes(value)
 

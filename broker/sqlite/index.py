@@ -19,6 +19,7 @@ from broker.model import AccessRule, App, AppSettings, Device, DeviceChange, New
 from broker.sqlite.engine import Row, decode_bits, delete_rows, encode_bits, read_rows, write_rows
 from broker.sqlite.threads import Effects, Handler
 from broker.store import StoreError, UnknownDevice
+from broker.tokens import new_secret
 
 APP_COLUMNS: Final = (
     "app_id, key, name, master_secret, device_key, signing_key, open, created_at, offline_limit, access,"
@@ -184,8 +185,8 @@ class IndexWrites:
         row = (
             secrets.token_hex(12),
             name,
-            secrets.token_urlsafe(24),
-            secrets.token_urlsafe(24),
+            new_secret(),
+            new_secret(),
             secrets.token_bytes(32),
             is_open,
             self._clock(),
@@ -202,7 +203,7 @@ class IndexWrites:
     def _rotate_secret(self, key: str) -> App | None:
         self._connection.execute(
             "UPDATE apps SET master_secret = ? WHERE key = ? AND NOT deleted",
-            (secrets.token_urlsafe(24), key),
+            (new_secret(), key),
         )
         return self._app(key)
 

@@ -1,8 +1,8 @@
 """Messages as the writer thread appends them; events, retained messages, and the items of durable sessions.
 
 Appends that wait together are a few statements. Those that depend on what is there (record changes, `replaces`, a
-collapse key) go one by one: each sees what those before it did. Ids always grow in the order of the calls, for that is
-the order in which their doorbells ring.
+collapse key) go one by one: each sees what those before it did. Ids always grow in the order of the calls, for that
+is the order in which their doorbells ring.
 """
 
 from __future__ import annotations

@@ -408,8 +408,8 @@ class SettleWrites:
     def collapse(
         self, app_id: int, key: str, age: int, msg_id: int, devnos: BitMap, now: float
     ) -> list[Withdrawn]:
-        """For these devices `msg_id` has the place of what is older and has this key: that waits no longer. `age`:
-        its id, or that of the whole that it is a part of; a part is as old as its whole, however late it is let go."""
+        """For these devices `msg_id` has the place of what is older and has this key: that waits no longer. `age`: its
+        id, or that of the whole that it is part of: a part is as old as its whole, however late it is let go."""
         older = {
             found: devnos
             for (found,) in self._connection.execute(
