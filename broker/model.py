@@ -176,6 +176,7 @@ class NewMessage(Struct, frozen=True, gc=False):
     paced: bool = False  # its targets get it in parts: nothing of this row is ever fetched
     part_of: int = 0  # msg_id of the paced push that this is a part of
     callback: Callback | None = None
+    evicts: bool = True  # false: it takes nobody's place by the newest-N rule
 
 
 class Withdrawn(Struct, frozen=True, eq=False, gc=False):

@@ -187,48 +187,66 @@ class Pushes:
         if not batch:
             return []
         spent = await self._spend(app, targets) if self._quotas.applies(app) else (0, 0)
-        drafts: list[_Draft] = []
+        messages: list[NewMessage] = []
+        plans: list[RecordChange] = []
+        ruled = has_rules(app)
         try:
             for checked, devnos in zip(batch, targets, strict=True):
-                drafts.append(await self._draft(app, checked, devnos))
-            appended = await self._store_and_ring(app, drafts, changes)
+                rules = await self._apply_rules(app, checked, devnos) if ruled else None
+                self._draft(app, checked, devnos, rules, messages, plans)
+            appended = await self._store_and_ring(app, messages, [*changes, *plans])
         except BaseException:
-            await self._undo(app, drafts)
+            await self._undo(app, messages)
             self._quotas.refund(app, *spent)
             raise
-        repeated = [draft for draft, one in zip(drafts, appended, strict=True) if one.repeated]
+        repeated = [i for i, one in enumerate(appended) if one.repeated]
         if repeated:
-            await self._undo(app, repeated)
+            await self._undo(app, [messages[i] for i in repeated])
             if any(spent):
-                self._quotas.refund(app, len(repeated), sum(draft.wide for draft in repeated))
+                self._quotas.refund(app, len(repeated), self._wide([targets[i] for i in repeated]))
         return [Accepted(one.msg_id, one.sendno) for one in appended]
 
     async def _spend(self, app: App, targets: Sequence[BitMap]) -> tuple[int, int]:
         """Count against the app's plan; returns how many pushes and broadcasts. Raises ApiError."""
         for devnos in targets:
             self._quotas.check_targets(app, len(devnos))
-        spent = len(targets), sum(len(devnos) > self._limits.fanout_limit for devnos in targets)
+        spent = len(targets), self._wide(targets)
         await self._quotas.spend(app, *spent)
         return spent
 
-    async def _draft(self, app: App, checked: Checked, targets: BitMap) -> _Draft:
-        """The message with the app's rules applied to it."""
+    def _wide(self, targets: Sequence[BitMap]) -> int:
+        """How many are over the fan-out limit."""
+        return sum(len(devnos) > self._limits.fanout_limit for devnos in targets)
+
+    async def _apply_rules(self, app: App, checked: Checked, targets: BitMap) -> _Ruled | None:
+        if checked.wishes.high:
+            return None
+        suppressed = await self._rules.suppressed(app, targets, fleeting=not checked.ttl)
+        return suppressed, quiet_until(app.settings, self._clock())
+
+    def _draft(
+        self,
+        app: App,
+        checked: Checked,
+        targets: BitMap,
+        rules: _Ruled | None,
+        messages: list[NewMessage],
+        plans: list[RecordChange],
+    ) -> None:
+        """Append the message, and its plan if it goes in parts."""
         now, wishes = self._clock(), checked.wishes
-        wide = len(targets) > self._limits.fanout_limit
-        suppressed, starts_at = None, now
-        if has_rules(app) and not wishes.high:
-            suppressed = await self._rules.suppressed(app, targets, fleeting=not checked.ttl)
-            starts_at = quiet_until(app.settings, now) or now
-        targets = targets - suppressed if suppressed else targets
-        duration = wishes.slow_minutes * MINUTE
-        paced = bool(targets) and (duration > 0 or starts_at > now)
+        suppressed, quiet = rules or (None, None)
+        if suppressed:
+            targets = targets - suppressed
+        start, duration = quiet or now, wishes.slow_minutes * MINUTE
+        paced = bool(targets) and (duration > 0 or start > now)
         message = NewMessage(
             app.app_id,
             checked.body,
             targets,
             len(targets) > self._limits.fanout_limit,
             now,
-            starts_at + duration + checked.ttl if paced else now + checked.ttl,
+            (start + duration if paced else now) + checked.ttl,
             checked.cid or None,
             checked.sendno,
         )
@@ -238,47 +256,43 @@ class Pushes:
                 high=wishes.high,
                 collapse=wishes.collapse,
                 replaces=wishes.replaces,
-                suppressed=suppressed,
+                suppressed=suppressed or None,
                 paced=paced,
                 callback=wishes.callback,
             )
-        return _Draft(message, wide, (starts_at, duration, checked.ttl))
+        if paced:
+            most = limits_of(self._limits, app).max_slow_pushes
+            plan = start_pace(message, (start, duration, checked.ttl), len(messages))
+            plans.append(_limited(plan, most))
+        messages.append(message)
 
     async def _store_and_ring(
-        self, app: App, drafts: Sequence[_Draft], changes: Sequence[RecordChange]
+        self, app: App, messages: Sequence[NewMessage], changes: Sequence[RecordChange]
     ) -> list[Appended]:
-        messages = [draft.message for draft in drafts]
-        most = limits_of(self._limits, app).max_slow_pushes
-        paces = [
-            _limited(start_pace(draft.message, draft.plan, index), most)
-            for index, draft in enumerate(drafts)
-            if draft.message.paced
-        ]
         try:
-            appended = await self._store.append(messages, [*changes, *paces])
+            appended = await self._store.append(messages, changes)
         except TooMany as error:
+            most = limits_of(self._limits, app).max_slow_pushes
             raise ApiError(
                 1012, f"{most} slow pushes are under way, which is the limit of the app"
             ) from error
         except UnknownMessage as error:  # since it was looked up
             raise ApiError(1003, f"options.override_msg_id: {error} is gone") from error
         self._bus.ring(doorbells(messages, appended))
-        if paces:
+        if changes:
             self.on_later()
         return appended
 
-    async def _undo(self, app: App, drafts: Sequence[_Draft]) -> None:
+    async def _undo(self, app: App, messages: Sequence[NewMessage]) -> None:
         """They were not stored: nobody got them."""
         if app.settings.frequency_caps:
-            for draft in drafts:
-                if not draft.message.high:
-                    await self._rules.forget(app, draft.message.targets)
+            for message in messages:
+                if not message.high:
+                    await self._rules.forget(app, message.targets)
 
 
-class _Draft(msgspec.Struct, frozen=True, gc=False):
-    message: NewMessage
-    wide: bool  # its audience, rules aside, is over the fan-out limit
-    plan: tuple[float, float, int]  # if it goes in parts: start, duration and time to live, seconds
+_Ruled = tuple[BitMap, float | None]
+"""What an app's rules say of a push: whom not to send it, and until when it is held."""
 
 
 def _limited(pace: RecordChange, most: int | None) -> RecordChange:

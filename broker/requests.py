@@ -233,8 +233,8 @@ def read_push(raw: bytes, limits: Limits, default_callback: Callback | None = No
     request = decode(_push_decoder.decode, raw, PUSH)
     sendno = read_sendno(request.options, limits)
     try:
-        platforms = _read_platforms(request.platform)
-        audience = _read_audience(request.audience, platforms, limits)
+        platforms = read_platforms(request.platform)
+        audience = read_audience(request.audience, platforms, limits)
         ttl = _check_content(request, limits)
         if request.cid is not None:
             check_cid(request.cid, limits)
@@ -271,7 +271,7 @@ def check_item(
     sendno = read_sendno(item.options, limits)
     try:
         check_cid(cid, limits)
-        platforms = _read_platforms(item.platform)
+        platforms = read_platforms(item.platform)
         audience = _read_target(item.target, by, platforms, limits)
         ttl = _check_content(item, limits)
         wishes = _read_wishes(item, limits, default_callback)
@@ -325,7 +325,7 @@ def _read_items(raws: dict[str, msgspec.Raw]) -> tuple[dict[str, BatchItem], dic
     return items, wrong
 
 
-def _read_platforms(platform: str | list[str] | None) -> tuple[str, ...]:
+def read_platforms(platform: str | list[str] | None) -> tuple[str, ...]:
     """() means all."""
     if platform == "all":
         return ()
@@ -336,7 +336,7 @@ def _read_platforms(platform: str | list[str] | None) -> tuple[str, ...]:
     return tuple(platform)
 
 
-def _read_audience(
+def read_audience(
     audience: str | AudienceObject | None, platforms: tuple[str, ...], limits: Limits
 ) -> Audience:
     if audience == "all":

@@ -14,7 +14,7 @@ from broker.audience import resolve
 from broker.errors import PUSH, ApiError
 from broker.limits import Limits, limits_of
 from broker.model import App, Record, RecordChange
-from broker.requests import AudienceObject, _read_audience, _read_platforms, decode
+from broker.requests import AudienceObject, read_audience, read_platforms, decode
 from broker.segment_rules import KIND, StoredSegment, find_segment, read_rule, resolve_rules
 from broker.store import Conflict, Store
 
@@ -101,8 +101,8 @@ class Segments:
     async def estimate_audience(self, app: App, raw: bytes) -> Estimate:
         """`{"platform": …, "audience": …}` as in a push."""
         request = decode(_read_question, raw, PUSH)
-        platforms = _read_platforms(request.platform)
-        audience = _read_audience(request.audience, platforms, limits_of(self._limits, app))
+        platforms = read_platforms(request.platform)
+        audience = read_audience(request.audience, platforms, limits_of(self._limits, app))
         (devnos,) = await resolve(self._store, app.app_id, [audience], self._clock())
         return await self._count(app, devnos)
 

@@ -525,21 +525,22 @@ class SqliteStore:
     ) -> list[Appended]:
         inboxes: dict[int, BitMap] = {}
         candidates: dict[int, BitMap] = {}  # for the newest-N rule: something may wait there already
-        rows = 0
+        rows, depends = 0, bool(changes)
         for message in messages:
             self._check_app(message.app_id)
             rows += 2
+            depends = depends or bool(message.replaces or message.collapse)
             if message.broadcast or message.paced or message.expires_at <= message.created_at:
                 continue
             targets = message.targets
             rows += len(targets)
             may_owe = self._states[message.app_id].may_owe
             again = targets & may_owe
-            if again:
+            if again and message.evicts:
                 candidates.setdefault(message.app_id, BitMap()).update(again)
             may_owe |= targets
             inboxes.setdefault(message.app_id, BitMap()).update(targets)
-        call = Append(messages, candidates, inboxes, changes)
+        call = Append(messages, candidates, inboxes, changes, depends)
         appended: list[Appended] = await self._write("append", call, rows)
         return appended
 

@@ -74,5 +74,7 @@ class Withdrawals:
             now,
             now + NOTICE_TTL,
             high=True,
+            collapse=f"\0recall {msg_id}",  # no key of a publisher's; told again, it waits once
+            evicts=False,
         )
         self._bus.ring(doorbells([notice], await self._store.append([notice])))

@@ -299,7 +299,7 @@ class Hub:
             return frames
         session.seen = push.msg_id
         if self.fits(session, push):
-            push.sent_at = clock.wall
+            push.sent_at = max(clock.wall, push.message.created_at)  # the clock may be a tick old
             frames.append(session.send_push(push, clock.now))
         return frames
 

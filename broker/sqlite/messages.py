@@ -92,11 +92,7 @@ class Append(NamedTuple):
     candidates: Mapping[int, BitMap]  # by app, for the newest-N rule: something may wait there already
     inboxes: Mapping[int, BitMap]  # by app: who gets an inbox row
     changes: Sequence[RecordChange]
-
-    @property
-    def depends(self) -> bool:
-        """Whether it must see what the appends before it did."""
-        return bool(self.changes) or any(message.replaces or message.collapse for message in self.messages)
+    depends: bool  # it must see what the appends before it did
 
 
 Entry = tuple[int, NewMessage]
@@ -252,6 +248,7 @@ class MessageWrites:
         plain: list[Row] = []
         special: list[Row] = []
         inbox: list[Row] = []
+        told: list[Entry] = []  # with a callback
         for msg_id, message in entries:
             targets, app = message.targets, message.app_id
             lasting = message.expires_at > message.created_at and not message.paced
@@ -272,6 +269,8 @@ class MessageWrites:
                 plain.append(row)
             else:
                 special.append((*row, *_special_columns(message)))
+                if message.callback is not None:
+                    told.append((msg_id, message))
             if lasting and single:
                 inbox.append((app, target, msg_id))
             elif lasting and not message.broadcast:
@@ -283,18 +282,14 @@ class MessageWrites:
             special,
         )
         write_rows(self._connection, "INSERT INTO inbox {values}", inbox)
-        self._note_suppressed(entries)
+        self._note_suppressed(told)
 
     def _note_suppressed(self, entries: Sequence[Entry]) -> None:
-        with_callback = [(msg_id, message) for msg_id, message in entries if message.callback is not None]
-        if with_callback:
-            for _, message in with_callback:
-                self._callbacks.expect(message.app_id)
-            self._callbacks.note(
-                (message.app_id, msg_id, "suppressed", message.suppressed, message.created_at)
-                for msg_id, message in with_callback
-                if message.suppressed
-            )
+        for msg_id, message in entries:
+            self._callbacks.expect(message.app_id)
+            if message.suppressed:
+                note = (message.app_id, msg_id, "suppressed", message.suppressed, message.created_at)
+                self._callbacks.note([note])
 
     # The newest-N rule (S8)
 

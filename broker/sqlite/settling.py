@@ -167,7 +167,7 @@ class Nodes:
 
 
 class _Shared:
-    """Settlements of one message at one node in one second, on their way into `settled`."""
+    """Settlements of one message at one node in one second, sent in one second, on their way into `settled`."""
 
     __slots__ = ("at", "bits", "sent_at")
 
@@ -184,7 +184,7 @@ class _Shared:
         return [encode_bits(bits) if (bits := self.bits.get(state)) else None for state in STATES]
 
 
-_SharedKey = tuple[int, int, int, int]  # app, msg_id, node, second
+_SharedKey = tuple[int, int, int, int, int]  # app, msg_id, node, seconds in which it was settled and sent
 
 
 class SettleWrites:
@@ -242,7 +242,7 @@ class SettleWrites:
     def _share(
         shared: dict[_SharedKey, _Shared], app: int, msg_id: int, at: float, sent_at: float, node: int
     ) -> _Shared:
-        key = (app, msg_id, node, int(at))
+        key = (app, msg_id, node, int(at), int(sent_at))
         found = shared.get(key)
         if found is None:
             found = shared[key] = _Shared(at, sent_at)
@@ -279,11 +279,11 @@ class SettleWrites:
             " WHERE typeof(m.target) = 'blob'",
             [
                 (msg_id, app, *item.columns(), item.at, item.sent_at, node)
-                for (app, msg_id, node, _), item in items.items()
+                for (app, msg_id, node, *_), item in items.items()
             ],
         )
         due = []
-        for msg_id in {msg_id: None for _, msg_id, _, _ in items}:
+        for msg_id in {key[1]: None for key in items}:
             count = self._unfolded.pop(msg_id, 0) + 1
             if count >= FOLD_AFTER:
                 due.append(msg_id)
@@ -375,6 +375,8 @@ class SettleWrites:
             self._stop_parts(app_id, msg_id)
         if waiting:
             self._take_back(app_id, msg_id, now, waiting, single=isinstance(row[1], int), broadcast=row[8])
+            if waiting == states.waiting:
+                self.fold([msg_id])  # it owes nobody any more
         return Withdrawn(app_id, msg_id, waiting, reached)
 
     def _stop_parts(self, app_id: int, msg_id: int) -> None:
@@ -401,15 +403,16 @@ class SettleWrites:
             shared: dict[_SharedKey, _Shared] = {}
             self._share(shared, app_id, msg_id, now, 0.0, 0).add("recalled", devnos)
             self._add_settled(shared)
-            self.fold([msg_id])
         if self._callbacks.wanted:
             self._callbacks.note([(app_id, msg_id, "recalled", devnos, now)])
 
     def collapse(
         self, app_id: int, key: str, age: int, msg_id: int, devnos: BitMap, now: float
     ) -> list[Withdrawn]:
-        """For these devices `msg_id` has the place of what is older and has this key: that waits no longer. `age`: its
-        id, or that of the whole that it is part of: a part is as old as its whole, however late it is let go."""
+        """For these devices `msg_id` has the place of what is older and has this key: that waits no longer.
+
+        `age`: its id, or that of the whole that it is part of: a part is as old as its whole, however late it is let go.
+        """
         older = {
             found: devnos
             for (found,) in self._connection.execute(

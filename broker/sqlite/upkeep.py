@@ -18,6 +18,7 @@ from broker.sqlite.threads import Handler
 SLICE_ROWS: Final = 4_000  # of one transaction: about 20 ms
 SLICE_MESSAGES: Final = 500  # expired messages looked at in one transaction; each may have many inbox rows
 SLICE_BITS: Final = 1 << 20  # bytes of their target bitmaps; three more of each are read
+SLICE_PIECES: Final = 64  # of files: 4 MB
 SCAN_MESSAGES: Final = 20_000  # messages passed over in one transaction while looking for a deleted app's
 FREE_PAGES: Final = 1_000  # kept for what comes next (4 MB)
 VACUUM_PAGES: Final = 500  # given back in one transaction
@@ -31,7 +32,6 @@ APP_TABLES: Final = (  # whose rows a deleted app takes with it; its messages ar
     "session_items",
     "events",
     "records",
-    "files",
     "callback_events",
     "activity",
 )
@@ -183,7 +183,7 @@ class Upkeep:
         gone = 0
         for table in APP_TABLES:
             gone += self._drop(table, "app = ?", (app_id,), SLICE_ROWS - gone)
-        return gone
+        return gone or self._drop("files", "app = ?", (app_id,), SLICE_PIECES)
 
     def _drop_scanned(self, app_id: int, purged_to: int) -> int:
         """Its messages: they have no index by app, so all are passed over, a stretch at a time."""
