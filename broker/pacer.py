@@ -2,8 +2,9 @@
 
 Each part is stored in one transaction with the change of the push's record, so that it goes once, with any number of
 brokers and crashes; a broker that was away lets go what the plan asks for by then, as one part. The record goes with
-the last part. Until then the push can be paused, resumed and stopped; to stop it is to remove the record first, and
-then to recall what waits: no part can follow.
+the last part. Until then the push can be paused, resumed and stopped. To stop it is to recall it, which leaves nobody
+for the parts to come (those that are about to go are refused), and then to remove the record: a crash in between leaves
+a plan that can be stopped again.
 """
 
 from __future__ import annotations
@@ -124,17 +125,14 @@ class Pacer:
 
     async def stop(self, app_id: int, msg_id: int) -> Progress:
         """What was not delivered yet never is. Raises ApiError 1003."""
-        await self._find(app_id, msg_id)
-        pace = await self.end(app_id, msg_id)
-        if pace is None:
-            raise _finished()
+        _, pace = await self._find(app_id, msg_id)
         self._bus.ring([Recalled(await self._store.recall(app_id, [msg_id], self._clock()))])
+        pace = await self.end(app_id, msg_id) or pace
         log_event(log, logging.INFO, "slow push stopped", app_id=app_id, msg_id=str(msg_id))
         return Progress(pace.total, pace.released, None, "stopped")
 
     async def end(self, app_id: int, msg_id: int) -> Pace | None:
-        """No part goes any more; whoever calls this then recalls the rest. Returns how far it was; None: there was no
-        part to come."""
+        """No part goes any more, after the push was recalled. Returns how far it was; None: there was no part to come."""
         for _ in range(TRIES):
             record = await self._record(app_id, msg_id)
             if record is None:

@@ -14,7 +14,7 @@ from broker.audience import resolve
 from broker.errors import PUSH, ApiError
 from broker.limits import Limits, limits_of
 from broker.model import App, Record, RecordChange
-from broker.requests import AudienceObject, read_audience, read_platforms, decode
+from broker.requests import AudienceObject, decode, read_audience, read_platforms
 from broker.segment_rules import KIND, StoredSegment, find_segment, read_rule, resolve_rules
 from broker.store import Conflict, Store
 

@@ -50,12 +50,12 @@ class Withdrawals:
     async def withdraw(self, app: App, msg_id: int) -> None:
         """Raises ApiError 1003: there is no such push. Withdrawing twice does no harm."""
         with refusing(PUSH):
-            await self._pacer.end(app.app_id, msg_id)  # first: no part may follow
             now = self._clock()
             withdrawn = await self._store.recall(app.app_id, [msg_id], now)
             if not withdrawn:
                 raise ApiError(1003, f"msg_id: there is no push {msg_id} in this app", http_status=404)
             self._bus.ring([Recalled(withdrawn)])
+            await self._pacer.end(app.app_id, msg_id)  # parts that come before it have no targets left
             waiting = BitMap.union(BitMap(), *(one.devnos for one in withdrawn))
             told = BitMap.union(BitMap(), *(one.reached for one in withdrawn))
             told |= await self._store.online(app.app_id, waiting)

@@ -114,11 +114,6 @@ class Push:
         return self.options.get("time_to_live") in SHORT_TTLS
 
     @property
-    def fleeting(self) -> bool:
-        """It waits for nobody."""
-        return self.options.get("time_to_live") == 0
-
-    @property
     def collapse(self) -> str | None:
         return self.options.get("collapse_key")
 

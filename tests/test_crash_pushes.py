@@ -23,7 +23,6 @@ from typing import Any, Final
 import aiohttp
 import orjson
 import pytest
-from pyroaring import BitMap
 
 from broker.sqlite.engine import decode_bits
 from clients.local_server import LocalServer
@@ -232,7 +231,7 @@ class Books:
     """Parts of pushes, and callback events that are to be told."""
 
     def __init__(self) -> None:
-        self.parts: dict[str, list[BitMap]] = {}  # by the public id
+        self.parts: dict[str, list[set[str]]] = {}  # by the public id: the devices of each
         self.untold: dict[tuple[str, str], set[str]] = {}  # msg_id, event -> devices
         self.parked = 0
         self.msg_ids: dict[str, str] = {}  # of rows that publishers know: msg_id -> app key
@@ -250,7 +249,8 @@ def read_books(load: Load) -> Books:
             "SELECT msg_id, app, part_of, target, body FROM messages"
         ):
             if part_of:
-                books.parts.setdefault(str(part_of), []).append(decode_bits(target))
+                devices = {names[app, devno] for devno in decode_bits(target)}
+                books.parts.setdefault(str(part_of), []).append(devices)
             elif not (body and b'"recall"' in bytes(body)):
                 books.msg_ids[str(msg_id)] = keys[app]
         for app, msg_id, event, bits, due in connection.execute(
@@ -276,7 +276,7 @@ async def all_mistakes(load: Load, books: Books) -> list[str]:
                     report = await read(http, f"/v1/pushes/{push.msg_id}")
                     fates[push] = await read_fate(http, push)
                     found += fate_mistakes(push, report, fates[push], load)
-                    found += part_mistakes(push, report, books.parts.get(push.msg_id, []))
+                    found += part_mistakes(push, report, fates[push], books.parts.get(push.msg_id, []))
                     found += callback_mistakes(push, fates[push], load, books)
                     found += late_arrivals(push)
                     found += notice_mistakes(push, fates[push])
@@ -406,7 +406,7 @@ def collapse_mistakes(world: World, pushes: list[Push]) -> Iterator[str]:
         return
     ordered = sorted((push for push in pushes if push.collapse), key=lambda push: int(push.msg_id))
     for old, new in itertools.combinations(ordered, 2):
-        if old.collapse == new.collapse and new.answers and not (new.slow or old.fleeting):
+        if old.collapse == new.collapse and new.answers and not (new.slow or old.may_expire):
             for device, arrival in arrivals(old):
                 if device in new.targets and arrival.since > new.answered_at:
                     yield f"{describe_push(old)} came to {device} in {arrival}, collapsed by {describe_push(new)}"
@@ -431,21 +431,22 @@ def notice_mistakes(push: Push, fate: Mapping[str, str]) -> Iterator[str]:
             yield f"push {push.uid} {push.msg_id}: {device} has it, and is not told to remove it"
 
 
-def part_mistakes(push: Push, report: dict[str, Any], parts: list[BitMap]) -> Iterator[str]:
-    """No device is in two parts, and all are in one unless somebody ended it."""
-    name = f"push {push.uid} {push.msg_id}"
-    whole = BitMap.union(BitMap(), *parts)
+def part_mistakes(
+    push: Push, report: dict[str, Any], fate: Mapping[str, str], parts: list[set[str]]
+) -> Iterator[str]:
+    """No device is in two parts, and all are in one, but for those that were taken out before."""
+    whole = set().union(*parts)
     if len(whole) != sum(map(len, parts)):
-        yield f"{name}: its parts are not disjoint: {parts}"
+        yield f"{describe_push(push)}: its parts are not disjoint: {parts}"
     if len(parts) != report["parts"]:
-        yield f"{name}: {report['parts']} parts in the report, {len(parts)} in the store"
-    ended = push.taken_back or any(
-        push is other.replaces for other in push.world.ledger.pushes.values() if other.exists
-    )
-    if report["progress"] is not None and not ended and not push.may_expire:
-        count = report["target"] - report["suppressed"]
-        if len(whole) != count:
-            yield f"{name}: its parts have {len(whole)} of {count} targets: {report}"
+        yield f"{describe_push(push)}: {report['parts']} parts in the report, {len(parts)} in the store"
+    if strangers := whole - push.targets:
+        yield f"{describe_push(push)}: its parts have strangers: {strangers}"
+    if report["progress"] is not None:
+        owed = {device for device, state in fate.items() if state == "delivered" or not push.may_expire}
+        owed -= {device for device, state in fate.items() if state in ("recalled", "suppressed")}
+        if owed - whole:
+            yield f"{describe_push(push)}: {owed - whole} are in none of its parts"
 
 
 def callback_mistakes(push: Push, fate: Mapping[str, str], load: Load, books: Books) -> Iterator[str]:

@@ -29,7 +29,9 @@ COUNTED_MESSAGES: Final = (
 COLLAPSED_INBOX: Final = (
     2_000  # waiting pushes of one collapse key that a broadcast with it takes the place of
 )
-IN_FLIGHT: Final = 60.0  # seconds after its expiry in which a push may still be on its way to a device
+IN_FLIGHT: Final = (
+    60.0  # seconds after its expiry in which a push may still be on its way to a device, or a node have it
+)
 CHUNK_BITS: Final = 16  # of `steps`: one receipt rewrites at most 8 KB
 MINUTE: Final = 60
 HOUR: Final = 3600
@@ -362,18 +364,19 @@ class SettleWrites:
             return None
         states = merged(self._connection, [row])[msg_id]
         reached, waiting = states.delivered | states.sent, states.waiting
-        if now >= row[6]:
-            if now < row[6] + IN_FLIGHT:
-                reached |= waiting  # it may have been sent in its last moment
-            waiting = BitMap()
+        over = now >= row[6]
         paced = bool(row[7])
         if paced:
             waiting -= self.released(msg_id)
         if only is not None:
             waiting &= only
-        if paced and waiting:
-            self._stop_parts(app_id, msg_id)
-        if waiting:
+        if over and now < row[6] + IN_FLIGHT:
+            reached |= waiting  # it may have been sent in its last moment; or a node may be about to send it
+        elif over:
+            waiting = BitMap()
+        elif waiting:
+            if paced:
+                self._stop_parts(app_id, msg_id)
             self._take_back(app_id, msg_id, now, waiting, single=isinstance(row[1], int), broadcast=row[8])
             if waiting == states.waiting:
                 self.fold([msg_id])  # it owes nobody any more
