@@ -3,8 +3,8 @@
 Each part is stored in one transaction with the change of the push's record, so that it goes once, with any number of
 brokers and crashes; a broker that was away lets go what the plan asks for by then, as one part. The record goes with
 the last part. Until then the push can be paused, resumed and stopped. To stop it is to recall it, which leaves nobody
-for the parts to come (those that are about to go are refused), and then to remove the record: a crash in between leaves
-a plan that can be stopped again.
+for the parts to come (those that are about to go are refused), and then to remove the record: a crash in between
+leaves a plan that can be stopped again.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Pacer:
         return Progress(pace.total, pace.released, None, "stopped")
 
     async def end(self, app_id: int, msg_id: int) -> Pace | None:
-        """No part goes any more, after the push was recalled. Returns how far it was; None: there was no part to come."""
+        """No part goes any more; the push was recalled. Returns how far it was; None: there was no part to come."""
         for _ in range(TRIES):
             record = await self._record(app_id, msg_id)
             if record is None:

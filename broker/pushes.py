@@ -171,8 +171,11 @@ class Pushes:
                 reached.append((checked, devnos))
         try:
             accepted = await self._accept(app, [c for c, _ in reached], [devnos for _, devnos in reached])
-        except ApiError as error:  # holds for all of them
-            return results | {checked.cid: error for checked, _ in reached}
+        except ApiError as error:  # holds for all of them; but for 1012, of which others know nothing
+            guilty = {c.cid for c, _ in reached if error.code != 1012 or c.wishes.slow_minutes}
+            results |= dict.fromkeys(guilty, error)
+            rest = [checked for checked, _ in reached if checked.cid not in guilty]
+            return results | (await self._accept_batch(app, rest) if rest else {})
         results.update((c.cid, answer) for (c, _), answer in zip(reached, accepted, strict=True))
         return results
 

@@ -99,7 +99,10 @@ class Timekeeper:
                 log.exception("what is due was not looked up, trying again")
                 pause = STORE_PAUSE
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), max(pause, 0.0))
+                async with asyncio.timeout(
+                    max(pause, 0.0)
+                ):  # wait_for of Python 3.11 may swallow a cancellation
+                    await self._woken.wait()
 
     async def _handle_some(self) -> bool:
         """Whether there may be more. Raises StoreError."""

@@ -59,13 +59,14 @@ class Withdrawals:
             waiting = BitMap.union(BitMap(), *(one.devnos for one in withdrawn))
             told = BitMap.union(BitMap(), *(one.reached for one in withdrawn))
             told |= await self._store.online(app.app_id, waiting)
+            await self._tell(app, msg_id, told, now)
             await asyncio.sleep(RECORD_LAG)
             for record in (await self._store.find_messages(app.app_id, [msg_id])).values():
-                told |= record.sent
-            if told:
-                await self._tell(app, msg_id, told, now)
+                await self._tell(app, msg_id, record.sent - told, now)
 
     async def _tell(self, app: App, msg_id: int, devnos: BitMap, now: float) -> None:
+        if not devnos:
+            return
         notice = NewMessage(
             app.app_id,
             orjson.dumps({"recall": str(msg_id)}),

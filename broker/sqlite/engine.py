@@ -76,7 +76,8 @@ MESSAGE_INDEXES: Final = """
 CREATE INDEX messages_with_callback ON messages (app) WHERE callback IS NOT NULL;
 CREATE INDEX messages_by_part ON messages (part_of) WHERE part_of IS NOT NULL;
 CREATE INDEX messages_by_collapse ON messages (app, collapse, broadcast, msg_id)
-    WHERE collapse IS NOT NULL AND (body IS NOT NULL OR paced);
+    WHERE collapse IS NOT NULL AND body IS NOT NULL;
+CREATE INDEX paced_by_collapse ON messages (app, collapse, expires_at) WHERE collapse IS NOT NULL AND paced;
 """
 
 SCHEMA: Final = f"""
@@ -150,17 +151,20 @@ INSERT INTO high_water VALUES (0, 0);
 """
 
 # Ids were milliseconds << 22; they are milliseconds << 12, so that they stay below 2**53. Their order is kept.
-RENUMBERED: Final = "".join(
-    f"UPDATE {table} SET {column} = ({column} >> 22 << 12) | ({column} & 4095);\n"
-    for table, column in (
-        ("messages", "msg_id"),
-        ("inbox", "msg_id"),
-        ("settled", "msg_id"),
-        ("receipts", "msg_id"),
-        ("cids", "msg_id"),
-        ("events", "id"),
-        ("high_water", "id"),
+RENUMBERED: Final = (
+    "".join(
+        f"UPDATE {table} SET {column} = ({column} >> 22 << 12) | ({column} & 4095);\n"
+        for table, column in (
+            ("messages", "msg_id"),
+            ("inbox", "msg_id"),
+            ("settled", "msg_id"),
+            ("receipts", "msg_id"),
+            ("cids", "msg_id"),
+            ("events", "id"),
+            ("high_water", "id"),
+        )
     )
+    + "UPDATE apps SET purged_to = 0;"
 )
 
 UPGRADES: Final = {  # from this version to the next

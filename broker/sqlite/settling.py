@@ -9,6 +9,7 @@ dozen times while a million acknowledgements come in.
 
 from __future__ import annotations
 
+import itertools
 import sqlite3
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -370,11 +371,9 @@ class SettleWrites:
             waiting -= self.released(msg_id)
         if only is not None:
             waiting &= only
-        if over and now < row[6] + IN_FLIGHT:
-            reached |= waiting  # it may have been sent in its last moment; or a node may be about to send it
-        elif over:
+        if over and now >= row[6] + IN_FLIGHT:
             waiting = BitMap()
-        elif waiting:
+        elif waiting and not over:
             if paced:
                 self._stop_parts(app_id, msg_id)
             self._take_back(app_id, msg_id, now, waiting, single=isinstance(row[1], int), broadcast=row[8])
@@ -414,24 +413,30 @@ class SettleWrites:
     ) -> list[Withdrawn]:
         """For these devices `msg_id` has the place of what is older and has this key: that waits no longer.
 
-        `age`: its id, or that of the whole that it is part of: a part is as old as its whole, however late it is let go.
+        `age`: its id, or that of the whole that it is part of: a part is as old as its whole, however late it is let
+        go.
         """
-        older = {
-            found: devnos
-            for (found,) in self._connection.execute(
-                "SELECT msg_id FROM messages WHERE app = ?1 AND collapse = ?2 AND coalesce(part_of, msg_id) < ?3"
-                " AND (body IS NOT NULL OR paced) AND (broadcast OR paced) AND expires_at > ?4",
-                (app_id, key, age, now),
-            )
-        }
+        older = dict.fromkeys(self._collapsed_wide(app_id, key, age, now), devnos)
         for found, devno in self._collapsed_inboxes(app_id, key, age, devnos):
             older.setdefault(found, BitMap()).add(devno)
         older.pop(msg_id, None)
         taken = [self.withdraw(app_id, found, now, only) for found, only in sorted(older.items())]
         return [withdrawn for withdrawn in taken if withdrawn is not None and withdrawn.devnos]
 
+    def _collapsed_wide(self, app_id: int, key: str, age: int, now: float) -> list[int]:
+        """Broadcasts, and wholes whose parts may not all have gone."""
+        rows = self._connection.execute(
+            "SELECT msg_id FROM messages WHERE app = ?1 AND collapse = ?2 AND broadcast = 1 AND body IS NOT NULL"
+            " AND expires_at > ?4 AND coalesce(part_of, msg_id) < ?3"
+            " UNION SELECT msg_id FROM messages WHERE app = ?1 AND collapse = ?2 AND paced AND expires_at > ?4"
+            " AND msg_id < ?3",
+            (app_id, key, age, now),
+        ).fetchall()
+        return [msg_id for (msg_id,) in rows]
+
     def _collapsed_inboxes(self, app_id: int, key: str, age: int, devnos: BitMap) -> list[Row]:
-        """(msg_id, devno) of what waits in inboxes with this key."""
+        """(msg_id, devno) of what waits in inboxes with this key. For more than COLLAPSED_INBOX devices of the newest
+        pushes only, up to so many deliveries."""
         if len(devnos) <= COLLAPSED_INBOX:
             return read_rows(
                 self._connection,
@@ -443,11 +448,12 @@ class SettleWrites:
                 (key, age),
             )
         newest = self._connection.execute(
-            "SELECT msg_id, target FROM messages WHERE app = ?1 AND collapse = ?2 AND NOT broadcast AND NOT paced"
-            " AND (body IS NOT NULL OR paced) AND coalesce(part_of, msg_id) < ?3 ORDER BY msg_id DESC LIMIT ?4",
+            "SELECT msg_id, target FROM messages WHERE app = ?1 AND collapse = ?2 AND broadcast = 0"
+            " AND body IS NOT NULL AND coalesce(part_of, msg_id) < ?3 ORDER BY msg_id DESC LIMIT ?4",
             (app_id, key, age, COLLAPSED_INBOX),
         )
-        return [(found, devno) for found, target in newest for devno in decode_bits(target) & devnos]
+        rows = ((found, devno) for found, target in newest for devno in decode_bits(target) & devnos)
+        return list(itertools.islice(rows, COLLAPSED_INBOX))
 
     # Receipts
 

@@ -19,6 +19,7 @@ SLICE_ROWS: Final = 4_000  # of one transaction: about 20 ms
 SLICE_MESSAGES: Final = 500  # expired messages looked at in one transaction; each may have many inbox rows
 SLICE_BITS: Final = 1 << 20  # bytes of their target bitmaps; three more of each are read
 SLICE_PIECES: Final = 64  # of files: 4 MB
+FLEETING: Final = 15.0  # seconds in which a push without time to live may still be acknowledged
 SCAN_MESSAGES: Final = 20_000  # messages passed over in one transaction while looking for a deleted app's
 FREE_PAGES: Final = 1_000  # kept for what comes next (4 MB)
 VACUUM_PAGES: Final = 500  # given back in one transaction
@@ -104,8 +105,9 @@ class Upkeep:
         """As many as have SLICE_BITS of bitmaps together, and one at least."""
         sizes = self._connection.execute(
             "SELECT msg_id, length(target) FROM messages"
-            " WHERE body IS NOT NULL AND expires_at <= ? ORDER BY expires_at LIMIT ?",
-            (now, SLICE_MESSAGES),
+            " WHERE body IS NOT NULL AND expires_at <= ?1 AND (expires_at > created_at OR expires_at <= ?1 - ?2)"
+            " ORDER BY expires_at LIMIT ?3",
+            (now, FLEETING, SLICE_MESSAGES),
         ).fetchall()
         total = 0
         ids: list[Row] = []

@@ -226,3 +226,15 @@ async def test_the_endpoints_answer_what_the_service_says(service: Any) -> None:
     ):
         answer = await service.call("GET", f"/v1/pushes/{msg_id}{path}")
         assert (answer.status, answer.json) == (200, orjson.loads(orjson.dumps(wanted)))
+
+
+async def test_an_acknowledgement_that_is_told_again_keeps_its_time(service: Any) -> None:
+    """Found by the truth machine: of a push to one device the last one counted."""
+    await _devices(service)
+    at, app_id = service.now, service.app.app_id
+    message = NewMessage(app_id, b'{"message":{}}', BitMap([0]), False, at, at + HOUR)
+    (appended,) = await service.store.append([message])
+    for seconds, node in ((1, "n1"), (600, "n2")):
+        settled = Settled(app_id, appended.msg_id, False, delivered=[0], at=at + seconds, node=node)
+        await service.store.settle([settled])
+    assert (await _trace(service, appended.msg_id, "ann"))[1][-1] == ("acknowledged", at + 1, 0, "n1")

@@ -138,7 +138,9 @@ class Truth(RuleBasedStateMachine):
         self.append(Message(0, {min(crowd)}, False, self.now, until), None)
         self.append(Message(0, set(crowd), False, self.now, until, collapse="weather"), None)
         self.append(Message(0, set(crowd), True, self.now, until, collapse="weather"), None)
-        self.append(Message(0, set(crowd), True, self.now, self.now + 9_000.0, paced=True), None)
+        self.append(
+            Message(0, set(crowd), True, self.now, self.now + 9_000.0, set(), "weather", paced=True), None
+        )
 
     async def _open(self) -> None:
         self.store = SqliteStore(self.folder / "db", clock=lambda: self.now, report_lifetime=YEARS)
@@ -173,9 +175,7 @@ class Truth(RuleBasedStateMachine):
         suppressed -= crowd
         wholes = [message for message in self.messages.values() if message.whole is None]
         replaces = wholes[place % len(wholes)] if place is not None and wholes and not paced else None
-        message = Message(
-            0, crowd, broadcast, self.now, self.now + life, suppressed, "" if paced else collapse, paced
-        )
+        message = Message(0, crowd, broadcast, self.now, self.now + life, suppressed, collapse, paced)
         self.append(message, replaces)
 
     @precondition(lambda self: any(m.paced for m in self.messages.values()))
@@ -184,16 +184,17 @@ class Truth(RuleBasedStateMachine):
         count=st.integers(1, 4),
         broadcast=st.booleans(),
         life=lives,
-        collapse=st.sampled_from(["", "weather"]),
     )
-    def release_a_part(self, place: int, count: int, broadcast: bool, life: float, collapse: str) -> None:
+    def release_a_part(self, place: int, count: int, broadcast: bool, life: float) -> None:
+        """A part has its whole's collapse key, and is as old as that."""
         paced = [message for message in self.messages.values() if message.paced]
         whole = paced[place % len(paced)]
         rest = sorted(whole.waiting(self.now))[:count]
         if rest:
             expires_at = min(self.now + life, whole.expires_at)
             self.append(
-                Message(0, set(rest), broadcast, self.now, expires_at, set(), collapse, whole=whole), None
+                Message(0, set(rest), broadcast, self.now, expires_at, set(), whole.collapse, whole=whole),
+                None,
             )
 
     def append(self, message: Message, replaces: Message | None) -> None:
@@ -220,11 +221,11 @@ class Truth(RuleBasedStateMachine):
         if not message.broadcast and not message.paced and message.expires_at > message.created_at:
             message.inbox = set(message.targets)
         gone: dict[int, set[int]] = {}
-        if replaces and not message.paced:
+        if replaces:
             for row in (replaces, *replaces.parts):
                 gone[row.msg_id] = self.withdraw(row, message.targets)
         for row in older if message.collapse else ():
-            if row.collapse == message.collapse:
+            if row.collapse == message.collapse and row.public_id < message.public_id:
                 gone[row.msg_id] = gone.get(row.msg_id, set()) | self.withdraw(row, message.targets)
         self.check_withdrawn(appended.withdrawn, gone)
         if message.inbox:
@@ -259,9 +260,8 @@ class Truth(RuleBasedStateMachine):
             found[one.msg_id] = found.get(one.msg_id, set()) | (devices - late)
             assert devices - late == devices & gone.get(one.msg_id, set())
             assert row.delivered | row.sent <= set(one.reached) <= row.delivered | row.sent | late
-        assert {i: devices for i, devices in found.items() if devices} == {
-            i: devices for i, devices in gone.items() if devices
-        }
+        gone = {i: devices for i, devices in gone.items() if devices}
+        assert {i: devices for i, devices in found.items() if devices} == gone
 
     def pick(self, place: int) -> Message | None:
         rows = [message for message in self.messages.values() if not message.paced]

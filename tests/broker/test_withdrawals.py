@@ -219,6 +219,10 @@ async def test_slow_pushes_are_limited_in_a_batch_and_at_once(start: Any) -> Non
     pushlist = {name: item | {"target": name} for name in "abc"}
     answer = await service.call("POST", "/v3/push/batch/regid/single", {"pushlist": pushlist})
     assert (answer.status, answer.code) == (400, 1012)
+    plain = {"d": {"platform": "all", "target": "a", "notification": {"alert": "now"}}}
+    answer = await service.call("POST", "/v3/push/batch/regid/single", {"pushlist": pushlist | plain})
+    assert answer.status == 200
+    assert ["msg_id" in answer.json[cid] for cid in "abcd"] == [False, False, False, True]
     single = item | {"audience": "all"}
     answers = await asyncio.gather(*(service.call("POST", "/v3/push", single) for _ in range(10)))
     assert sorted(answer.status for answer in answers) == [200] * 2 + [400] * 8
