@@ -278,7 +278,7 @@ class DeliveryState(enum.Enum):
 @dataclass(frozen=True, slots=True, eq=False)
 class MessageRecord:
     """The whole truth about one message, its parts included. For every device in `targets` there is exactly one state
-    (G4): the first of suppressed, delivered, evicted, recalled that it is in, else expired or pending."""
+    (G4): the first of suppressed, delivered, recalled, evicted that it is in, else expired or pending."""
 
     msg_id: int
     app_id: int
@@ -303,10 +303,10 @@ class MessageRecord:
         """The devnos in each state: a partition of `targets`."""
         delivered = self.delivered - self.suppressed
         gone = self.suppressed | delivered
-        evicted = self.evicted - gone
-        gone |= evicted
         recalled = self.recalled - gone
         gone |= recalled
+        evicted = self.evicted - gone
+        gone |= evicted
         waiting = self.targets - gone
         if self.expired is None:
             expired = waiting if now >= self.expires_at else BitMap()

@@ -465,7 +465,7 @@ def _read_wishes(content: _Content, limits: Limits, default_callback: Callback |
     options, callback = content.options, default_callback
     if content.callback is not None:
         callback = read_callback(content.callback, default_callback)
-    if options is None:
+    if options is None or not _wishes_anything(options):
         return NO_WISHES if callback is None else Wishes(callback=callback)
     wishes = Wishes(
         _read_replaces(options.override_msg_id),
@@ -475,6 +475,17 @@ def _read_wishes(content: _Content, limits: Limits, default_callback: Callback |
         callback,
     )
     return NO_WISHES if wishes == NO_WISHES else wishes
+
+
+def _wishes_anything(options: Options) -> bool:
+    """Most options are a time to live alone."""
+    return bool(
+        options.override_msg_id
+        or options.big_push_duration
+        or options.collapse_key
+        or options.apns_collapse_id
+        or options.priority is not None
+    )
 
 
 def _read_replaces(value: int | str | None) -> int:

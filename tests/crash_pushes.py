@@ -645,16 +645,11 @@ class Auditor:
         if wrong := sum_mistake(row, self._ledger.by_msg_id[msg_id]):
             yield wrong
             return
-        progress = row.get("progress") or {}
-        now = {name: row[name] for name in ("delivered", "suppressed")} | {
-            "released": progress.get("released", 0)
-        }
-        before = self._seen.setdefault(msg_id, now)
-        if now["delivered"] < before["delivered"] or now["suppressed"] != before["suppressed"]:
+        now = {name: row[name] for name in ("delivered", "suppressed", "parts") if name in row}
+        before = self._seen.get(msg_id, {})
+        self._seen[msg_id] = before | now
+        if any(now.get(name, count) < count for name, count in before.items()):
             yield f"{msg_id}: the report said {before}, now {now}"
-        if progress and now["released"] < before["released"]:
-            yield f"{msg_id}: {before['released']} were released, now {now['released']}"
-        self._seen[msg_id] = {name: max(count, before[name]) for name, count in now.items()}
 
 
 STATES: Final = ("delivered", "pending", "expired", "evicted", "recalled", "suppressed")

@@ -191,11 +191,12 @@ async def slow_ones(load: Load) -> list[Push]:
 
 async def calm(load: Load) -> None:
     """All devices are there: nothing is pending soon. If it stays so, the reports will say what."""
+    deadline = time() + CALM_LIMIT
     for world in load.worlds.values():
         async with world.session() as http:
             pushes = [push for push in load.ledger.pushes.values() if push.world is world and push.exists]
             for some in batched([push.msg_id for push in pushes], 100):
-                await until_not(lambda ids=some, h=http: any_pending(h, ids), CALM_LIMIT)
+                await until_not(lambda ids=some, h=http: any_pending(h, ids), deadline - time())
 
     async def missing() -> bool:
         return any(map(missing_notices, load.ledger.pushes.values()))

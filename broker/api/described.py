@@ -224,7 +224,7 @@ DESCRIBED: Final[Mapping[str, Described]] = {
                 "time_unit", "Of the stretches.", {"type": "string", "enum": ["HOUR", "DAY", "MONTH"]}, True
             ),
             Query("start", "Of the first: 2026-11-22 08, 2026-11-22 or 2026-11.", _TEXT, True),
-            Query("duration", "How many.", _integer(1, 168)),
+            Query("duration", "How many.", _integer(1, 72)),
         ),
     ),
     "GET /v1/pushes/{msg_id}": Described("Everything that is counted of one push.", answer=shapes.PushReport),

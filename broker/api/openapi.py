@@ -33,7 +33,7 @@ _UPLOAD: Final = {
     "type": "object",
     "properties": {
         "filename": {"type": "string", "contentMediaType": "text/plain", "description": "The list."},
-        "ttl": {"type": "string", "description": "Seconds that the file is kept."},
+        "ttl": {"type": "string", "description": "Hours that the file is kept, 1 to 720."},
     },
     "required": ["filename"],
 }

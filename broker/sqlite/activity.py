@@ -35,7 +35,7 @@ DAYS_OF_HOURS: Final = 2  # a day is folded when so many whole days lie between 
 GAP: Final = 48 * HOUR  # a process that slept for longer tells nothing of the time before
 PASS_EVERY: Final = float(HOUR)  # apps are looked through for what can be folded or dropped
 SLICE_APPS: Final = 512  # looked at in one statement
-SLICE_ROWS: Final = 128  # hours of 65,536 devices folded in one transaction: up to 1 MB, about 20 ms
+SLICE_ROWS: Final = 128  # hours of 65,536 devices folded in one transaction: up to 1 MB
 PASS_APPS: Final = 8 * SLICE_APPS  # looked at in one transaction
 
 LONGEST_DAY: Final = 26 * HOUR  # a day is dropped when it would be over, had it been one

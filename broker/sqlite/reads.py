@@ -112,7 +112,7 @@ def _single_steps(row: Row) -> list[tuple[str, int, float, BitMap]]:
     done = next(
         (
             state
-            for state, column in (("delivered", delivered), ("evicted", evicted), ("recalled", recalled))
+            for state, column in (("delivered", delivered), ("recalled", recalled), ("evicted", evicted))
             if column is not None
         ),
         None,
