@@ -21,17 +21,17 @@ import msgspec
 import orjson
 from aiohttp import hdrs, web
 
-from broker.access import describe_rules, parse_rules
-from broker.app_settings import describe_settings, read_settings
-from broker.apps import read_basic
-from broker.audit import Deed, describe_page, read_page
 from broker.broker import Broker
 from broker.config import Config
 from broker.errors import ApiError
-from broker.groups import Group
 from broker.metrics import LoopLag, Metrics
 from broker.model import App
 from broker.store import StoreError
+from broker.tenants.access import describe_rules, parse_rules
+from broker.tenants.app_settings import describe_settings, read_settings
+from broker.tenants.apps import read_basic
+from broker.tenants.audit import Deed, describe_page, read_page
+from broker.tenants.groups import Group
 
 MAX_BODY: Final = 524_288  # room for the longest list of access rules; nothing else comes near it
 MAX_NAME: Final = 200

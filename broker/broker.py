@@ -5,29 +5,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from broker.accounts import Accounts
-from broker.apps import Apps
-from broker.audit import Audit
+from broker.audiences.devices import Devices
+from broker.audiences.files import Files
+from broker.audiences.segments import Segments
 from broker.bus import Bus
-from broker.callbacks import Callbacks, CallbackSettings
-from broker.devices import Devices
-from broker.files import Files
-from broker.groups import GroupPushes, Groups
-from broker.keys import Keys
+from broker.later.pacer import Pacer
+from broker.later.schedule_firing import Firing
+from broker.later.schedules import Schedules
+from broker.later.timekeeper import Timekeeper
 from broker.limits import Limits
 from broker.metrics import Metrics
-from broker.pacer import Pacer
-from broker.pushes import Pushes
-from broker.quotas import Quotas
-from broker.reports import Reports
-from broker.rules import Rules
-from broker.schedule_firing import Firing
-from broker.schedules import Schedules
-from broker.segments import Segments
+from broker.pushing.pushes import Pushes
+from broker.pushing.rules import Rules
+from broker.pushing.withdrawals import Withdrawals
 from broker.store import Store
-from broker.timekeeper import Timekeeper
-from broker.users import Users
-from broker.withdrawals import Withdrawals
+from broker.telling.accounts import Accounts
+from broker.telling.callbacks import Callbacks, CallbackSettings
+from broker.telling.reports import Reports
+from broker.telling.users import Users
+from broker.tenants.apps import Apps
+from broker.tenants.audit import Audit
+from broker.tenants.groups import GroupPushes, Groups
+from broker.tenants.keys import Keys
+from broker.tenants.quotas import Quotas
 
 Clock = Callable[[], float]
 

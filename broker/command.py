@@ -18,13 +18,13 @@ import click
 import orjson
 
 from broker.admin import Actions, LocalActions, read_admin_file
-from broker.audit import MAX_ENTRIES
 from broker.broker import Broker
 from broker.bus_local import LocalBus
 from broker.config import Config, ConfigError, config_options, format_config, load_config, sample_config
 from broker.errors import ApiError
 from broker.store import StoreError, StoreUnavailable
 from broker.store_sqlite import SqliteStore
+from broker.tenants.audit import MAX_ENTRIES
 
 
 def make_store(config: Config) -> SqliteStore:

@@ -25,11 +25,11 @@ import click
 import msgspec
 from msgspec import Meta, field
 
-from broker.bridge_rules import RulesError, read_rules
-from broker.calendar import Calendar
-from broker.callbacks import CallbackSettings
+from broker.bridging.bridge_rules import RulesError, read_rules
 from broker.limits import Limits
-from broker.networks import read_network
+from broker.telling.calendar import Calendar
+from broker.telling.callbacks import CallbackSettings
+from broker.tenants.networks import read_network
 
 PREFIX: Final = "HOLDFAST_"
 OFF: Final = "off"

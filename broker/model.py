@@ -21,7 +21,7 @@ PLATFORMS: Final = ("android", "ios", "quickapp", "hmos", "winphone", "other")
 
 @dataclass(frozen=True, slots=True)
 class AccessRule:
-    """Who may do what with the ordinary topics that a filter matches. See broker/access.py."""
+    """Who may do what with the ordinary topics that a filter matches. See broker/tenants/access.py."""
 
     allow: bool  # else deny
     action: str  # publish | subscribe | all
@@ -150,7 +150,7 @@ class Term(enum.StrEnum):
     ALIAS = "a"
     PLATFORM = "p"
     TAG = "t"
-    ATTRIBUTE = "v"  # what a text, a truth value or one binary digit of a number is; see broker/attributes.py
+    ATTRIBUTE = "v"  # a text, a truth value or one binary digit of a number: audiences/attributes.py
 
 
 TermKey = tuple[Term, str]

@@ -34,7 +34,6 @@ from typing import Final, Protocol
 
 from pyroaring import BitMap
 
-from broker.calendar import Calendar
 from broker.model import (
     AccessRule,
     Activity,
@@ -64,6 +63,7 @@ from broker.model import (
     TermKey,
     Withdrawn,
 )
+from broker.telling.calendar import Calendar
 
 PIECE: Final = 65_536  # bytes of one piece of a file
 

@@ -24,7 +24,6 @@ from typing import Any, Final
 
 from pyroaring import BitMap
 
-from broker.calendar import Calendar
 from broker.model import (
     AccessRule,
     Activity,
@@ -75,6 +74,7 @@ from broker.sqlite.threads import (
 )
 from broker.sqlite.upkeep import Upkeep
 from broker.store import StoreError, StoreUnavailable
+from broker.telling.calendar import Calendar
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from broker import tokens
-from broker.access import Access, Role
 from broker.model import App
+from broker.tenants import tokens
+from broker.tenants.access import Access, Role
 from gateway.live import DEVICE_TOPIC, EVENT_PREFIX, PUSH_TOPIC, RECEIPT_TOPIC, SYS
 from gateway.mqtt import Connack, Connect, Properties, Reason, Will, encode
 from gateway.session import ALIASES_SENT, PLAIN, Manners

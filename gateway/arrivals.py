@@ -13,7 +13,7 @@ from collections.abc import Callable
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Final
 
-from broker.devices import Devices
+from broker.audiences.devices import Devices
 from broker.errors import ApiError
 from broker.logs import log_event
 from broker.model import Claim

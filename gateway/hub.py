@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from msgspec.structs import replace
 from pyroaring import BitMap
 
-from broker.access import Access
 from broker.metrics import Counter
 from broker.model import App, StoredBroadcast, Withdrawn
+from broker.tenants.access import Access
 from gateway.live import LivePush
 from gateway.mailbox import Mailbox
 from gateway.session import Inbox, Member, Session

@@ -11,9 +11,9 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from broker.apps import Apps
 from broker.bus import Broadcast, Doorbell, Recalled
 from broker.store import Store, StoreError
+from broker.tenants.apps import Apps
 from gateway.exchange import Exchange
 from gateway.fanout import Fanout
 from gateway.hub import Hub

@@ -10,11 +10,11 @@ import logging
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Final
 
-from broker.devices import Devices
+from broker.audiences.devices import Devices
 from broker.errors import ApiError
-from broker.pushes import Pushes
-from broker.reports import Reports
+from broker.pushing.pushes import Pushes
 from broker.store import Store, StoreError
+from broker.telling.reports import Reports
 from gateway.exchange import Exchange
 from gateway.live import DEVICE_TOPIC, EVENT_PREFIX, PUSH_TOPIC, RECEIPT_TOPIC
 from gateway.mailbox import role_of

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from pyroaring import BitMap
 
-from broker.access import Role
+from broker.tenants.access import Role
 from gateway.messages import TopicCopy, TopicMessage
 from gateway.mqtt import Subscription
 

@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from time import time
 from typing import Any, Final
 
-from broker.apps import Apps
+from broker.audiences.devices import Devices
 from broker.bus import Broadcast, Bus, CredentialsChanged, Doorbell, Recalled, Targeted
-from broker.devices import Devices
 from broker.logs import log_event
 from broker.metrics import Metrics
 from broker.model import App
-from broker.pushes import Pushes
-from broker.reports import Reports
+from broker.pushing.pushes import Pushes
 from broker.store import Store
+from broker.telling.reports import Reports
+from broker.tenants.apps import Apps
 from gateway.arrivals import Arrivals
 from gateway.carriers import Carriers
 from gateway.connection import Connection, Phase

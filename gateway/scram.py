@@ -24,8 +24,8 @@ from typing import Any, Final
 
 from scramp import ScramException, ScramMechanism
 
-from broker import tokens
 from broker.model import App
+from broker.tenants import tokens
 
 METHOD: Final = "SCRAM-SHA-256"
 ITERATIONS: Final = 4096  # RFC 7677, 4

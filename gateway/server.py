@@ -16,13 +16,13 @@ from broker.api.http import build_api
 from broker.api.peers import Peers
 from broker.broker import Broker
 from broker.bus_local import LocalBus
-from broker.callbacks import CallbackMetrics
 from broker.command import make_store
 from broker.config import Config, is_loopback
 from broker.logs import log_event
 from broker.metrics import HttpMetrics, LoopLag, Metrics, StoreMetrics
 from broker.model import App
 from broker.store import StoreError
+from broker.telling.callbacks import CallbackMetrics
 from gateway.carriers import Carriers
 from gateway.doorkeeper import DoorLimits
 from gateway.listeners import Certificate, TlsError, address_of, format_address, listen_tcp, listen_websocket
@@ -30,7 +30,7 @@ from gateway.mailbox import MailboxLimits
 from gateway.node import Node, NodeSettings
 
 if TYPE_CHECKING:
-    from broker.bridge import Bridge
+    from broker.bridging.bridge import Bridge
 
 DEMO_APP: Final = "demo"
 UPKEEP_PAUSE: Final = 5.0  # seconds between looks for expired data
@@ -146,7 +146,7 @@ class Service:
     def _make_bridge(self) -> Bridge | None:
         if self._config.bridge.host is None:
             return None
-        from broker.bridge import make_bridge  # an MQTT client: 4 MB that few need
+        from broker.bridging.bridge import make_bridge  # an MQTT client: 4 MB that few need
 
         return make_bridge(self._config, self._broker.apps, self._broker.pushes, self.metrics)
 

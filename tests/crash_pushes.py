@@ -147,11 +147,17 @@ class Ledger:
         self.looks = 0  # at reports
         self.complete = asyncio.Event()
         self.on_answer: Callable[[], None] | None = None  # called once, at the next answer
+        self.on_call: Callable[[], None] | None = None  # called once, when the next call begins
 
     def add(self, push: Push) -> Push:
         push.begun = time()
         self.pushes[push.world.name, push.uid] = push
         return push
+
+    def called(self) -> None:
+        if self.on_call is not None:
+            act, self.on_call = self.on_call, None
+            act()
 
     def answered(self, push: Push, msg_id: str) -> None:
         if self.on_answer is not None:
@@ -406,6 +412,7 @@ class Publisher:
         tries = 0
         while True:
             tries += 1
+            self._ledger.called()
             try:
                 async with http.request(method, path, data=body) as answer:
                     raw = await answer.read()

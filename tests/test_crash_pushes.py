@@ -13,10 +13,12 @@ import asyncio
 import contextlib
 import itertools
 import os
+import signal
 import sqlite3
 import zoneinfo
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
+from random import Random
 from time import time
 from typing import Any, Final
 
@@ -41,11 +43,12 @@ from tests.crash_pushes import (
 )
 from tests.test_crash import after_a_while, after_an_answer, kept_ports, running
 
-ROUNDS: Final = int(os.environ.get("HOLDFAST_CRASH_ROUNDS", "5"))
+ROUNDS: Final = int(os.environ.get("HOLDFAST_CRASH_ROUNDS", "6"))
 PATIENCE: Final = 60.0 if ROUNDS > 12 else 3.0  # seconds that a slow push may take when the load is over
 CALM_LIMIT: Final = 40.0  # seconds until nothing is pending
 NOTICE_LIMIT: Final = 5.0
 PUBLISHERS: Final = {"plain": 4, "quiet": 2, "capped": 2}
+CALL: Final = 0.015  # seconds that a call may take
 FORGOTTEN: Final = 3.5  # seconds of frequency counts that a crash forgets, with what it takes to save them
 FLAGS: Final = (
     "--push-fanout-limit", "6",  # so that both inboxes and the broadcast log are in use
@@ -144,11 +147,24 @@ def auditors(load: Load) -> list[Any]:
 
 
 async def one_round(load: Load) -> None:
-    moment = load.random.choice((after_a_while, after_an_answer))
+    moment = load.random.choice((after_a_while, after_an_answer, amid_a_call, amid_a_call))
     await moment(load, load.random)
     load.ledger.kills.append(time())
     await asyncio.to_thread(load.server.restart)
     load.ledger.starts.append(time())
+
+
+async def amid_a_call(load: Load, random: Random) -> None:
+    """Accepted, and not answered; the first of two steps, and not the second."""
+    await asyncio.sleep(random.random() * 2)
+    killed = asyncio.Event()
+
+    def kill() -> None:
+        os.kill(load.server.pid, signal.SIGKILL)
+        killed.set()
+
+    load.ledger.on_call = lambda: asyncio.get_running_loop().call_later(random.random() * CALL, kill)
+    await killed.wait()
 
 
 async def finish_what_is_slow(load: Load) -> None:

@@ -14,15 +14,15 @@ from aiohttp import web
 from aiohttp.web_request import BaseRequest
 
 from broker.api.peers import Peers
-from broker.apps import Apps, Login
-from broker.audit import Audit
 from broker.errors import ApiError, Area, refusal
-from broker.groups import Group, Groups
-from broker.keys import ApiKey
 from broker.limits import NO_LIMIT, Limits, limits_of
 from broker.model import App
-from broker.networks import is_within
 from broker.store import StoreError
+from broker.tenants.apps import Apps, Login
+from broker.tenants.audit import Audit
+from broker.tenants.groups import Group, Groups
+from broker.tenants.keys import ApiKey
+from broker.tenants.networks import is_within
 
 log: Final = logging.getLogger(__name__)
 MINUTE: Final = 60

@@ -7,10 +7,10 @@ from typing import Final
 import orjson
 
 from broker.api.call import Call, Endpoint
-from broker.callbacks import Callbacks, signing_secret
 from broker.errors import REPORT, ApiError
 from broker.model import CallbackEvent
 from broker.store import Store
+from broker.telling.callbacks import Callbacks, signing_secret
 
 MAX_PARKED: Final = 1000  # in one answer
 SCOPE: Final = "callback"

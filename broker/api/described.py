@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from broker.api import shapes
-from broker.app_settings import SettingsRequest
-from broker.audit import MAX_ENTRIES
-from broker.device_checks import ChangeRequest, Properties
-from broker.devices import IdChanges, Ids, Import, Renewal
-from broker.keys import KeyRequest
+from broker.audiences.device_checks import ChangeRequest, Properties
+from broker.audiences.devices import IdChanges, Ids, Import, Renewal
+from broker.audiences.segments import AudienceRequest, Estimate, EstimateRequest, Segment, SegmentRequest
+from broker.later.pacer import Progress
+from broker.later.schedules import ChangeRequest as ScheduleChange
+from broker.later.schedules import Created, CreateRequest
 from broker.model import PLATFORMS
-from broker.pacer import Progress
-from broker.reports import StatusRequest
-from broker.requests import Batch, PushRequest
-from broker.schedules import ChangeRequest as ScheduleChange
-from broker.schedules import Created, CreateRequest
-from broker.segments import AudienceRequest, Estimate, EstimateRequest, Segment, SegmentRequest
+from broker.pushing.requests import Batch, PushRequest
+from broker.telling.reports import StatusRequest
+from broker.tenants.app_settings import SettingsRequest
+from broker.tenants.audit import MAX_ENTRIES
+from broker.tenants.keys import KeyRequest
 
 Schema = Mapping[str, Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import orjson
 
 from broker.api.call import DONE, Call, Endpoint
-from broker.devices import Devices, Registered
+from broker.audiences.devices import Devices, Registered
 from broker.errors import DEVICE
 from broker.limits import Limits
 

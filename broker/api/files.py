@@ -14,10 +14,10 @@ from aiohttp.multipart import MultipartReader
 
 from broker.api.call import BODY, DONE, Call, Endpoint
 from broker.api.pushes import accepted_answer
+from broker.audiences.files import STEP, By, Files, StoredFile
 from broker.errors import PUSH, ApiError
-from broker.files import STEP, By, Files, StoredFile
-from broker.pushes import Pushes
-from broker.requests import decode
+from broker.pushing.pushes import Pushes
+from broker.pushing.requests import decode
 
 FIELD: Final = "filename"  # what SDKs call the field with the list
 TTL_SIZE: Final = 16

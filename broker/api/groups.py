@@ -7,8 +7,8 @@ import orjson
 from broker.api.call import BODY, Call, Endpoint
 from broker.api.pushes import BatchRefused, accepted_row
 from broker.errors import PUSH, ApiError
-from broker.groups import GroupPushes
-from broker.pushes import Accepted
+from broker.pushing.pushes import Accepted
+from broker.tenants.groups import GroupPushes
 
 
 def group_endpoints(pushes: GroupPushes) -> list[Endpoint]:

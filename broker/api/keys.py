@@ -6,7 +6,7 @@ import orjson
 
 from broker.api.call import BODY, DONE, Call, Endpoint
 from broker.errors import ADMIN
-from broker.keys import Keys
+from broker.tenants.keys import Keys
 
 
 def key_endpoints(keys: Keys) -> list[Endpoint]:

@@ -8,7 +8,7 @@ import msgspec
 
 from broker.api.call import Call, Endpoint
 from broker.errors import PUSH, ApiError
-from broker.pacer import Pacer, Progress
+from broker.later.pacer import Pacer, Progress
 
 
 def pace_endpoints(pacer: Pacer) -> list[Endpoint]:

@@ -7,7 +7,7 @@ from typing import Final
 
 from aiohttp.web_request import BaseRequest
 
-from broker.networks import is_within, read_address
+from broker.tenants.networks import is_within, read_address
 
 FORWARDED_FOR: Final = "X-Forwarded-For"
 FORWARDED_PROTO: Final = "X-Forwarded-Proto"

@@ -10,8 +10,8 @@ import orjson
 from broker.api.call import DONE, Call, Endpoint
 from broker.errors import PUSH, ApiError
 from broker.limits import Limits
-from broker.pushes import Accepted, Pushes
-from broker.withdrawals import Withdrawals
+from broker.pushing.pushes import Accepted, Pushes
+from broker.pushing.withdrawals import Withdrawals
 
 MAX_CIDS: Final = 1000
 

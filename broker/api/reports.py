@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import orjson
 
-from broker.accounts import Accounts
 from broker.api.call import Call, Endpoint
 from broker.errors import REPORT
 from broker.limits import Limits
-from broker.reports import Reports
-from broker.users import Users
+from broker.telling.accounts import Accounts
+from broker.telling.reports import Reports
+from broker.telling.users import Users
 
 
 def _plans(path: str) -> tuple[str, str]:

@@ -7,7 +7,7 @@ import orjson
 
 from broker.api.call import BODY, DONE, Call, Endpoint
 from broker.errors import SCHEDULE
-from broker.schedules import Schedules
+from broker.later.schedules import Schedules
 
 
 def schedule_endpoints(schedules: Schedules) -> list[Endpoint]:

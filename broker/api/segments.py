@@ -7,8 +7,8 @@ from typing import Final
 import msgspec
 
 from broker.api.call import BODY, DONE, Call, Endpoint
+from broker.audiences.segments import Segments
 from broker.errors import PUSH
-from broker.segments import Segments
 
 _encode: Final = msgspec.json.Encoder().encode
 

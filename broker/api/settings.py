@@ -5,11 +5,11 @@ from __future__ import annotations
 import orjson
 
 from broker.api.call import BODY, Call, Endpoint
-from broker.app_settings import describe_own_settings, read_own_settings
-from broker.apps import Apps
-from broker.audit import Audit, describe_page, read_page
 from broker.errors import ADMIN, ApiError
 from broker.model import AppSettings
+from broker.tenants.app_settings import describe_own_settings, read_own_settings
+from broker.tenants.apps import Apps
+from broker.tenants.audit import Audit, describe_page, read_page
 
 
 def settings_endpoints(apps: Apps, audit: Audit) -> list[Endpoint]:

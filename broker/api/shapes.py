@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-from broker.pacer import Progress
-from broker.segments import Segment
+from broker.audiences.segments import Segment
+from broker.later.pacer import Progress
 
 
 class Shape(Struct, frozen=True, forbid_unknown_fields=True):

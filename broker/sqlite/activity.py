@@ -21,10 +21,10 @@ from typing import Any, Final
 
 from pyroaring import BitMap
 
-from broker.calendar import HOUR, Calendar
 from broker.model import Activity
 from broker.sqlite.engine import Row, decode_bits, delete_rows, encode_bits, read_rows, write_rows
 from broker.sqlite.threads import Handler
+from broker.telling.calendar import HOUR, Calendar
 
 log = logging.getLogger(__name__)
 

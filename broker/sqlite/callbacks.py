@@ -56,6 +56,8 @@ class CallbackWrites:
             app
             for (app,) in connection.execute("SELECT DISTINCT app FROM messages WHERE callback IS NOT NULL")
         }
+        # Nobody can have claimed any: those that the last run claimed and did not finish are due again.
+        connection.execute("UPDATE callback_events SET due = at WHERE due IS NOT NULL AND attempts = 0")
         self._noted: dict[tuple[int, int, str], tuple[BitMap, float]] = {}
         self.handlers: dict[str, Handler] = {"callbacks": lambda calls: [self._run(*call) for call in calls]}
         self._verbs: dict[str, Callable[..., Any]] = {

@@ -12,14 +12,14 @@ import msgspec
 import orjson
 from pyroaring import BitMap
 
-from broker.attributes import changed as changed_attributes
-from broker.attributes import term_changes as attribute_changes
-from broker.attributes import terms as attribute_terms
+from broker.audiences.attributes import changed as changed_attributes
+from broker.audiences.attributes import term_changes as attribute_changes
+from broker.audiences.attributes import terms as attribute_terms
 from broker.model import AccessRule, App, AppSettings, Device, DeviceChange, NewDevice, Term, TermKey
 from broker.sqlite.engine import Row, decode_bits, delete_rows, encode_bits, read_rows, write_rows
 from broker.sqlite.threads import Effects, Handler
 from broker.store import StoreError, UnknownDevice
-from broker.tokens import new_secret
+from broker.tenants.tokens import new_secret
 
 APP_COLUMNS: Final = (
     "app_id, key, name, master_secret, device_key, signing_key, open, created_at, offline_limit, access,"

@@ -17,8 +17,8 @@ from typing import Final, NamedTuple
 
 from pyroaring import BitMap
 
+from broker.later.paces import HELD, SLOW
 from broker.model import Receipt, Settled, Withdrawn
-from broker.paces import HELD, SLOW
 from broker.sqlite.callbacks import CallbackWrites
 from broker.sqlite.engine import Row, decode_bits, delete_rows, encode_bits, read_rows, write_rows
 from broker.sqlite.threads import Handler

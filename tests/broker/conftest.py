@@ -17,16 +17,16 @@ from aiohttp import web
 from broker.api.call import ApiCounters
 from broker.api.http import build_api
 from broker.api.peers import Peers
-from broker.apps import Apps
+from broker.audiences.devices import Devices
 from broker.broker import Broker
 from broker.bus import Doorbell
 from broker.bus_local import LocalBus
-from broker.devices import Devices
 from broker.limits import Limits
 from broker.model import App, Device
-from broker.pushes import Pushes
-from broker.reports import Reports
+from broker.pushing.pushes import Pushes
 from broker.store_sqlite import SqliteStore
+from broker.telling.reports import Reports
+from broker.tenants.apps import Apps
 
 
 @dataclass

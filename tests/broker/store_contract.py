@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from pyroaring import BitMap
 
-from broker.attributes import terms
+from broker.audiences.attributes import terms
 from broker.model import (
     AccessRule,
     App,

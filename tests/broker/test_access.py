@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.access import (
+from broker.errors import ApiError
+from broker.model import AccessRule, App
+from broker.tenants.access import (
     MAX_RULE_TOPIC,
     MAX_RULES,
     PLACEHOLDER,
@@ -25,8 +27,6 @@ from broker.access import (
     parse_rules,
     split_filter,
 )
-from broker.errors import ApiError
-from broker.model import AccessRule, App
 
 FRESH = "z"  # a level that no filter names: it stands for all the others
 LEVELS = ("", "a", "b", "$s", FRESH)

@@ -13,12 +13,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pyroaring import BitMap
 
-from broker.calendar import HOUR, Calendar
 from broker.model import Activity, App
 from broker.sqlite import activity as activity_module
 from broker.sqlite.activity import GAP, LONGEST_DAY, Attendance, Bits
 from broker.store import StoreUnavailable
 from broker.store_sqlite import SqliteStore
+from broker.telling.calendar import HOUR, Calendar
 from tests.broker.store_contract import Clock, claimed, expire_all
 
 DAY = 24 * HOUR

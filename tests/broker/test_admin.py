@@ -16,16 +16,16 @@ import aiohttp
 import orjson
 import pytest
 
-from broker import tokens
-from broker.access import MAX_RULES
 from broker.admin import AdminFile, AdminListener, Health, LocalActions, read_admin_file, write_admin_file
-from broker.apps import Apps
 from broker.broker import Broker
 from broker.bus_local import LocalBus
 from broker.config import Config, load_config
 from broker.logs import VALUE_LIMIT, log_event, set_up_logs
 from broker.metrics import LoopLag, Metrics, StoreMetrics
 from broker.store_sqlite import SqliteStore
+from broker.tenants import tokens
+from broker.tenants.access import MAX_RULES
+from broker.tenants.apps import Apps
 
 
 @dataclass(slots=True)
@@ -154,7 +154,7 @@ async def test_groups_are_managed(server: Server) -> None:
     _, made = await server.call("POST", "/v1/app", {"name": "Shop"})
     status, group = await server.call("POST", "/v1/groups", {"name": "all", "apps": [made["app_key"]]})
     assert (status, group["name"], group["apps"]) == (200, "all", [made["app_key"]])
-    assert len(group["secret"]) == 32
+    assert len(group["secret"]) == 24
     assert await server.call("GET", "/v1/groups") == (200, [group])
     path = f"/v1/groups/{group['group_key']}"
     assert await server.call("PUT", path, {"apps": []}) == (200, group | {"apps": []})

@@ -9,17 +9,17 @@ from typing import Any
 import orjson
 import pytest
 
-from broker.app_settings import (
+from broker.bus import CredentialsChanged
+from broker.errors import ApiError
+from broker.limits import Limits, limits_of
+from broker.model import AppSettings, Callback, FrequencyCap, QuietHours
+from broker.tenants.app_settings import (
     OVERRIDABLE,
     describe_own_settings,
     describe_settings,
     read_own_settings,
     read_settings,
 )
-from broker.bus import CredentialsChanged
-from broker.errors import ApiError
-from broker.limits import Limits, limits_of
-from broker.model import AppSettings, Callback, FrequencyCap, QuietHours
 
 ALL: dict[str, Any] = {
     "restricted": True,

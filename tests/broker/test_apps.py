@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from broker.apps import Apps, read_basic
 from broker.bus import CredentialsChanged
 from broker.limits import Limits
 from broker.model import AccessRule
+from broker.tenants.apps import Apps, read_basic
 
 
 def _basic(user: str, password: str) -> str:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyroaring import BitMap
 
-from broker.attributes import (
+from broker.audiences.attributes import (
     NUMBER_BITS,
     ORDER,
     Question,

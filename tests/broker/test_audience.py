@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from pyroaring import BitMap
 
-from broker.audience import Audience, combine, resolve
+from broker.audiences.audience import Audience, combine, resolve
+from broker.audiences.files import By
+from broker.audiences.segment_rules import EVERYONE
 from broker.errors import ApiError
-from broker.files import By
 from broker.model import Device, Term, TermKey
-from broker.segment_rules import EVERYONE
 
 DEVNOS = range(12)
 NAMES = ["x", "y", "z"]

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from broker.admin import LocalActions
-from broker.audit import MAX_TEXT, Audit
 from broker.errors import ApiError
+from broker.tenants.audit import MAX_TEXT, Audit
 
 
 async def _entries(service: Any, query: str = "", **options: Any) -> list[dict[str, Any]]:

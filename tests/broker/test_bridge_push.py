@@ -19,8 +19,8 @@ import pytest
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from broker.bridge import Bridge, BridgeMetrics, BridgeSettings
-from broker.bridge_rules import read_rules
+from broker.bridging.bridge import Bridge, BridgeMetrics, BridgeSettings
+from broker.bridging.bridge_rules import read_rules
 from broker.metrics import Metrics
 from broker.store import StoreUnavailable
 from clients.local_server import LocalServer

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.bridge_rules import (
+from broker.bridging.bridge_rules import (
     Incoming,
     Pattern,
     Rule,

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from pyroaring import BitMap
 from yarl import URL
 
-from broker.callback_urls import (
+from broker.errors import ApiError
+from broker.model import CALLBACK_EVENTS, Callback, NewMessage, Settled
+from broker.telling.callback_urls import (
     PARAMS_SIZE,
     URL_SIZE,
     CheckedResolver,
@@ -20,9 +22,7 @@ from broker.callback_urls import (
     is_public,
     read_callback,
 )
-from broker.callbacks import signing_secret
-from broker.errors import ApiError
-from broker.model import CALLBACK_EVENTS, Callback, NewMessage, Settled
+from broker.telling.callbacks import signing_secret
 
 URL_ROW = "https://example.com/told"
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from broker.callbacks import sign
+from broker.telling.callbacks import sign
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
 

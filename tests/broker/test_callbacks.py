@@ -17,7 +17,10 @@ import pytest
 from aiohttp import web
 from pyroaring import BitMap
 
-from broker.callbacks import (
+from broker.metrics import Metrics
+from broker.model import App, Callback, NewDevice, NewMessage, Receipt, Settled
+from broker.store_sqlite import SqliteStore
+from broker.telling.callbacks import (
     BATCH_EVENTS,
     CROWDED_LEAST,
     CROWDED_MOST,
@@ -29,9 +32,6 @@ from broker.callbacks import (
     sign,
     signing_secret,
 )
-from broker.metrics import Metrics
-from broker.model import App, Callback, NewDevice, NewMessage, Receipt, Settled
-from broker.store_sqlite import SqliteStore
 
 START = 1_800_000_000.0
 SETTINGS = CallbackSettings(timeout=5.0, first_pause=10.0, max_pause=100.0, private_addresses=True)
@@ -425,8 +425,8 @@ async def test_one_slow_receiver_does_not_hold_up_the_others(
 ) -> None:
     """Though more waits for it than memory holds for one, each for a URL of its own, and it was there first."""
     held = 300
-    monkeypatch.setattr("broker.callbacks.HOST_HELD", held)
-    monkeypatch.setattr("broker.callbacks.LANES", 100)
+    monkeypatch.setattr("broker.telling.callbacks.HOST_HELD", held)
+    monkeypatch.setattr("broker.telling.callbacks.LANES", 100)
     await world.restart()
     app, now = await world.make_app(), world.clock.now
     release = asyncio.Event()

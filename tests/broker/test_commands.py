@@ -12,13 +12,13 @@ import orjson
 import pytest
 from click.testing import CliRunner, Result
 
-from broker import tokens
 from broker.admin import AdminFile, AdminListener, Health, LocalActions, write_admin_file
 from broker.broker import Broker
 from broker.bus_local import LocalBus
 from broker.command import app, audit, config, device, group, make_store
 from broker.config import load_config
 from broker.metrics import LoopLag, Metrics
+from broker.tenants import tokens
 
 COMMANDS: dict[str, click.Command] = {c.name or "": c for c in (app, audit, config, device, group)}
 

@@ -7,9 +7,9 @@ from typing import Any
 import orjson
 import pytest
 
-from broker import tokens
 from broker.errors import ApiError
 from broker.limits import Limits
+from broker.tenants import tokens
 
 
 async def test_attributes_are_set_shown_and_removed(service: Any) -> None:

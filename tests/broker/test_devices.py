@@ -7,11 +7,11 @@ from typing import Any
 import orjson
 import pytest
 
-from broker import tokens
 from broker.bus import CredentialsChanged
 from broker.errors import ApiError
 from broker.limits import Limits
 from broker.model import Claim
+from broker.tenants import tokens
 
 
 async def _refused(call: Awaitable[object]) -> tuple[int, str]:

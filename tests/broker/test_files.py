@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.audience import Audience, resolve
+from broker.audiences.audience import Audience, resolve
+from broker.audiences.files import KIND, STEP, Lines, devices_of_file
 from broker.errors import ApiError
-from broker.files import KIND, STEP, Lines, devices_of_file
 from broker.limits import Limits
 from broker.store import PIECE
 

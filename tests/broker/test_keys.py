@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from broker.api.http import api_endpoints
-from broker.apps import Apps
 from broker.bus import CredentialsChanged
-from broker.keys import SCOPES, find_key
 from broker.limits import Limits
+from broker.tenants.apps import Apps
+from broker.tenants.keys import SCOPES, find_key
 
 HELLO: dict[str, Any] = {"platform": "all", "audience": "all", "notification": {"alert": "hi"}}
 

@@ -15,7 +15,7 @@ import pytest
 from broker.api.described import DESCRIBED
 from broker.api.http import api_endpoints, build_api
 from broker.errors import STATUS
-from broker.keys import SCOPES
+from broker.tenants.keys import SCOPES
 
 EXAMPLES = int(os.environ.get("SCHEMATHESIS_EXAMPLES", "8"))  # for each endpoint, beside systematic ones
 SEED = int(os.environ.get("SCHEMATHESIS_SEED", "4"))

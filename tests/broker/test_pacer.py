@@ -17,11 +17,11 @@ from pyroaring import BitMap
 
 from broker.bus import Broadcast, Recalled, Targeted
 from broker.errors import ApiError
+from broker.later.pacer import Progress
+from broker.later.paces import HELD, LEAST_GAP, MAX_PARTS, SLOW, Pace, decode, start_pace
 from broker.limits import Limits
 from broker.metrics import Metrics
 from broker.model import NewMessage, OwedRequest, QuietHours, Settled
-from broker.pacer import Progress
-from broker.paces import HELD, LEAST_GAP, MAX_PARTS, SLOW, Pace, decode, start_pace
 from broker.store import StoreError
 from tests.broker.later import START, World, open_world
 

@@ -8,7 +8,7 @@ import pytest
 
 from broker.api.peers import Peers
 from broker.limits import Limits
-from broker.networks import is_within, read_network
+from broker.tenants.networks import is_within, read_network
 
 ADDRESSES: list[tuple[tuple[str, ...], str, list[str], str]] = [
     # trusted, peer, X-Forwarded-For, caller

@@ -10,7 +10,7 @@ from broker.bus import Broadcast, Targeted
 from broker.errors import ApiError
 from broker.limits import Limits
 from broker.model import DeliveryState, OwedRequest
-from broker.pushes import Accepted, Pushes
+from broker.pushing.pushes import Accepted, Pushes
 from broker.store import StoreError, StoreFull, StoreUnavailable
 
 HELLO = {"notification": {"alert": "hi"}}

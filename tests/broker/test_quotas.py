@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from broker.errors import ApiError
 from broker.limits import Limits
 from broker.model import App, AppSettings
-from broker.quotas import Quotas, Spent
 from broker.store_sqlite import SqliteStore
+from broker.tenants.quotas import Quotas, Spent
 
 DAY = 86_400.0
 NOON = 1_793_448_000.0  # 2026-10-31 12:00 UTC

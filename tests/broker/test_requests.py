@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.audience import Audience
+from broker.audiences.audience import Audience
 from broker.errors import STATUS, ApiError
 from broker.limits import Limits
 from broker.model import Callback
-from broker.requests import NO_WISHES, Checked, Wishes, check_item, read_batch, read_push
+from broker.pushing.requests import NO_WISHES, Checked, Wishes, check_item, read_batch, read_push
 
 LIMITS = Limits()
 GOOD: dict[str, Any] = {"platform": "all", "audience": "all", "notification": {"alert": "hi"}}

@@ -18,7 +18,7 @@ from broker.broker import Broker
 from broker.bus_local import LocalBus
 from broker.limits import Limits
 from broker.model import AppSettings, DeliveryState, FrequencyCap, QuietHours
-from broker.rules import Counts, quiet_until, window_start
+from broker.pushing.rules import Counts, quiet_until, window_start
 from broker.store_sqlite import SqliteStore
 
 DEVNOS = st.sets(st.integers(0, 12))

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker.errors import ApiError
-from broker.limits import Limits
-from broker.schedule_times import (
+from broker.later.schedule_times import (
     WEEKDAYS,
     Once,
     Repeated,
@@ -26,6 +25,7 @@ from broker.schedule_times import (
     read_times,
     show,
 )
+from broker.limits import Limits
 
 BERLIN = ZoneInfo("Europe/Berlin")
 WEEKLY = {

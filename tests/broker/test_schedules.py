@@ -13,11 +13,11 @@ import jpush
 import orjson
 import pytest
 
-from broker import schedule_firing, schedules
 from broker.errors import ApiError
+from broker.later import schedule_firing, schedules
+from broker.later.schedule_records import CID, KEPT_IDS, LIVE, OVER, Schedule
 from broker.limits import Limits
 from broker.model import AppSettings, QuietHours, Record
-from broker.schedule_records import CID, KEPT_IDS, LIVE, OVER, Schedule
 from broker.store import Conflict, StoreError, StoreUnavailable, UnknownMessage
 from tests.broker.later import HELLO, START, World, open_world
 

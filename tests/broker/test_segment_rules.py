@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyroaring import BitMap
 
+from broker.audiences.segment_rules import EVERYONE, Facts, StoredSegment, answer, read_rule, terms
 from broker.errors import ApiError
 from broker.limits import Limits
 from broker.model import Term, TermKey
-from broker.segment_rules import EVERYONE, Facts, StoredSegment, answer, read_rule, terms
 
 DEVICES = range(12)
 LIMITS = Limits()

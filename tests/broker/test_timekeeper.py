@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from broker import timekeeper
+from broker.later import timekeeper
+from broker.later.timekeeper import AT_ONCE, FAILING, LOOK_EVERY, PUT_OFF, STORE_PAUSE, Timekeeper
 from broker.model import Record, RecordChange
 from broker.store import Conflict, StoreError, StoreUnavailable
-from broker.timekeeper import AT_ONCE, FAILING, LOOK_EVERY, PUT_OFF, STORE_PAUSE, Timekeeper
 from tests.broker.later import START, World, open_world
 
 

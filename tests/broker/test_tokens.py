@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.model import PLATFORMS, App
-from broker.tokens import CLAIMS_LENGTH, LENGTH, TokenClaims, TokenError, issue, reissue, verify
+from broker.tenants.tokens import CLAIMS_LENGTH, LENGTH, TokenClaims, TokenError, issue, reissue, verify
 
 APP = App(1, "a" * 24, "name", "m" * 24, "d" * 24, b"k" * 32, open=False, created_at=0.0)
 UINT32 = st.integers(0, 2**32 - 1)

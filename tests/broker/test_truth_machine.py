@@ -20,7 +20,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from pyroaring import BitMap
 
 import broker.sqlite.settling
-from broker.accounts import Accounts
 from broker.model import (
     App,
     DeliveryState,
@@ -33,8 +32,9 @@ from broker.model import (
     Step,
     Withdrawn,
 )
-from broker.reports import RECEIPTS
 from broker.store_sqlite import SqliteStore
+from broker.telling.accounts import Accounts
+from broker.telling.reports import RECEIPTS
 
 T = TypeVar("T")
 STRANGER = 5

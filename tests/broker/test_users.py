@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from broker.calendar import Calendar
 from broker.errors import ApiError
 from broker.model import AppSettings, BehaviourEvent
+from broker.telling.calendar import Calendar
 
 HOUR = 3600
 DAY = 24 * HOUR

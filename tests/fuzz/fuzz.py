@@ -58,7 +58,7 @@ def fuzz(target: str, corpus: Path, seconds: int) -> None:
     """Does not return."""
     import atheris
 
-    with atheris.instrument_imports(include=["gateway", "broker.access"]):
+    with atheris.instrument_imports(include=["gateway", "broker.tenants.access"]):
         from tests.fuzz import seeds, targets
     seed_folder = corpus.parent / f"{target}-seeds"
     seed_folder.mkdir(exist_ok=True)

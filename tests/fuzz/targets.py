@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from broker import tokens
-from broker.access import parse_rules
 from broker.metrics import Metrics
 from broker.model import NewDevice
+from broker.tenants import tokens
+from broker.tenants.access import parse_rules
 from gateway.connection import Connection, Phase
 from gateway.mqtt import Connect, MQTTError, Packet, Reason, decode, encode, puback_run
 from gateway.websocket import WebSocketFactory

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from broker.access import parse_rules
+from broker.tenants.access import parse_rules
 from gateway.mqtt import Puback, Publish, Reason, Suback, Subscribe, Subscription, Will
 from tests.gateway.world import Phone, World
 

@@ -15,7 +15,7 @@ from broker.errors import ApiError
 from broker.limits import Limits
 from broker.metrics import Counter
 from broker.model import App, StoredBroadcast, StoredMessage
-from broker.requests import read_push
+from broker.pushing.requests import read_push
 from gateway.hub import FLEETING, Hub
 from gateway.live import LivePush, encoding
 from gateway.mqtt import Publish, decode

@@ -13,7 +13,7 @@ from typing import Any, Final
 import orjson
 import pytest
 
-from broker.tokens import CLAIMS_LENGTH
+from broker.tenants.tokens import CLAIMS_LENGTH
 from clients.local_server import AppKeys, LocalServer
 from gateway.logins import Logins
 from gateway.mqtt import (

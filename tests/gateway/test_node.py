@@ -15,10 +15,8 @@ from pyroaring import BitMap
 
 import gateway.fanout
 import gateway.settler
-from broker import tokens
-from broker.apps import Apps
+from broker.audiences.devices import Devices
 from broker.bus import Broadcast, CredentialsChanged, Doorbell, Subscriber, Targeted
-from broker.devices import Devices
 from broker.metrics import Metrics
 from broker.model import (
     App,
@@ -29,9 +27,11 @@ from broker.model import (
     StoredBroadcast,
     StoredMessage,
 )
-from broker.pushes import Pushes
-from broker.reports import Reports
+from broker.pushing.pushes import Pushes
 from broker.store_sqlite import SqliteStore
+from broker.telling.reports import Reports
+from broker.tenants import tokens
+from broker.tenants.apps import Apps
 from gateway.carriers import Carriers
 from gateway.hubs import HUB_REST
 from gateway.mqtt import Connect, Puback, Reason

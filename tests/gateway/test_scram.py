@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from broker.model import App
-from broker.tokens import CLAIMS_LENGTH, issue
+from broker.tenants.tokens import CLAIMS_LENGTH, issue
 from gateway.scram import (
     DEVICE,
     ITERATIONS,

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 import gateway.session
-from broker import tokens
+from broker.tenants import tokens
 from gateway.mqtt import (
     Connack,
     Connect,

@@ -19,8 +19,8 @@ import orjson
 import pytest
 
 import gateway.admission
-from broker.access import Access, parse_rules
 from broker.store import StoreError
+from broker.tenants.access import Access, parse_rules
 from clients.local_server import LocalServer
 from gateway.connection import MAX_CONNECT_SIZE, Connection, Phase
 from gateway.doorkeeper import TurnedAway
@@ -697,7 +697,7 @@ async def test_nobody_is_let_in_when_a_check_fails(
         case "may_publish":
             monkeypatch.setattr(Access, "may_publish", breaks)
         case "verify":
-            monkeypatch.setattr("broker.tokens.verify", breaks)
+            monkeypatch.setattr("broker.tenants.tokens.verify", breaks)
         case _:
             monkeypatch.setattr(world.apps, "find", breaks_later)
     phone: Phone | None = None

@@ -14,18 +14,18 @@ from typing import Any, Final, cast
 import orjson
 from pyroaring import BitMap
 
-from broker import tokens
-from broker.apps import Apps
+from broker.audiences.devices import Devices
 from broker.bus import Broadcast, Doorbell, Targeted
 from broker.bus_local import LocalBus
-from broker.devices import Devices
 from broker.limits import Limits
 from broker.metrics import Metrics
 from broker.model import App, DeliveryState, NewDevice, NewMessage, StoredBroadcast, StoredMessage
-from broker.pushes import Pushes
-from broker.reports import Reports
+from broker.pushing.pushes import Pushes
 from broker.store import Store
 from broker.store_sqlite import SqliteStore
+from broker.telling.reports import Reports
+from broker.tenants import tokens
+from broker.tenants.apps import Apps
 from gateway.carriers import Carriers
 from gateway.connection import Connection, Phase
 from gateway.hub import Hub

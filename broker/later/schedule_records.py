@@ -12,9 +12,9 @@ from typing import Final
 import msgspec
 import orjson
 
+from broker.later.schedule_times import Times, Trigger, read_times, show
 from broker.limits import Limits
 from broker.model import Record, RecordChange
-from broker.schedule_times import Times, Trigger, read_times, show
 from broker.store import Store
 
 LIVE: Final = "schedule"

@@ -12,15 +12,15 @@ from typing import Final
 import msgspec
 from pyroaring import BitMap
 
-from broker import tokens
+from broker.audiences.device_checks import AddRemove, ChangeRequest, Checks, Properties
+from broker.audiences.device_checks import platforms as read_platforms
 from broker.bus import Bus, CredentialsChanged
-from broker.device_checks import AddRemove, ChangeRequest, Checks, Properties
-from broker.device_checks import platforms as read_platforms
 from broker.errors import DEVICE, ApiError, refusing
 from broker.limits import Limits, limits_of
 from broker.model import App, AttributeValue, Device, DeviceChange, NewDevice, Term, TermKey
-from broker.requests import decode
+from broker.pushing.requests import decode
 from broker.store import Store
+from broker.tenants import tokens
 
 Clock = Callable[[], float]
 

@@ -31,14 +31,14 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from broker.apps import Apps
-from broker.bridge_rules import Incoming, Rule, Unfit, read_rules
+from broker.bridging.bridge_rules import Incoming, Rule, Unfit, read_rules
 from broker.config import Config
 from broker.errors import ApiError
 from broker.logs import log_event
 from broker.metrics import Metrics
-from broker.pushes import Pushes
+from broker.pushing.pushes import Pushes
 from broker.store import StoreError
+from broker.tenants.apps import Apps
 
 log: Final = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from broker.bus import Bus, CredentialsChanged, Doorbell
-from broker.keys import ApiKey, find_key
 from broker.limits import Limits
 from broker.model import AccessRule, App, AppSettings
 from broker.store import Store
+from broker.tenants.keys import ApiKey, find_key
 
 _V = TypeVar("_V")
 

@@ -17,10 +17,10 @@ from pyroaring import BitMap
 
 from broker.bus import Bus, Recalled
 from broker.errors import PUSH, ApiError, refusing
+from broker.later.pacer import Pacer
 from broker.limits import DAY, Limits
 from broker.model import App, NewMessage
-from broker.pacer import Pacer
-from broker.pushes import doorbells
+from broker.pushing.pushes import doorbells
 from broker.store import Store
 
 Clock = Callable[[], float]

@@ -19,7 +19,7 @@ from typing import Any, Final, TypeAlias
 import msgspec
 from pyroaring import BitMap
 
-from broker.attributes import Question, read_question
+from broker.audiences.attributes import Question, read_question
 from broker.errors import ApiError
 from broker.limits import DAY, Limits
 from broker.model import PLATFORMS, Activity, Term, TermKey

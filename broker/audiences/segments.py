@@ -10,12 +10,12 @@ from typing import Any, Final
 import msgspec
 from pyroaring import BitMap
 
-from broker.audience import resolve
+from broker.audiences.audience import resolve
+from broker.audiences.segment_rules import KIND, StoredSegment, find_segment, read_rule, resolve_rules
 from broker.errors import PUSH, ApiError
 from broker.limits import Limits, limits_of
 from broker.model import App, Record, RecordChange
-from broker.requests import AudienceObject, decode, read_audience, read_platforms
-from broker.segment_rules import KIND, StoredSegment, find_segment, read_rule, resolve_rules
+from broker.pushing.requests import AudienceObject, decode, read_audience, read_platforms
 from broker.store import Conflict, Store
 
 Clock = Callable[[], float]

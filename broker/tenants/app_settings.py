@@ -15,12 +15,12 @@ from zoneinfo import ZoneInfo
 import msgspec
 from msgspec import Struct
 
-from broker.callback_urls import read_callback
 from broker.errors import ADMIN, ApiError
 from broker.limits import NO_LIMIT, Limits
 from broker.model import AppSettings, FrequencyCap, QuietHours
-from broker.networks import is_within, read_network
-from broker.requests import decode
+from broker.pushing.requests import decode
+from broker.telling.callback_urls import read_callback
+from broker.tenants.networks import is_within, read_network
 
 OWNER_KEYS: Final = ("allow_from", "quiet_hours", "frequency_caps", "callback")
 MAX_NETWORKS: Final = 1000

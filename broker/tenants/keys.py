@@ -17,12 +17,12 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
-from broker.app_settings import read_networks
 from broker.errors import ADMIN, ApiError
 from broker.limits import Limits, limits_of
 from broker.model import App, Record, RecordChange
-from broker.requests import decode
+from broker.pushing.requests import decode
 from broker.store import Conflict, Store
+from broker.tenants.app_settings import read_networks
 
 Clock = Callable[[], float]
 KIND: Final = "key"

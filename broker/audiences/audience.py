@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 import msgspec
 from pyroaring import BitMap
 
+from broker.audiences.files import devices_of_file
+from broker.audiences.segment_rules import EVERYONE, find_segment, resolve_rules
 from broker.errors import ApiError
-from broker.files import devices_of_file
 from broker.model import Term, TermKey
-from broker.segment_rules import EVERYONE, find_segment, resolve_rules
 from broker.store import Store
 
 

@@ -20,15 +20,15 @@ from pyroaring import BitMap
 
 from broker.bus import Bus, Recalled
 from broker.errors import ApiError
+from broker.later.paces import HELD, SLOW, Pace, decode, encode
+from broker.later.timekeeper import Handle
 from broker.limits import Limits
 from broker.logs import log_event
 from broker.metrics import Metrics
 from broker.model import App, NewMessage, Record, RecordChange
-from broker.paces import HELD, SLOW, Pace, decode, encode
-from broker.pushes import doorbells
-from broker.rules import quiet_until
+from broker.pushing.pushes import doorbells
+from broker.pushing.rules import quiet_until
 from broker.store import Conflict, Store, StoreError
-from broker.timekeeper import Handle
 
 log: Final = logging.getLogger(__name__)
 

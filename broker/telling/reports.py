@@ -14,7 +14,7 @@ from pyroaring import BitMap
 from broker.errors import REPORT, ApiError
 from broker.limits import Limits, limits_of
 from broker.model import App, BehaviourEvent, DeliveryState, MessageRecord, Receipt, Term
-from broker.requests import PUSH_PLATFORMS, decode
+from broker.pushing.requests import PUSH_PLATFORMS, decode
 from broker.store import Store
 
 Clock = Callable[[], float]

@@ -18,12 +18,7 @@ from typing import Final
 import msgspec
 
 from broker.errors import PUSH, ApiError
-from broker.limits import Limits
-from broker.logs import log_event
-from broker.metrics import Metrics
-from broker.model import App, Record, RecordChange
-from broker.pushes import Pushes
-from broker.schedule_records import (
+from broker.later.schedule_records import (
     CID,
     KEPT_ERRORS,
     KEPT_IDS,
@@ -38,8 +33,13 @@ from broker.schedule_records import (
     read_schedule,
     set_live,
 )
+from broker.later.timekeeper import Handle
+from broker.limits import Limits
+from broker.logs import log_event
+from broker.metrics import Metrics
+from broker.model import App, Record, RecordChange
+from broker.pushing.pushes import Pushes
 from broker.store import Store, StoreUnavailable
-from broker.timekeeper import Handle
 
 log: Final = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ from typing import Any, Final
 
 import msgspec
 
-from broker.attributes import changed, check_attributes
+from broker.audiences.attributes import changed, check_attributes
 from broker.errors import DEVICE, ApiError
 from broker.limits import Limits
 from broker.model import PLATFORMS, AttributeValue, Device, DeviceChange, NewDevice
-from broker.requests import check_name
+from broker.pushing.requests import check_name
 
 _MOBILE: Final = re.compile(r"[0-9+][0-9 -]{0,31}")
 

@@ -139,7 +139,10 @@ def overlaps(rule: Levels, wanted: Levels) -> bool:
         if level != asked and "+" not in (level, asked):
             return False
     shorter, longer = sorted((rule, wanted), key=len)
-    return len(shorter) == len(longer) or longer[len(shorter)] == "#"
+    if len(shorter) < len(longer):
+        # `#` stands for no level here; the rest is no topic if it is empty (MQTT5-4.7.3-1).
+        return longer[len(shorter)] == "#" and not (len(shorter) == 1 and "" in (rule[0], wanted[0]))
+    return True
 
 
 # Rules as JSON

@@ -14,15 +14,15 @@ import msgspec
 import orjson
 from msgspec import Struct
 
-from broker.apps import Apps, read_basic
 from broker.errors import ADMIN, PUSH, ApiError, refusal
 from broker.limits import Limits
 from broker.model import Record, RecordChange
-from broker.networks import is_within
-from broker.pushes import Accepted, Pushes
-from broker.requests import decode
+from broker.pushing.pushes import Accepted, Pushes
+from broker.pushing.requests import decode
 from broker.store import Conflict, Store, StoreError
-from broker.tokens import new_secret
+from broker.tenants.apps import Apps, read_basic
+from broker.tenants.networks import is_within
+from broker.tenants.tokens import new_secret
 
 Clock = Callable[[], float]
 KIND: Final = "group"

@@ -15,11 +15,11 @@ from typing import Any, Final, Literal, TypeVar
 import msgspec
 import orjson
 
-from broker.audience import Audience
-from broker.callback_urls import read_callback
+from broker.audiences.audience import Audience
 from broker.errors import PUSH, ApiError, Area
 from broker.limits import Limits
 from broker.model import Callback
+from broker.telling.callback_urls import read_callback
 
 PUSH_PLATFORMS: Final = ("android", "ios", "quickapp", "hmos", "winphone")
 _PLATFORM_SET: Final = frozenset(PUSH_PLATFORMS)

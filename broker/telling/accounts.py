@@ -9,12 +9,12 @@ from typing import Final
 import msgspec
 from pyroaring import BitMap
 
-from broker.calendar import HOUR
 from broker.errors import ApiError
+from broker.later.pacer import Pacer, Progress
 from broker.model import App, DeliveryState, MessageRecord, Step
-from broker.pacer import Pacer, Progress
-from broker.reports import RECEIPTS, account, read_msg_id
 from broker.store import Store
+from broker.telling.calendar import HOUR
+from broker.telling.reports import RECEIPTS, account, read_msg_id
 
 Clock = Callable[[], float]
 CURVES: Final = ("sent", "delivered", *RECEIPTS)

@@ -12,12 +12,12 @@ from typing import Final
 
 from pyroaring import BitMap
 
-from broker.calendar import HOUR
 from broker.errors import ApiError
 from broker.limits import Limits, limits_of
 from broker.model import PLATFORMS, Activity, App, Term
-from broker.reports import read_int
 from broker.store import Store
+from broker.telling.calendar import HOUR
+from broker.telling.reports import read_int
 
 Clock = Callable[[], float]
 DAY: Final = 86_400

@@ -28,11 +28,11 @@ import aiohttp
 import orjson
 from yarl import URL
 
-from broker.callback_urls import CheckedResolver, Refused, check_literal
 from broker.logs import log_event
 from broker.metrics import Metrics
 from broker.model import App, CallbackEvent
 from broker.store import Store, StoreError
+from broker.telling.callback_urls import CheckedResolver, Refused, check_literal
 
 log: Final = logging.getLogger(__name__)
 DAY: Final = 86_400.0

@@ -14,9 +14,10 @@ from typing import Final, Literal
 import msgspec
 from pyroaring import BitMap
 
-from broker.audience import resolve
+from broker.audiences.audience import resolve
 from broker.bus import Broadcast, Bus, Doorbell, Recalled, Targeted
 from broker.errors import PUSH, ApiError, refusal
+from broker.later.paces import SLOW, start_pace
 from broker.limits import Limits, limits_of
 from broker.model import (
     App,
@@ -27,11 +28,10 @@ from broker.model import (
     StoredBroadcast,
     StoredMessage,
 )
-from broker.paces import SLOW, start_pace
-from broker.quotas import Quotas
-from broker.requests import NO_WISHES, Checked, check_item, read_batch, read_push
-from broker.rules import Rules, has_rules, quiet_until
+from broker.pushing.requests import NO_WISHES, Checked, check_item, read_batch, read_push
+from broker.pushing.rules import Rules, has_rules, quiet_until
 from broker.store import Conflict, Store, StoreError, TooMany, UnknownMessage
+from broker.tenants.quotas import Quotas
 
 Clock = Callable[[], float]
 MINUTE: Final = 60

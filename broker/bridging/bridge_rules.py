@@ -25,7 +25,7 @@ import orjson
 
 from broker.errors import ApiError
 from broker.limits import Limits
-from broker.requests import read_push
+from broker.pushing.requests import read_push
 
 RULE_KEYS: Final = (
     "topic",

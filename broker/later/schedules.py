@@ -14,11 +14,7 @@ from uuid import UUID
 import msgspec
 
 from broker.errors import SCHEDULE, ApiError
-from broker.limits import Limits, limits_of
-from broker.model import App, Record, RecordChange
-from broker.pushes import Pushes
-from broker.requests import check_cid, decode
-from broker.schedule_records import (
+from broker.later.schedule_records import (
     CID,
     KEPT_IDS,
     LIVE,
@@ -32,7 +28,11 @@ from broker.schedule_records import (
     set_live,
     view,
 )
-from broker.schedule_times import Times, Trigger, check_span, read_times
+from broker.later.schedule_times import Times, Trigger, check_span, read_times
+from broker.limits import Limits, limits_of
+from broker.model import App, Record, RecordChange
+from broker.pushing.pushes import Pushes
+from broker.pushing.requests import check_cid, decode
 from broker.store import Conflict, Store, StoreError
 
 Clock = Callable[[], float]

@@ -1,0 +1,1 @@
+"""Messages of a foreign MQTT broker that become pushes."""

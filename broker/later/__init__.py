@@ -1,0 +1,1 @@
+"""What happens at a time: schedules, and pushes that go in parts."""

@@ -1,0 +1,1 @@
+"""What became of pushes: reports, and callbacks to publishers."""

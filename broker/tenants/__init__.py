@@ -1,0 +1,1 @@
+"""Who may do what: apps, their settings, secrets and groups, rules for topics, what they may spend, what was done."""
