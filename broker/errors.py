@@ -9,7 +9,7 @@ from typing import Final
 
 import orjson
 
-from broker.store import StoreError, StoreFull, UnknownDevice
+from broker.store import StoreError, StoreFull, TooMany, UnknownDevice
 
 STATUS: Final[dict[int, tuple[int, str]]] = {
     # code: (HTTP status, when)
@@ -101,6 +101,8 @@ ADMIN: Final = Area("admin", 1002, 1003, 1004, 1004, 1005, 1003, 1001, 1000, 103
 
 def refusal(error: StoreError, area: Area, sendno: str = "") -> ApiError:
     """What a caller is told when the store did nothing."""
+    if isinstance(error, TooMany):
+        return ApiError(area.too_many, str(error), sendno=sendno)
     if isinstance(error, UnknownDevice):
         return ApiError(area.invalid, f"no such device in this app: {error}")
     room = "the store has no room left" if isinstance(error, StoreFull) else "the store is not available"

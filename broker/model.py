@@ -138,9 +138,10 @@ class DeviceChange:
     add_tags: frozenset[str] = frozenset()
     remove_tags: frozenset[str] = frozenset()
     revoke_tokens: bool = False  # raise the token generation by one
-    attributes: Mapping[str, AttributeValue | None] = field(
-        default_factory=dict
-    )  # None removes one; others stay
+    # None removes one; others stay.
+    attributes: Mapping[str, AttributeValue | None] = field(default_factory=dict)
+    most_tags: int | None = None  # a change that adds tags must leave no more than that on the device
+    most_attributes: int | None = None  # likewise
 
 
 class Term(enum.StrEnum):

@@ -231,7 +231,8 @@ class Store(Protocol):
 
     async def change_devices(self, app_id: int, changes: Mapping[str, DeviceChange]) -> dict[str, Device]:
         """Apply changes by registration id, all or none, and return the devices as they are now. Raises
-        UnknownDevice naming the first that does not exist."""
+        UnknownDevice naming the first that does not exist, or TooMany that says what a device would have too much
+        of."""
 
     async def postings(self, app_id: int, terms: Sequence[TermKey]) -> list[BitMap]:
         """The posting list of each term, empty if there is none. The caller must not change them."""

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import struct
 from base64 import b64encode
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -33,7 +34,7 @@ from tests.crash_load import AGAIN_AFTER, GONE
 FLEETS: Final = {"plain": 24, "quiet": 14, "capped": 10}  # devices
 TAGS: Final = ("red", "green", "blue", "big")
 KEYS: Final = ("score", "weather")  # collapse keys
-CAP: Final = 25  # pushes for a device of `capped`
+CAP: Final = 6  # pushes for a device of `capped`
 SHORT_TTLS: Final = (0, 2)  # what may expire before a device is back
 REFUSALS: Final = {1012, 8100}  # too many slow pushes; a schedule whose time is over
 
@@ -147,15 +148,17 @@ class Ledger:
         self.looks = 0  # at reports
         self.complete = asyncio.Event()
         self.on_answer: Callable[[], None] | None = None  # called once, at the next answer
-        self.on_call: Callable[[], None] | None = None  # called once, when the next call begins
+        self.on_call: Callable[[], None] | None = None  # called once, when the next call of that kind begins
+        self.on_kind = ""  # in "METHOD /path"
+        self.fates: Counter[str] = Counter()  # of deliveries, as the server tells them in the end
 
     def add(self, push: Push) -> Push:
         push.begun = time()
         self.pushes[push.world.name, push.uid] = push
         return push
 
-    def called(self) -> None:
-        if self.on_call is not None:
+    def called(self, what: str) -> None:
+        if self.on_call is not None and self.on_kind in what:
             act, self.on_call = self.on_call, None
             act()
 
@@ -412,7 +415,7 @@ class Publisher:
         tries = 0
         while True:
             tries += 1
-            self._ledger.called()
+            self._ledger.called(f"{method} {path}")
             try:
                 async with http.request(method, path, data=body) as answer:
                     raw = await answer.read()
@@ -516,7 +519,7 @@ class Publisher:
         push = self._load.known(self._world, self._random)
         if push is None or not push.may_go_later:
             return
-        verb = self._random.choice(("pause", "resume", "resume", "stop"))
+        verb = self._random.choice(("pause", "resume", "resume", "stop", "stop"))
         if verb == "stop":
             await self.take_back(http, push, "POST", f"/v1/pushes/{push.msg_id}/stop")
             return

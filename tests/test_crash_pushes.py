@@ -48,7 +48,10 @@ PATIENCE: Final = 60.0 if ROUNDS > 12 else 3.0  # seconds that a slow push may t
 CALM_LIMIT: Final = 40.0  # seconds until nothing is pending
 NOTICE_LIMIT: Final = 5.0
 PUBLISHERS: Final = {"plain": 4, "quiet": 2, "capped": 2}
+LEASE: Final = 150.0  # seconds; a callback event that was being told at a kill comes again in this time
 CALL: Final = 0.015  # seconds that a call may take
+KINDS: Final = ("POST /v3/push", "DELETE /v3/push", "/stop", "POST /v3/schedules")
+RARE: Final = 3.0  # seconds to wait for a call of some kind
 FORGOTTEN: Final = 3.5  # seconds of frequency counts that a crash forgets, with what it takes to save them
 FLAGS: Final = (
     "--push-fanout-limit", "6",  # so that both inboxes and the broadcast log are in use
@@ -109,6 +112,7 @@ def describe(load: Load) -> str:
         "callback events": len(load.receiver.events),
         "looks at reports": load.ledger.looks,
     }
+    kinds |= load.ledger.fates
     return f"{ROUNDS} rounds, {len(pushes)} pushes, " + ", ".join(f"{n} {kind}" for kind, n in kinds.items())
 
 
@@ -163,8 +167,14 @@ async def amid_a_call(load: Load, random: Random) -> None:
         os.kill(load.server.pid, signal.SIGKILL)
         killed.set()
 
+    load.ledger.on_kind = random.choice(KINDS)
     load.ledger.on_call = lambda: asyncio.get_running_loop().call_later(random.random() * CALL, kill)
-    await killed.wait()
+    try:
+        await asyncio.wait_for(killed.wait(), RARE)
+    except TimeoutError:
+        load.ledger.on_call = None
+        if not killed.is_set():
+            kill()
 
 
 async def finish_what_is_slow(load: Load) -> None:
@@ -200,7 +210,7 @@ async def slow_ones(load: Load) -> list[Push]:
             for push in [push for push in load.ledger.pushes.values() if push.world is world and push.exists]:
                 if push.may_go_later:
                     report = await read(http, f"/v1/pushes/{push.msg_id}")
-                    if (report["progress"] or {}).get("state") in ("waiting", "sending"):
+                    if goes_on(report):
                         found.append(push)
     return found
 
@@ -210,8 +220,9 @@ async def calm(load: Load) -> None:
     deadline = time() + CALM_LIMIT
     for world in load.worlds.values():
         async with world.session() as http:
-            pushes = [push for push in load.ledger.pushes.values() if push.world is world and push.exists]
-            for some in batched([push.msg_id for push in pushes], 100):
+            known = [push for push in load.ledger.pushes.values() if push.world is world and push.exists]
+            ended = [push.msg_id for push in known if push.answers or not push.slow]
+            for some in batched(ended, 100):
                 await until_not(lambda ids=some, h=http: any_pending(h, ids), deadline - time())
 
     async def missing() -> bool:
@@ -250,7 +261,7 @@ class Books:
     def __init__(self) -> None:
         self.parts: dict[str, list[set[str]]] = {}  # by the public id: the devices of each
         self.untold: dict[tuple[str, str], set[str]] = {}  # msg_id, event -> devices
-        self.parked = 0
+        self.never = 0  # of these, those that nobody would tell
         self.msg_ids: dict[str, str] = {}  # of rows that publishers know: msg_id -> app key
 
 
@@ -275,7 +286,7 @@ def read_books(load: Load) -> Books:
         ):
             devices = {names[app, devno] for devno in decode_bits(bits)}
             books.untold.setdefault((str(msg_id), event), set()).update(devices)
-            books.parked += due is None
+            books.never += due is None or due > time() + LEASE
     return books
 
 
@@ -283,7 +294,7 @@ def read_books(load: Load) -> Books:
 
 
 async def all_mistakes(load: Load, books: Books) -> list[str]:
-    found = [f"{books.parked} callback events are parked"] * bool(books.parked)
+    found = [f"{books.never} callback events are parked, or far too late"] * bool(books.never)
     for world in load.worlds.values():
         async with world.session() as http:
             fates: dict[Push, dict[str, str]] = {}
@@ -292,6 +303,7 @@ async def all_mistakes(load: Load, books: Books) -> list[str]:
                 if push.exists and len(push.answers | push.msg_ids) == 1:
                     report = await read(http, f"/v1/pushes/{push.msg_id}")
                     fates[push] = await read_fate(http, push)
+                    load.ledger.fates.update(fates[push].values())
                     found += fate_mistakes(push, report, fates[push], load)
                     found += part_mistakes(push, report, fates[push], books.parts.get(push.msg_id, []))
                     found += callback_mistakes(push, fates[push], load, books)
@@ -342,12 +354,18 @@ def fate_mistakes(push: Push, report: dict[str, Any], fate: Mapping[str, str], l
         yield f"{name}: the report says {report}, by device it is {counted}"
     wrong: dict[str, set[str]] = {}
     for device, state in fate.items():
+        if state == "pending" and not push.answers and goes_on(report):
+            continue  # it became known too late to be ended
         if problem := fate_problem(push, device, state, load):
             wrong.setdefault(problem, set()).add(device)
     for problem, devices in wrong.items():
         yield f"{describe_push(push)}: {problem}: {sorted(devices)}; {push.taken_back}, {report['progress']}"
     if any(arrival.override != overridden(push) for these in push.arrivals.values() for arrival in these):
         yield f"{name}: should override {overridden(push)}, {push.arrivals}"
+
+
+def goes_on(report: dict[str, Any]) -> bool:
+    return (report["progress"] or {}).get("state") in ("waiting", "sending")
 
 
 def fate_problem(push: Push, device: str, state: str, load: Load) -> str | None:
@@ -463,6 +481,8 @@ def part_mistakes(
     if report["progress"] is not None:
         owed = {device for device, state in fate.items() if state == "delivered" or not push.may_expire}
         owed -= {device for device, state in fate.items() if state in ("recalled", "suppressed")}
+        if goes_on(report):
+            owed = {device for device in owed if fate[device] == "delivered"}
         if owed - whole:
             yield f"{describe_push(push)}: {owed - whole} are in none of its parts"
 
@@ -537,7 +557,6 @@ async def unknown_rows(http: aiohttp.ClientSession, world: World, books: Books) 
     found = []
     for msg_id in [i for i, key in books.msg_ids.items() if key == world.app.app_key and i not in known]:
         report = await read(http, f"/v1/pushes/{msg_id}")
-        goes_on = (report["progress"] or {}).get("state") in ("waiting", "sending")
-        if report["delivered"] or (report["pending"] and not goes_on):
+        if report["delivered"] or (report["pending"] and not goes_on(report)):
             found.append(f"{msg_id} is stored, and nobody knows it: {report}")
     return found

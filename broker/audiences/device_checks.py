@@ -70,6 +70,8 @@ class Checks:
             add_tags=add,
             remove_tags=remove,
             attributes=self.attributes(request.attributes),
+            most_tags=self.limits.max_device_tags,
+            most_attributes=self.limits.max_attributes,
         )
 
     def registration_id(self, registration_id: str) -> str:

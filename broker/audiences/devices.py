@@ -173,8 +173,6 @@ class Devices:
         checks = self._checks(app)
         change = checks.change(decode(_read_change, raw, DEVICE))
         with refusing(DEVICE):
-            if change.add_tags or change.attributes:
-                checks.room(await self.find(app, registration_id), change)
             await self._check_aliases(app, {registration_id: change.alias})
             return (await self._store.change_devices(app.app_id, {registration_id: change}))[registration_id]
 
@@ -228,9 +226,8 @@ class Devices:
         if not add and not remove:
             raise ApiError(7002, "registration_ids.add or registration_ids.remove is required")
         changes = {i: DeviceChange(remove_tags=frozenset((tag,))) for i in remove}
-        changes |= {i: DeviceChange(add_tags=frozenset((tag,))) for i in add}
-        for device in (await self._store.find_devices(app.app_id, add)).values():
-            checks.tag_count(device.tags | {tag})
+        most = checks.limits.max_device_tags
+        changes |= {i: DeviceChange(add_tags=frozenset((tag,)), most_tags=most) for i in add}
         with refusing(DEVICE):
             await self._store.change_devices(app.app_id, changes)
 

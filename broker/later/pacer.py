@@ -105,7 +105,9 @@ class Pacer:
             return None
         cut = await self._store.records.find(app_id, CUT, str(msg_id))
         total = len(message.targets - message.suppressed)
-        return Progress(total, len(message.released), None, cut.value.decode() if cut else "done")
+        if cut is None:
+            return Progress(total, total, None, "done")
+        return Progress(total, len(message.released), None, cut.value.decode())
 
     async def pause(self, app_id: int, msg_id: int) -> Progress:
         """No part goes until it is resumed. Raises ApiError 1003."""

@@ -18,7 +18,7 @@ from broker.audiences.attributes import terms as attribute_terms
 from broker.model import AccessRule, App, AppSettings, Device, DeviceChange, NewDevice, Term, TermKey
 from broker.sqlite.engine import Row, decode_bits, delete_rows, encode_bits, read_rows, write_rows
 from broker.sqlite.threads import Effects, Handler
-from broker.store import StoreError, UnknownDevice
+from broker.store import StoreError, TooMany, UnknownDevice
 from broker.tenants.tokens import new_secret
 
 APP_COLUMNS: Final = (
@@ -148,6 +148,16 @@ def changed(device: Device, change: DeviceChange) -> Device:
         device.last_online_at,
         changed_attributes(device.attributes, change.attributes),
     )
+
+
+def _too_many(device: Device, change: DeviceChange) -> str | None:
+    """What the device has too many of after the change."""
+    tags, attributes = len(device.tags), len(device.attributes)
+    if change.add_tags and change.most_tags is not None and tags > change.most_tags:
+        return f"tags: a device has at most {change.most_tags}, not {tags}"
+    if change.attributes and change.most_attributes is not None and attributes > change.most_attributes:
+        return f"attributes: a device has at most {change.most_attributes}, not {attributes}"
+    return None
 
 
 class IndexWrites:
@@ -301,6 +311,12 @@ class IndexWrites:
                 results.append(UnknownDevice(unknown))
                 continue
             after = {rid: changed(now[app_id, rid], change) for rid, change in changes.items()}
+            crowded = next(
+                (problem for rid in changes if (problem := _too_many(after[rid], changes[rid]))), None
+            )
+            if crowded is not None:
+                results.append(TooMany(crowded))
+                continue
             now.update(((app_id, rid), device) for rid, device in after.items())
             results.append(after)
         self._replace_devices(

@@ -34,7 +34,7 @@ from broker.model import (
     Settled,
     Term,
 )
-from broker.store import PIECE, Store, StoreError, StoreUnavailable, UnknownDevice
+from broker.store import PIECE, Store, StoreError, StoreUnavailable, TooMany, UnknownDevice
 
 START = 1_800_000_000.0
 HOUR = 3600.0
@@ -909,3 +909,16 @@ class StoreContract:
 async def _each(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
     for piece in pieces:
         yield piece
+
+    async def test_a_change_may_limit_what_a_device_has(self, store: Store, app: App) -> None:
+        await store.register(app.app_id, [NewDevice("a", tags=frozenset("xy"), attributes={"level": 1.0})])
+        more = {
+            "a": DeviceChange(add_tags=frozenset("z"), most_tags=2),
+            "b": DeviceChange(attributes={"name": "ann"}, most_attributes=1),
+        }
+        with pytest.raises(TooMany, match="tags: a device has at most 2, not 3"):
+            await store.change_devices(app.app_id, {"a": more["a"]})
+        with pytest.raises(TooMany, match="attributes: a device has at most 1, not 2"):
+            await store.change_devices(app.app_id, {"a": more["b"]})
+        swapped = DeviceChange(add_tags=frozenset("z"), remove_tags=frozenset("y"), most_tags=2)
+        assert (await store.change_devices(app.app_id, {"a": swapped}))["a"].tags == frozenset("xz")
