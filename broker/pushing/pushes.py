@@ -114,11 +114,13 @@ class Pushes:
         """A result for each cid. What is right goes into one append, all or none; raises if that fails, or if
         the batch as a whole cannot be read."""
         limits = limits_of(self._limits, app)
-        items, wrong = read_batch(raw, limits)
-        results: dict[str, Accepted | ApiError] = dict(wrong)
+        items = read_batch(raw, limits)
+        results: dict[str, Accepted | ApiError] = {}
         right: list[Checked] = []
         for cid, item in items.items():
             try:
+                if isinstance(item, ApiError):
+                    raise item
                 right.append(check_item(cid, item, by, limits, app.settings.callback))
             except ApiError as error:
                 results[cid] = error
@@ -130,7 +132,7 @@ class Pushes:
                 results.update((cid, Accepted(one.msg_id, one.sendno)) for cid, one in first.items())
         except StoreError as error:
             raise refusal(error, PUSH) from error
-        return results
+        return {cid: results[cid] for cid in items}
 
     async def _targets(self, app: App, checked: Checked) -> BitMap:
         targets = (await resolve(self._store, app.app_id, [checked.audience], self._clock()))[0]

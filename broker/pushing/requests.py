@@ -9,7 +9,7 @@ accepted.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal, TypeVar
 
 import msgspec
@@ -245,19 +245,18 @@ def read_push(raw: bytes, limits: Limits, default_callback: Callback | None = No
         raise
 
 
-def read_batch(raw: bytes, limits: Limits) -> tuple[dict[str, BatchItem], dict[str, ApiError]]:
-    """The items of a batch by cid that could be read, and what is wrong with the others."""
-    wrong: dict[str, ApiError] = {}
+def read_batch(raw: bytes, limits: Limits) -> Mapping[str, BatchItem | ApiError]:
+    """By cid the items of a batch, or what is wrong with those that could not be read."""
+    items: Mapping[str, BatchItem | ApiError]
     try:
         items = _batch_decoder.decode(raw).pushlist
     except (ValueError, RecursionError):
-        items, wrong = _read_items(decode(_loose_batch_decoder.decode, raw, PUSH).pushlist)
-    count = len(items) + len(wrong)
-    if not count:
+        items = _read_items(decode(_loose_batch_decoder.decode, raw, PUSH).pushlist)
+    if not items:
         raise ApiError(1002, "pushlist: at least one push is required")
-    if count > limits.max_batch_items:
-        raise ApiError(1003, f"pushlist: at most {limits.max_batch_items} pushes, got {count}")
-    return items, wrong
+    if len(items) > limits.max_batch_items:
+        raise ApiError(1003, f"pushlist: at most {limits.max_batch_items} pushes, got {len(items)}")
+    return items
 
 
 def check_item(
@@ -315,14 +314,14 @@ def _explain(problem: str, area: Area) -> ApiError:
     return ApiError(area.invalid, f"{path or 'the body'}: {expected}")
 
 
-def _read_items(raws: dict[str, msgspec.Raw]) -> tuple[dict[str, BatchItem], dict[str, ApiError]]:
-    items, wrong = {}, {}
+def _read_items(raws: dict[str, msgspec.Raw]) -> dict[str, BatchItem | ApiError]:
+    items: dict[str, BatchItem | ApiError] = {}
     for cid, raw in raws.items():
         try:
             items[cid] = decode(_item_decoder.decode, bytes(raw), PUSH)
         except ApiError as error:
-            wrong[cid] = error
-    return items, wrong
+            items[cid] = error
+    return items
 
 
 def read_platforms(platform: str | list[str] | None) -> tuple[str, ...]:

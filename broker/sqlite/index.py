@@ -150,6 +150,11 @@ def changed(device: Device, change: DeviceChange) -> Device:
     )
 
 
+def _differ(before: Device, after: Device) -> bool:
+    """As rows: 1 and true are equal to Python, and other values to us."""
+    return after != before or repr(after.attributes) != repr(before.attributes)
+
+
 def _too_many(device: Device, change: DeviceChange) -> str | None:
     """What the device has too many of after the change."""
     tags, attributes = len(device.tags), len(device.attributes)
@@ -328,7 +333,7 @@ class IndexWrites:
         write_rows(
             self._connection,
             UPDATE_DEVICES,
-            [changeable_row(after) for before, after in pairs if after != before],
+            [changeable_row(after) for before, after in pairs if _differ(before, after)],
         )
         for before, after in pairs:
             old, new = term_changes(before, after)

@@ -922,3 +922,17 @@ async def _each(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
             await store.change_devices(app.app_id, {"a": more["b"]})
         swapped = DeviceChange(add_tags=frozenset("z"), remove_tags=frozenset("y"), most_tags=2)
         assert (await store.change_devices(app.app_id, {"a": swapped}))["a"].tags == frozenset("xz")
+
+    async def test_true_and_one_are_different_values_of_an_attribute(self, store: Store, app: App) -> None:
+        await store.register(app.app_id, [NewDevice("a", attributes={"vip": 1.0})])
+        for value in (True, 0.0, False, 1.0, True, None):
+            device = (await store.change_devices(app.app_id, {"a": DeviceChange(attributes={"vip": value})}))[
+                "a"
+            ]
+            expected = {} if value is None else {"vip": value}
+            found = (await store.find_devices(app.app_id, ["a"]))["a"]
+            assert repr(found.attributes) == repr(device.attributes) == repr(expected)
+            both = [*terms("vip", True), *terms("vip", 1.0)]
+            now = set(terms("vip", value)) if value is not None else set()
+            lists = await store.postings(app.app_id, both)
+            assert {term for term, devnos in zip(both, lists, strict=True) if devnos} == now & set(both)

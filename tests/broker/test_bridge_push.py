@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -32,7 +33,8 @@ PATIENCE: Final = 20.0
 needs_mosquitto = pytest.mark.skipif(
     not shutil.which("mosquitto"), reason="mosquitto: apt-get install mosquitto"
 )
-needs_amqtt = pytest.mark.skipif(not shutil.which("amqtt"), reason="amqtt: pip install '.[test]'")
+AMQTT = Path(sys.executable).with_name("amqtt")
+needs_amqtt = pytest.mark.skipif(not AMQTT.exists(), reason="amqtt: pip install '.[test]'")
 
 
 class ForeignBroker:
@@ -89,7 +91,7 @@ def make_amqtt(folder: Path) -> ForeignBroker:
         f"listeners:\n  default:\n    type: tcp\n    bind: 127.0.0.1:{port}\n"
         "plugins:\n  amqtt.plugins.authentication.AnonymousAuthPlugin:\n    allow_anonymous: false\n"
     )
-    broker = ForeignBroker(folder, [str(shutil.which("amqtt")), "-c", str(file)])
+    broker = ForeignBroker(folder, [str(AMQTT), "-c", str(file)])
     broker.address = ("127.0.0.1", port)
     return broker
 

@@ -6,7 +6,9 @@ It is pointed at us the way it offers: a zone of its own in `jpush.common.ZONES`
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jpush  # type: ignore[import-untyped]
@@ -38,6 +40,7 @@ PLANS = {
     },
 }
 ZONE = "HOLDFAST"
+GUIDE = Path(__file__).parents[2] / "docs" / "moving-from-jpush.md"
 
 
 @pytest.fixture(params=list(PLANS.values()), ids=list(PLANS))
@@ -393,3 +396,21 @@ async def test_the_sdk_understands_our_errors(service: Any, sdk: jpush.JPush) ->
     with pytest.raises(Unauthorized):
         await _payload(_hello(stranger).send)
     stranger.session.close()
+
+
+async def test_the_page_for_those_who_move_works_with_every_class_of_the_sdk(
+    service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ZONES, "DEFAULT", ZONES["DEFAULT"])
+    (example,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    exec(example.replace("https://push.example.com", service.base), {})
+    await service.register("a", tags=["red"])
+    client = jpush.JPush(service.app.key, service.app.master_secret)
+    push = client.create_push()
+    push.audience, push.platform, push.notification = jpush.all_, jpush.all_, jpush.notification(alert="hi")
+    sent = await _payload(push.send)
+    schedule = _schedule(client, "s", "2027-06-01 10:00:00")
+    assert "schedule_id" in await _payload(client.create_schedule().post_schedule, schedule)
+    assert await _payload(client.create_device().get_taglist) == {"tags": ["red"]}
+    (row,) = await _payload(client.create_report().get_received, sent["msg_id"])
+    assert row["msg_id"] == sent["msg_id"]

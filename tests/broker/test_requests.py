@@ -13,7 +13,7 @@ from broker.audiences.audience import Audience
 from broker.errors import STATUS, ApiError
 from broker.limits import Limits
 from broker.model import Callback
-from broker.pushing.requests import NO_WISHES, Checked, Wishes, check_item, read_batch, read_push
+from broker.pushing.requests import NO_WISHES, BatchItem, Checked, Wishes, check_item, read_batch, read_push
 
 LIMITS = Limits()
 GOOD: dict[str, Any] = {"platform": "all", "audience": "all", "notification": {"alert": "hi"}}
@@ -253,17 +253,23 @@ ITEM = {"platform": "all", "target": "r1", "message": {"msg_content": "x"}}
 
 
 def test_one_wrong_item_does_not_spoil_a_batch() -> None:
-    items, wrong = read_batch(
-        orjson.dumps({"pushlist": {"c1": ITEM, "c2": 7, "c3": ITEM | {"message": {"colour": 1}}}}), LIMITS
-    )
-    assert list(items) == ["c1"]
-    assert {cid: error.code for cid, error in wrong.items()} == {"c2": 1003, "c3": 1009}
+    pushlist = {"c2": 7, "c1": ITEM, "c3": ITEM | {"message": {"colour": 1}}}
+    items = read_batch(orjson.dumps({"pushlist": pushlist}), LIMITS)
+    assert list(items) == ["c2", "c1", "c3"]
+    wrong = {cid: item.code for cid, item in items.items() if isinstance(item, ApiError)}
+    assert wrong == {"c2": 1003, "c3": 1009}
+
+
+def _only_item(raw: bytes) -> BatchItem:
+    (item,) = read_batch(raw, LIMITS).values()
+    assert isinstance(item, BatchItem)
+    return item
 
 
 def test_the_target_of_a_batch_item() -> None:
-    items, _ = read_batch(orjson.dumps({"pushlist": {"c1": ITEM}}), LIMITS)
-    assert check_item("c1", items["c1"], "regid", LIMITS).audience == Audience(registration_ids=("r1",))
-    assert check_item("c1", items["c1"], "alias", LIMITS).audience == Audience(aliases=("r1",))
+    item = _only_item(orjson.dumps({"pushlist": {"c1": ITEM}}))
+    assert check_item("c1", item, "regid", LIMITS).audience == Audience(registration_ids=("r1",))
+    assert check_item("c1", item, "alias", LIMITS).audience == Audience(aliases=("r1",))
 
 
 @pytest.mark.parametrize(
@@ -278,9 +284,9 @@ def test_the_target_of_a_batch_item() -> None:
     ],
 )
 def test_a_wrong_item(changes: dict[str, Any], code: int, message: str) -> None:
-    items, _ = read_batch(orjson.dumps({"pushlist": {"c1": ITEM | changes}}), LIMITS)
+    item = _only_item(orjson.dumps({"pushlist": {"c1": ITEM | changes}}))
     with pytest.raises(ApiError, match=message) as caught:
-        check_item("c1", items["c1"], "alias", LIMITS)
+        check_item("c1", item, "alias", LIMITS)
     assert caught.value.code == code
 
 
