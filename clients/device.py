@@ -25,7 +25,7 @@ import logging
 import random
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self, assert_never, cast
@@ -295,13 +295,20 @@ class Device:
         remove_tags: Iterable[str] = (),
         mobile: str | None = None,
         platform: str | None = None,
+        attributes: Mapping[str, str | float | bool | None] | None = None,
     ) -> None:
-        """None leaves a value as it is, "" clears alias and mobile; `tags` replaces all of them. Raises
-        DeviceError."""
+        """None leaves a value as it is, "" clears alias and mobile; `tags` replaces all of them. Of `attributes`
+        (app_version, carrier, language, region, and the app's own) those that are named change; None removes one.
+        Raises DeviceError."""
         add, remove = list(add_tags), list(remove_tags)
         if tags is not None and (add or remove):
             raise ValueError("give tags, or add_tags and remove_tags")
-        change: dict[str, object] = {"alias": alias, "mobile": mobile, "platform": platform}
+        change: dict[str, object] = {
+            "alias": alias,
+            "mobile": mobile,
+            "platform": platform,
+            "attributes": attributes,
+        }
         if tags is not None:
             change["tags"] = list(tags)
         elif add or remove:

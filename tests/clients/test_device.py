@@ -123,9 +123,11 @@ async def test_a_device_registers_gets_a_push_and_reports(server: LocalServer, p
     async with make_device(server, "main-job", on_push=inbox.take) as device:
         await online(device)
         await device.update(alias="mona", tags=["a", "b"])
-        await device.update(add_tags=["c"], remove_tags=["a"])
+        await device.update(add_tags=["c"], remove_tags=["a"], attributes={"app_version": "2.1", "level": 3})
+        await device.update(attributes={"level": None, "vip": True})
         info = await publisher.device("main-job")
         assert (info.alias, info.tags) == ("mona", {"b", "c"})
+        assert info.attributes == {"app_version": "2.1", "vip": True}
         accepted = await publisher.push(PushRequest(Audience(alias=["mona"]), Notification("Hi")))
         assert await inbox.next() == Push(accepted.msg_id, {"alert": "Hi"})
         await device.receipt(accepted.msg_id, "clicked")
