@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
+import zlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import trustme
 from clients.device import Credentials, Device, DeviceError, DeviceStopped, LinkSettings, Push
 from clients.journal import Journal, JournalError
 from clients.local_server import AppKeys, LocalServer
-from clients.publisher import Audience, Notification, Publisher, PushRequest
-from gateway.mqtt import Reason
+from clients.publisher import Audience, Notification, Options, Publisher, PushRequest
+from clients.session import MAX_PUSH, _inflated, _read_push
+from gateway.mqtt import Publish, Reason
 
 QUICK = LinkSettings(backoff_base=0.05, backoff_cap=0.2, answer_timeout=5)
 LIMIT = 10.0
@@ -414,3 +416,27 @@ async def test_a_journal_of_another_device_is_refused(tmp_path: Path) -> None:
 def test_what_is_missing_is_said_at_once(options: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="give"):
         Device("app", on_push=print, **options)  # type: ignore[arg-type]
+
+
+async def test_a_device_is_told_what_is_replaced_and_what_to_remove(
+    server: LocalServer, publisher: Publisher
+) -> None:
+    inbox, long = Inbox(), "Good morning. " * 100
+    async with make_device(server, "told", on_push=inbox.take) as device:
+        await online(device)
+        audience = Audience(registration_id=["told"])
+        first = await publisher.push(PushRequest(audience, Notification(long)))
+        assert await inbox.next() == Push(first.msg_id, {"alert": long})  # it came compressed
+        options = Options(override_msg_id=first.msg_id)
+        second = await publisher.push(PushRequest(audience, Notification("Better"), options=options))
+        assert await inbox.next() == Push(second.msg_id, {"alert": "Better"}, override=first.msg_id)
+        await delivered(publisher, second.msg_id)
+        await publisher.withdraw(second.msg_id)
+        notice = await inbox.next()
+        assert notice == Push(notice.msg_id, recall=second.msg_id)
+
+
+def test_a_push_that_blows_up_is_not_a_push() -> None:
+    bomb = zlib.compress(b'{"msg_id":"1","notification":"' + b"x" * (1 << 24))
+    assert isinstance(_read_push(Publish("push", bomb, 1, packet_id=1)), str)
+    assert len(_inflated(bomb)) == MAX_PUSH
