@@ -341,7 +341,9 @@ def admin_application(
         reasons = health.reasons()
         return _answer({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
 
-    application = web.Application(middlewares=[_guard(key)], client_max_size=MAX_BODY)
+    application = web.Application(
+        middlewares=[_guard(key)], client_max_size=MAX_BODY, handler_args={"auto_decompress": False}
+    )
     application.add_routes(
         [
             web.get("/metrics", show_metrics),

@@ -125,6 +125,14 @@ class Records(Protocol):
         Conflict."""
 
 
+async def every_record(records: Records, app_id: int, kind: str) -> list[Record]:
+    """All of them, page by page: where a limit was lowered there are more than it says."""
+    found: list[Record] = []
+    while page := await records.list(app_id, kind, found[-1].key if found else ""):
+        found += page
+    return found
+
+
 class Files(Protocol):
     """Bytes that are too many for one record, in pieces. A file is seen once it is complete."""
 

@@ -37,14 +37,17 @@ def report() -> None:
 @json_option
 @click.option("--unit", type=click.Choice(["hour", "day", "month"]), default="day", show_default=True)
 @click.option(
-    "--from", "start", metavar="TIME", help='"2027-01-31 18", "2027-01-31" or "2027-01". Default: now.'
+    "--from",
+    "start",
+    metavar="TIME",
+    help='"2027-01-31 18", "2027-01-31" or "2027-01". Default: so that the last one is now.',
 )
-@click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="So many of the unit.")
+@click.option(
+    "--count", type=click.IntRange(1, 1000), default=1, show_default=True, help="So many of the unit."
+)
 def users(login: Login, as_json: bool, unit: Any, start: str | None, count: int) -> None:
     """Show the devices that were new, online and active, in each hour, day or month."""
-    begin = start or datetime.now(UTC).strftime(
-        {"hour": "%Y-%m-%d %H", "day": "%Y-%m-%d", "month": "%Y-%m"}[unit]
-    )
+    begin = start or start_of_last(count, unit, datetime.now(UTC))
     found = login.call(lambda publisher: publisher.reports.users(unit.upper(), begin, count))
     if as_json:
         print_json(found)
@@ -52,6 +55,15 @@ def users(login: Login, as_json: bool, unit: Any, start: str | None, count: int)
     totals = [(item.time, item.total()) for item in found.items]
     rows = [(time, total.new, total.online, total.active) for time, total in totals]
     print_table((unit, "new", "online", "active"), rows)
+
+
+def start_of_last(count: int, unit: str, now: datetime) -> str:
+    """Of so many hours, days or months, the last of which is now."""
+    if unit == "month":
+        months = now.year * 12 + now.month - count  # since year 0; January is 0
+        return f"{months // 12:04}-{months % 12 + 1:02}"
+    first = now - timedelta(**{f"{unit}s": count - 1})
+    return first.strftime("%Y-%m-%d %H" if unit == "hour" else "%Y-%m-%d")
 
 
 # callbacks
@@ -199,10 +211,7 @@ def set_settings(login: Login, file: BinaryIO) -> None:
 
     What the file leaves out gets its default.
     """
-    try:
-        wanted = msgspec.convert(read_object(file, "FILE"), Settings)
-    except msgspec.ValidationError as error:
-        raise click.UsageError(f"FILE: {error}") from error
+    wanted = read_object(file, "FILE")  # as it is: a key that we do not know is the server's to refuse
     print_json(_every_key(login.call(lambda publisher: publisher.change_settings(wanted))))
 
 

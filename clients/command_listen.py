@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 import orjson
 
+from clients.command_shared import HttpAddress
 from clients.device import Device, DeviceError, DeviceStopped, Push
 from clients.journal import JournalError
 
@@ -32,7 +33,9 @@ from clients.journal import JournalError
 @click.option("--port", type=click.IntRange(1, 65_535), help="Default: 1883, with --tls 8883.")
 @click.option("--tls", is_flag=True, help="Connect by TLS.")
 @click.option("--ca-file", type=click.Path(exists=True, dir_okay=False), help="Certificates to trust.")
-@click.option("--url", help="HTTP API: register there with the device key; needs --journal.")
+@click.option(
+    "--url", type=HttpAddress(), help="HTTP API: register there with the device key; needs --journal."
+)
 @click.option("--journal", type=click.Path(path_type=Path), help="File that keeps the token and what came.")
 @click.option("--receipts", is_flag=True, help='Report each push as "shown".')
 @click.option("--count", type=click.IntRange(1), help="End after so many pushes.")

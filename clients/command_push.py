@@ -21,6 +21,7 @@ from clients.publisher import (
     STATES,
     Accepted,
     Delivery,
+    Estimate,
     GroupPublisher,
     Publisher,
     PushError,
@@ -39,7 +40,7 @@ ALWAYS: Final = ("delivered", "pending", "expired", "evicted")  # shown also whe
 @click.option("--at", metavar="TIME", help='Later: "2027-01-31 18:00:00", a schedule of one time.')
 @click.option("--zone", help="Time zone of --at, such as Europe/Berlin. Default: the server's.")
 @click.option("--group", is_flag=True, help="To all apps of a group: --app and --secret are the group's.")
-@click.option("--dry-run", is_flag=True, help="All checks, and nothing is sent.")
+@click.option("--dry-run", is_flag=True, help="All checks and an estimate, and nothing is sent.")
 def push(
     login: Login,
     body: dict[str, Any],
@@ -52,7 +53,8 @@ def push(
     """Send a push and print its msg_id as JSON.
 
     The options that choose devices narrow each other down; --all stands alone. What is given besides --json
-    goes over what the file says. With --at, what is printed is the schedule_id.
+    goes over what the file says. With --at, what is printed is the schedule_id; with --dry-run, how many devices the
+    push would be for, and how many of them are connected.
     """
     if sum((at is not None, group, dry_run)) > 1:
         raise click.UsageError("--at, --group and --dry-run do not go together")
@@ -65,11 +67,16 @@ def push(
     if group:
         _push_to_group(login, body)
     elif dry_run:
-        login.call(lambda publisher: publisher.validate(body))
-        print_json({"valid": True})
+        found = login.call(lambda publisher: _validate(publisher, body))
+        print_json({"valid": True, "registered": found.registered, "online": found.online})
     else:
         accepted = login.call(lambda publisher: publisher.push(body))
         print_json({"msg_id": accepted.msg_id})
+
+
+async def _validate(publisher: Publisher, body: dict[str, Any]) -> Estimate:
+    await publisher.validate(body)
+    return await publisher.estimate(body["audience"], body["platform"])
 
 
 def _schedule(login: Login, body: dict[str, Any], when: Single, cid: str | None) -> None:
@@ -119,17 +126,16 @@ def status(login: Login, as_json: bool, msg_id: int, registration_ids: tuple[str
     async def ask(publisher: Publisher) -> tuple[Report, dict[str, Delivery]]:
         report = (await publisher.received_detail([msg_id]))[0]
         if not report.known:
-            raise PushError(3004, 400, f"{msg_id} is not a message of this app, or its report is over")
+            raise PushError(3004, 404, f"{msg_id} is not a message of this app, or its report is over")
         return report, await publisher.status(msg_id, registration_ids) if registration_ids else {}
 
     report, devices = login.call(ask)
-    names = {name: state.name.lower().replace("_", " ") for name, state in devices.items()}
     if as_json:
-        print_json(plain(report) | ({"devices": names} if names else {}))
+        print_json(plain(report) | ({"devices": plain(devices)} if devices else {}))
         return
     click.echo(describe(report))
-    width = max(map(len, names), default=0)
-    for name, state in names.items():
+    width = max(map(len, devices), default=0)
+    for name, state in devices.items():
         click.echo(f"{name:{width}}  {state}")
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Final
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, Literal
 
 import click
 
@@ -21,6 +24,8 @@ from clients.command_shared import (
 )
 from clients.publisher import CURVES, RECEIPTS, STATES, Progress, Publisher, PushReport, TraceStep
 
+Until = Literal["released", "settled"]
+Show = Callable[[PushReport], None]
 COUNTS: Final = ("target", "online", "sent", *STATES, *RECEIPTS)
 
 
@@ -83,13 +88,18 @@ def trace(login: Login, as_json: bool, msg_id: int, registration_id: str) -> Non
         print_json(found)
         return
     click.echo(found.status)
-    rows = [(moment(step.at), _exact(step), step.step, step.node) for step in found.steps]
+    rows = [(moment(step.at), _within(step), step.step, step.node) for step in found.steps]
     print_table(("time", "within", "step", "node"), rows)
 
 
-def _exact(step: TraceStep) -> str:
+def _within(step: TraceStep) -> str:
     """How exact the time is."""
-    return f"{step.resolution:g} s" if step.resolution else ""
+    if not step.resolution:
+        return ""
+    return next((text for most, text in STRETCHES if step.resolution <= most), f"{step.resolution:g} s")
+
+
+STRETCHES: Final = ((1, "1 s"), (60, "1 min"), (3600, "1 h"))
 
 
 def _control(verb: str, text: str) -> click.Command:
@@ -118,23 +128,40 @@ _control("stop", "End a slow push: the rest never goes, and what waits is withdr
 @login_options
 @json_option
 @click.option("--every", type=click.FloatRange(0.05), default=1.0, show_default=True, help="Seconds.")
+@click.option(
+    "--until",
+    type=click.Choice(["released", "settled"]),
+    help="released: all of it was let go; settled: nobody is to get it any more. Default: released for a push that"
+    " goes in parts (slow, or held back by quiet hours), settled for any other.",
+)
 @msg_id_argument
-def watch(login: Login, as_json: bool, every: float, msg_id: int) -> None:
-    """Wait until nobody is to get a push any more, with a progress bar on a terminal; then show its account.
+def watch(login: Login, as_json: bool, every: float, until: Any, msg_id: int) -> None:
+    """Follow a push to its end, then show its account.
 
-    A paused push is waited for.
+    On a terminal there is a progress bar; elsewhere, without --json, a line at each change. A paused push is waited
+    for.
     """
-    with progress_bar() as bar:
-        task = bar.add_task(f"push {msg_id}", total=None)
-
-        def shown(report: PushReport) -> None:
-            bar.update(task, total=report.target, completed=settled(report), description=_title(report))
-
-        report = login.call(lambda publisher: until_done(publisher, msg_id, every, shown))
+    with _follower(msg_id, as_json) as show:
+        report = login.call(lambda publisher: until_over(publisher, msg_id, every, show, until))
     if as_json:
         print_json(report)
         return
     print_fields({"state": report.state} | {name: getattr(report, name) for name in COUNTS})
+
+
+@contextmanager
+def _follower(msg_id: int, as_json: bool) -> Iterator[Show]:
+    """Shows each report: as a bar where a person looks at it, as lines where it is read later."""
+    if not (as_json or (sys.stdout.isatty() and sys.stderr.isatty())):
+        yield Lines(lambda: moment(time.time()))
+        return
+    with progress_bar() as bar:
+        task = bar.add_task(f"push {msg_id}", total=None)
+
+        def show(report: PushReport) -> None:
+            bar.update(task, total=report.target, completed=settled(report), description=_title(report))
+
+        yield show
 
 
 def _title(report: PushReport) -> str:
@@ -142,17 +169,40 @@ def _title(report: PushReport) -> str:
     return f"{report.state}: {report.delivered} delivered{released}"
 
 
+class Lines:
+    """Prints a line for each report that says something else than the one before it."""
+
+    def __init__(self, now: Callable[[], str]) -> None:
+        self._now = now
+        self._last = ""
+
+    def __call__(self, report: PushReport) -> None:
+        line = f"{_title(report)}, {report.pending} pending, of {report.target}"
+        if line != self._last:
+            click.echo(f"{self._now()}  {line}")  # and flushes
+            self._last = line
+
+
 def settled(report: PushReport) -> int:
     return (report.target or 0) - (report.pending or 0)
 
 
-async def until_done(
-    publisher: Publisher, msg_id: int, every: float, shown: Callable[[PushReport], None]
+def is_over(report: PushReport, until: Until | None) -> bool:
+    """Whether there is nothing more to wait for. None: for all parts of a push that goes in parts, for all devices of
+    any other."""
+    if not report.pending:
+        return True
+    released = report.progress is None or report.progress.over
+    return released and (until == "released" or (until is None and report.progress is not None))
+
+
+async def until_over(
+    publisher: Publisher, msg_id: int, every: float, show: Show, until: Until | None = None
 ) -> PushReport:
     """The report, asked for every so many seconds, when the push is over. Raises PushError."""
     while True:
         report = await publisher.reports.push(msg_id)
-        shown(report)
-        if not report.pending:
+        show(report)
+        if is_over(report, until):
             return report
         await asyncio.sleep(every)

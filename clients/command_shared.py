@@ -18,11 +18,13 @@ import click
 import msgspec
 import orjson
 
+from clients.http import http_address
 from clients.publisher import Publisher, PushError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+MSG_ID_DIGITS: Final = 18  # more are no msg_id, and none that the API takes
 PLATFORMS: Final = ("android", "ios", "quickapp", "hmos", "winphone")
 _T = TypeVar("_T")
 _Command = TypeVar("_Command", bound=Callable[..., None])
@@ -54,15 +56,44 @@ def run_call(run: Callable[[], Awaitable[_T]], url: str) -> _T:
         return asyncio.run(awaited())
     except PushError as error:
         raise click.ClickException(str(error)) from error
+    except BrokenPipeError:  # the reader has gone; click ends quietly
+        raise
     except (ValueError, OSError) as error:  # of aiohttp, for an address that is none; of a file
         raise click.ClickException(
             f"{url}: {error}" if isinstance(error, ValueError) else str(error)
         ) from error
 
 
+class HttpAddress(click.ParamType[str]):
+    name = "url"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return http_address(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class MsgId(click.ParamType[int]):
+    name = "msg_id"
+
+    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        text = str(value)
+        if not (text.isascii() and text.isdigit()) or len(text) > MSG_ID_DIGITS or not int(text):
+            self.fail(
+                f"'{text[:40]}': must be a positive whole number, as `holdfast push` prints it", param, ctx
+            )
+        return int(text)
+
+
 _LOGIN: Final = (
     click.option(
-        "--url", envvar="HOLDFAST_URL", show_envvar=True, default="http://127.0.0.1:8080", show_default=True
+        "--url",
+        type=HttpAddress(),
+        envvar="HOLDFAST_URL",
+        show_envvar=True,
+        default="http://127.0.0.1:8080",
+        show_default=True,
     ),
     click.option(
         "--secret",
@@ -93,7 +124,7 @@ json_option: Final = click.option("--json", "as_json", is_flag=True, help="Print
 always_json: Final = click.option(
     "--json", is_flag=True, expose_value=False, help="Print one JSON document, as it always does."
 )
-msg_id_argument: Final = click.argument("msg_id", type=click.IntRange(1))
+msg_id_argument: Final = click.argument("msg_id", type=MsgId())
 
 
 # What is printed

@@ -33,6 +33,7 @@ from typing import Any, Final, Literal, Self, assert_never, cast
 import orjson
 
 from clients.errors import DeviceError, DeviceStopped
+from clients.http import http_address
 from clients.journal import Credentials, Journal, JournalError
 from clients.session import (
     SEEN_KEPT,
@@ -129,7 +130,7 @@ class Device:
         self._host = host
         self._port = port
         self._tls = tls
-        self._api = None if api is None else api.rstrip("/")
+        self._api = None if api is None else http_address(api)
         self._journal_path = journal
         self._wishes: dict[str, Any] = {
             "platform": platform,

@@ -69,6 +69,7 @@ from clients.publishing.reports import (
     STATES,
     Curve,
     Delivery,
+    DeliveryRow,
     MessageReport,
     Progress,
     PushReport,
@@ -89,7 +90,8 @@ DEFAULTS: Final = RetrySettings()
 
 class Publisher:
     """Every call raises PushError. `master_secret`: the app's, or that of an API key with the scopes that the calls
-    need. `connections`: how many calls may be under way at once, others wait."""
+    need. `connections`: how many calls may be under way at once, others wait. ValueError: `url` is no http
+    address."""
 
     def __init__(
         self,
@@ -179,17 +181,21 @@ class Publisher:
         return await self._calls.post(f"/v1/pushes/{msg_id}/{verb}", {}, Progress, safe=verb != "stop")
 
     async def estimate(
-        self, audience: Audience | Everyone, platform: Everyone | Sequence[Platform] = "all"
+        self,
+        audience: Audience | Mapping[str, Any] | Everyone,
+        platform: Everyone | Sequence[Platform] = "all",
     ) -> Estimate:
-        """How many devices a push would be for now. Nobody is no error."""
+        """How many devices a push would be for now. Nobody is no error. A mapping is the API's JSON object as it
+        is."""
         return await estimate_audience(self._calls, audience, platform)
 
     # What became of them
 
     async def status(self, msg_id: int, registration_ids: Sequence[str]) -> dict[str, Delivery]:
+        """Up to 1000 devices."""
         body = {"msg_id": msg_id, "registration_ids": registration_ids}
-        states = await self._calls.post("/v3/status/message", body, dict[str, _State], safe=True)
-        return {registration_id: state.status for registration_id, state in states.items()}
+        states = await self._calls.post("/v3/status/message", body, dict[str, DeliveryRow], safe=True)
+        return {registration_id: state.delivery for registration_id, state in states.items()}
 
     async def received(self, msg_ids: Sequence[int]) -> list[Received]:
         """Up to 100 messages, in the order given."""
@@ -276,8 +282,9 @@ class Publisher:
     async def settings(self) -> Settings:
         return await self._calls.get("/v1/settings", Settings)
 
-    async def change_settings(self, settings: Settings) -> Settings:
-        """Put these in place of all that were; returns them as they are now."""
+    async def change_settings(self, settings: Settings | Mapping[str, Any]) -> Settings:
+        """Put these in place of all that were; returns them as they are now. A mapping is the API's JSON object as it
+        is."""
         return await self._calls.put("/v1/settings", settings, Settings)
 
     def audit(self) -> AsyncIterator[AuditEntry]:
@@ -286,7 +293,8 @@ class Publisher:
 
 
 class GroupPublisher:
-    """Pushes to all apps of a group at once. Every call raises PushError."""
+    """Pushes to all apps of a group at once. Every call raises PushError. `group_key` with its `group-` or without
+    it."""
 
     def __init__(
         self,
@@ -297,7 +305,7 @@ class GroupPublisher:
         retry: RetrySettings = DEFAULTS,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        self._calls = Calls(f"group-{group_key}", secret, url, 100, retry, jitter)
+        self._calls = Calls(f"group-{group_key.removeprefix('group-')}", secret, url, 100, retry, jitter)
 
     async def __aenter__(self) -> Self:
         self._calls.open()
@@ -320,10 +328,6 @@ class GroupPublisher:
 
 class _Imported(msgspec.Struct, frozen=True):
     devices: list[Registered]
-
-
-class _State(msgspec.Struct, frozen=True):
-    status: Delivery
 
 
 def _cid(request: PushRequest | Mapping[str, Any]) -> object:

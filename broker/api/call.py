@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+import zlib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Final, Literal
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.web_request import BaseRequest
 
 from broker.api.peers import Peers
@@ -28,6 +29,7 @@ log: Final = logging.getLogger(__name__)
 MINUTE: Final = 60
 DONE: Final = b""  # the vendor answers changes with an empty body
 JSON: Final = "application/json"
+GZIP_OR_ZLIB: Final = zlib.MAX_WBITS | 32  # told by the first bytes
 
 Clock = Callable[[], float]
 Observe = Callable[[str, int, float], None]
@@ -303,7 +305,31 @@ def _check_address(login: Login, call: Call) -> None:
 
 
 async def _read_body(request: web.Request, endpoint: Endpoint, most: int) -> bytes:
-    """At most so many bytes, after decompression."""
+    """At most so many bytes, before and after decompression."""
+    body = await _read_raw(request, endpoint, most)
+    match request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower():
+        case "identity":
+            return body
+        case "gzip" | "deflate":
+            return _inflate(body, endpoint, most)
+    raise ApiError(endpoint.area.invalid, "Content-Encoding: must be gzip or deflate, if any")
+
+
+def _inflate(body: bytes, endpoint: Endpoint, most: int) -> bytes:
+    """Stops at the limit: what a small body can grow to is a thousand times its size."""
+    reader = zlib.decompressobj(GZIP_OR_ZLIB)
+    try:
+        inflated = reader.decompress(body, most + 1)
+    except zlib.error as error:
+        raise ApiError(endpoint.area.invalid, f"the body could not be read: {error}") from None
+    if len(inflated) > most:
+        raise _too_large(endpoint, most)
+    if not reader.eof:
+        raise ApiError(endpoint.area.invalid, "the body could not be read: its compressed form has no end")
+    return inflated
+
+
+async def _read_raw(request: web.Request, endpoint: Endpoint, most: int) -> bytes:
     if (request.content_length or 0) > most:
         raise _too_large(endpoint, most)
     try:

@@ -1,14 +1,19 @@
-"""/v3/files and /v3/push/file: upload a list of names, push to those it names."""
+"""/v3/files and /v3/push/file: upload a list of names, push to those it names.
+
+The bytes of an upload are all there as soon as the caller is fast, and then nothing of aiohttp's waits for anything:
+so every read is counted, whatever it is for, and gives the event loop a turn.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any, Final
 
 import msgspec
 import orjson
-from aiohttp import BodyPartReader, hdrs, web
+from aiohttp import BodyPartReader, StreamReader, hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.multipart import MultipartReader
 
@@ -16,12 +21,16 @@ from broker.api.call import BODY, DONE, Call, Endpoint
 from broker.api.pushes import accepted_answer
 from broker.audiences.files import STEP, By, Files, StoredFile
 from broker.errors import PUSH, ApiError
+from broker.limits import limits_of
 from broker.pushing.pushes import Pushes
 from broker.pushing.requests import decode
 
 FIELD: Final = "filename"  # what SDKs call the field with the list
 TTL_SIZE: Final = 16
 MAX_FIELDS: Final = 16  # of one upload
+MAX_HEADS: Final = (
+    64 << 10
+)  # bytes of one upload beside its list: boundaries, heads, other fields, what is before
 
 
 BROKEN: Final = (
@@ -88,10 +97,15 @@ async def _receive(files: Files, call: Call, by: By) -> StoredFile:
     """Store the list while it comes; it exists once the whole body was right."""
     if not call.request.content_type.startswith("multipart/"):
         raise ApiError(1003, f"the body must be multipart/form-data, with the list in the field {FIELD}")
+    if call.request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
+        raise ApiError(1003, "the body must not be compressed")
+    most = limits_of(files.limits, call.app).max_file_size + MAX_HEADS
+    if (call.request.content_length or 0) > most:
+        raise _too_large(most)
     file: StoredFile | None = None
     ttl: str | None = None
     try:
-        async for part in _parts(call.request):
+        async for part in _parts(call.request, most):
             if part.name == FIELD and file is None:
                 file = await files.write(call.app, by, (part.filename or "")[:255], _chunks(part))
             elif part.name == "ttl":
@@ -107,8 +121,46 @@ async def _receive(files: Files, call: Call, by: By) -> StoredFile:
         raise
 
 
-async def _parts(request: web.Request) -> AsyncIterator[BodyPartReader]:
-    reader = await request.multipart()
+class Body(StreamReader):
+    """What MultipartReader reads from: the body, up to `most` bytes of it and MAX_HEADS of lines."""
+
+    def __init__(self, content: StreamReader, most: int) -> None:
+        self._content = content
+        self._most = most
+        self._left = most
+        self._heads = MAX_HEADS
+
+    async def read(self, n: int = -1) -> bytes:
+        return await self._count(await self._content.read(n))
+
+    async def readline(self, *, max_line_length: int | None = None) -> bytes:
+        line = await self._content.readline(max_line_length=max_line_length)
+        self._heads -= len(line)
+        if self._heads < 0:
+            raise ApiError(1003, f"the body has more than {MAX_HEADS} bytes of heads")
+        return await self._count(line)
+
+    def unread_data(self, data: bytes) -> None:
+        self._left += len(data)
+        self._content.unread_data(data)
+
+    def at_eof(self) -> bool:
+        return self._content.at_eof()
+
+    async def _count(self, chunk: bytes) -> bytes:
+        self._left -= len(chunk)
+        if self._left < 0:
+            raise _too_large(self._most)
+        await asyncio.sleep(0)
+        return chunk
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(1005, f"the body is larger than {most} bytes", http_status=413)
+
+
+async def _parts(request: web.Request, most: int) -> AsyncIterator[BodyPartReader]:
+    reader = MultipartReader(request.headers, Body(request.content, most))
     for _ in range(MAX_FIELDS):
         part = await reader.next()
         if part is None:

@@ -57,7 +57,9 @@ def build_api(broker: Broker, observe: Observe | None = None, peers: Peers | Non
         peers,
     )
     # Every endpoint reads its body itself, up to its own limit.
-    api = web.Application(client_max_size=limits.max_batch_body)
+    # What aiohttp inflates it inflates for refused callers, too, and without a pause: call.py does it, bounded.
+    handler_args = {"auto_decompress": False}
+    api = web.Application(client_max_size=limits.max_batch_body, handler_args=handler_args)
     endpoints = api_endpoints(broker)
     fixed: dict[str, set[str]] = {}  # paths without a parameter -> their methods
     for endpoint in (*endpoints, openapi_endpoint(endpoints)):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from broker.audiences.segments import Segment
 from broker.later.pacer import Progress
@@ -208,9 +208,11 @@ class MessageDetail(Shape, frozen=True):
 
 
 class DeviceStatus(Shape, frozen=True):
-    """0 delivered, 1 not delivered, 2 not a device of this app, 3 not in this push's audience."""
+    """0 delivered, 1 not delivered, 2 not a device of this app, 3 not in this push's audience. `state`: why it is
+    1."""
 
     status: Annotated[int, Meta(ge=0, le=4)]
+    state: Literal["pending", "expired", "evicted", "recalled", "suppressed"] | UnsetType = UNSET
 
 
 class Event(Shape, frozen=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from typing import Final, Literal
 
@@ -14,7 +15,7 @@ from pyroaring import BitMap
 from broker.errors import ApiError
 from broker.limits import Limits, limits_of
 from broker.model import App, Record, RecordChange, Term
-from broker.store import PIECE, Conflict, Store
+from broker.store import PIECE, Conflict, Store, TooMany, every_record
 
 Clock = Callable[[], float]
 By = Literal["alias", "registration_id"]
@@ -85,6 +86,8 @@ class Lines:
         except UnicodeDecodeError as error:
             line = self._seen + head.count(b"\n", 0, error.start) + 1
             raise ApiError(1003, f"line {line}: is not valid UTF-8") from None
+        if self._seen + head.count(b"\n") >= self._limits.max_file_lines:
+            raise ApiError(1003, f"the file has more than {self._limits.max_file_lines} lines")
         lines = [line.strip() for line in head.split(b"\n")]
         if max(map(len, lines)) > self._longest:
             raise self._too_long(
@@ -93,8 +96,6 @@ class Lines:
         self._seen += len(lines)
         kept = [line for line in lines if line]
         self.count += len(kept)
-        if self.count > self._limits.max_file_lines:
-            raise ApiError(1003, f"the file has more than {self._limits.max_file_lines} lines")
         return b"\n".join(kept) + b"\n" if kept else b""
 
     def _too_long(self, before: int) -> ApiError:
@@ -106,15 +107,27 @@ class Files:
 
     def __init__(self, store: Store, limits: Limits | None = None, clock: Clock = time.time) -> None:
         self._store = store
-        self._limits = limits or Limits()
+        self.limits = limits or Limits()
         self._clock = clock
+        self._coming: Counter[int] = Counter()  # by app: uploads that are neither published nor discarded
         self.handlers = {KIND: self._expire}  # for the timekeeper
 
     async def write(self, app: App, by: By, name: str, chunks: AsyncIterable[bytes]) -> StoredFile:
         """Store a list as it comes. It does not exist before `publish`; else `discard` it."""
-        limits = limits_of(self._limits, app)
-        if await self._store.records.count(app.app_id, KIND) >= limits.max_files:
-            raise ApiError(1003, f"the app has {limits.max_files} files already; delete one")
+        limits = limits_of(self.limits, app)
+        self._coming[app.app_id] += 1
+        try:
+            stored = await self._store.records.count(app.app_id, KIND)
+            if stored + self._coming[app.app_id] > limits.max_files:
+                raise _too_many(limits)
+            return await self._write(app, by, name, chunks, limits)
+        except BaseException:
+            self._coming[app.app_id] -= 1
+            raise
+
+    async def _write(
+        self, app: App, by: By, name: str, chunks: AsyncIterable[bytes], limits: Limits
+    ) -> StoredFile:
         file_id, now = secrets.token_hex(12), self._clock()
         lines = Lines(limits, limits.name_size if by == "alias" else limits.registration_id_size)
         size = await self._store.files.write(app.app_id, file_id, _pieces(chunks, lines))
@@ -124,16 +137,25 @@ class Files:
         """From here on it exists. `ttl`: hours, as the caller sent them."""
         if ttl is not None:
             file = msgspec.structs.replace(file, expires_at=file.created_at + self._read_ttl(app, ttl))
-        change = RecordChange(app.app_id, KIND, file.file_id, _encode(file), 0, file.expires_at)
-        await self._store.records.save([change])
+        limits = limits_of(self.limits, app)
+        change = RecordChange(
+            app.app_id, KIND, file.file_id, _encode(file), 0, file.expires_at, at_most=limits.max_files
+        )
+        try:
+            await self._store.records.save([change])
+        except TooMany:
+            raise _too_many(limits) from None
+        self._coming[app.app_id] -= 1
         return file
 
     async def discard(self, app: App, file: StoredFile) -> None:
+        """Of what was written and not published."""
+        self._coming[app.app_id] -= 1
         await self._store.files.remove(app.app_id, file.file_id)
 
     async def list(self, app: App) -> list[StoredFile]:
         """The oldest first."""
-        records = await self._store.records.list(app.app_id, KIND)
+        records = await every_record(self._store.records, app.app_id, KIND)
         now = self._clock()
         files = [file for file in map(_read, records) if now < file.expires_at]
         return sorted(files, key=lambda file: (file.created_at, file.file_id))
@@ -165,7 +187,7 @@ class Files:
         await self._store.files.remove(app_id, file_id)
 
     def _read_ttl(self, app: App, ttl: str) -> int:
-        most = limits_of(self._limits, app).file_lifetime // HOUR
+        most = limits_of(self.limits, app).file_lifetime // HOUR
         if not (ttl.isascii() and ttl.isdigit() and len(ttl) <= 6 and 1 <= int(ttl) <= most):
             raise ApiError(1003, f"ttl: must be 1 to {most} hours")
         return int(ttl) * HOUR
@@ -178,6 +200,10 @@ async def _pieces(chunks: AsyncIterable[bytes], lines: Lines) -> AsyncIterator[b
                 yield piece
     if piece := lines.finish():
         yield piece
+
+
+def _too_many(limits: Limits) -> ApiError:
+    return ApiError(1003, f"the app has {limits.max_files} files already; delete one")
 
 
 def _read(record: Record) -> StoredFile:

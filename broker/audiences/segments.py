@@ -16,7 +16,7 @@ from broker.errors import PUSH, ApiError
 from broker.limits import Limits, limits_of
 from broker.model import App, Record, RecordChange
 from broker.pushing.requests import AudienceObject, decode, read_audience, read_platforms
-from broker.store import Conflict, Store
+from broker.store import Conflict, Store, TooMany
 
 Clock = Callable[[], float]
 TRIES: Final = 10  # to change a segment that others change meanwhile
@@ -67,10 +67,12 @@ class Segments:
     async def create(self, app: App, raw: bytes) -> Segment:
         stored = self._check(app, raw)
         most = limits_of(self._limits, app).max_segments
-        if await self._store.records.count(app.app_id, KIND) >= most:
-            raise ApiError(1003, f"the app has {most} segments already; delete one")
         segment_id = secrets.token_hex(8)
-        await self._store.records.save([RecordChange(app.app_id, KIND, segment_id, _encode(stored), 0)])
+        change = RecordChange(app.app_id, KIND, segment_id, _encode(stored), 0, at_most=most)
+        try:
+            await self._store.records.save([change])
+        except TooMany:
+            raise ApiError(1003, f"the app has {most} segments already; delete one") from None
         return Segment(segment_id, stored.name, stored.rule)
 
     async def list(self, app: App, after: str = "") -> list[Segment]:

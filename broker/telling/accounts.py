@@ -164,8 +164,7 @@ def _exactly(name: str, at: float) -> dict[str, object]:
 
 def _between(name: str, step: Step, accepted_at: float) -> dict[str, object]:
     """It happened at `at` or up to `resolution` seconds later. Nothing happens to a push before it is accepted."""
-    start, end = max(step.start, accepted_at), step.start + step.width
-    if end < accepted_at:  # told before times were kept
+    if step.start + step.width < accepted_at:  # told before times were kept
         return {"step": name, "at": None, "resolution": None}
     node = {"node": step.node} if step.node else {}
-    return {"step": name, "at": start, "resolution": end - start if step.width else 0, **node}
+    return {"step": name, "at": max(step.start, accepted_at), "resolution": step.width, **node}

@@ -75,8 +75,8 @@ class Reports:
         records, platforms = await self._records(app, ids)
         return [_message_detail(i, records.get(i), platforms) for i in ids]
 
-    async def status(self, app: App, raw: bytes) -> dict[str, dict[str, int]]:
-        """`{"msg_id", "registration_ids"}` -> `{registration_id: {"status": 0..3}}`."""
+    async def status(self, app: App, raw: bytes) -> dict[str, dict[str, object]]:
+        """`{"msg_id", "registration_ids"}` -> `{registration_id: {"status": 0..3}}`; beside 1 stands `state`."""
         request = decode(_read_status, raw, REPORT)
         ids = request.registration_ids
         if not ids:
@@ -91,7 +91,8 @@ class Reports:
         if record is None:
             raise ApiError(3004, f"msg_id: {msg_id} is not a message of this app, or its report is over")
         devnos = await self._store.resolve(app.app_id, ids)
-        return {i: {"status": _status(record, devnos.get(i))} for i in ids}
+        states = record.sets(self._clock())
+        return {i: _status(states, devnos.get(i)) for i in ids}
 
     async def events(self, app: App, after: str | None, limit: str | None) -> dict[str, object]:
         """Behaviour events with id > after, oldest first; `after` of the answer continues."""
@@ -265,12 +266,15 @@ def _account(record: MessageRecord | None, now: float) -> Mapping[str, int | Non
     return NO_ACCOUNT if record is None else account(record, now)
 
 
-def _status(record: MessageRecord, devno: int | None) -> int:
+def _status(states: Mapping[DeliveryState, BitMap], devno: int | None) -> dict[str, object]:
     if devno is None:
-        return NOT_A_DEVICE
-    if devno in record.delivered:
-        return DELIVERED
-    return NOT_DELIVERED if devno in record.targets else NOT_A_TARGET
+        return {"status": NOT_A_DEVICE}
+    state = next((state for state, devnos in states.items() if devno in devnos), None)
+    if state is None:
+        return {"status": NOT_A_TARGET}
+    if state is DeliveryState.DELIVERED:
+        return {"status": DELIVERED}
+    return {"status": NOT_DELIVERED, "state": state.value}
 
 
 def _event_row(event_id: int, event: BehaviourEvent, names: Mapping[int, str]) -> dict[str, object]:

@@ -19,7 +19,7 @@ from broker.limits import Limits
 from broker.model import Record, RecordChange
 from broker.pushing.pushes import Accepted, Pushes
 from broker.pushing.requests import decode
-from broker.store import Conflict, Store, StoreError
+from broker.store import Conflict, Store, StoreError, TooMany, every_record
 from broker.tenants.apps import Apps, read_basic
 from broker.tenants.networks import is_within
 from broker.tenants.tokens import new_secret
@@ -74,8 +74,6 @@ class Groups:
         request = decode(_read_request, raw, ADMIN)
         if request.name is None:
             raise ApiError(ADMIN.missing, "name is required")
-        if await self._records.count(0, KIND) >= self._limits.max_groups:
-            raise ApiError(ADMIN.too_many, f"there are {self._limits.max_groups} groups already")
         group = Group(
             secrets.token_hex(12),
             _check_name(request.name),
@@ -83,7 +81,11 @@ class Groups:
             await self._check_apps(request.apps or []),
             self._clock(),
         )
-        await self._records.save([_change(group, 0)])
+        most = self._limits.max_groups
+        try:
+            await self._records.save([msgspec.structs.replace(_change(group, 0), at_most=most)])
+        except TooMany:
+            raise ApiError(ADMIN.too_many, f"there are {most} groups already") from None
         return group
 
     async def change(self, key: str, raw: bytes) -> Group:
@@ -104,7 +106,7 @@ class Groups:
             return group
 
     async def every(self) -> list[Group]:
-        records = await self._records.list(0, KIND, limit=self._limits.max_groups)
+        records = await every_record(self._records, 0, KIND)
         return sorted((_read_group(record.value) for record in records), key=lambda group: group.created_at)
 
     async def delete(self, key: str) -> Group:

@@ -21,7 +21,7 @@ from broker.errors import ADMIN, ApiError
 from broker.limits import Limits, limits_of
 from broker.model import App, Record, RecordChange
 from broker.pushing.requests import decode
-from broker.store import Conflict, Store
+from broker.store import Conflict, Store, TooMany, every_record
 from broker.tenants.app_settings import read_networks
 
 Clock = Callable[[], float]
@@ -107,15 +107,17 @@ class Keys:
             _hash(app, secret.encode()),
         )
         most = limits_of(self._limits, app).max_keys
-        if await self._records.count(app.app_id, KIND) >= most:
-            raise ApiError(ADMIN.too_many, f"the app has {most} keys already, its limit (max_keys)")
-        await self._records.save([RecordChange(app.app_id, KIND, key_id, msgspec.json.encode(key), 0)])
+        change = RecordChange(app.app_id, KIND, key_id, msgspec.json.encode(key), 0, at_most=most)
+        try:
+            await self._records.save([change])
+        except TooMany:
+            message = f"the app has {most} keys already, its limit (max_keys)"
+            raise ApiError(ADMIN.too_many, message) from None
         return key, secret
 
     async def of_app(self, app: App) -> list[ApiKey]:
         """Oldest first."""
-        most = limits_of(self._limits, app).max_keys
-        records = await self._records.list(app.app_id, KIND, limit=max(most, self._limits.max_keys))
+        records = await every_record(self._records, app.app_id, KIND)
         return sorted((_read_key(record.value) for record in records), key=lambda key: key.created_at)
 
     async def delete(self, app: App, key_id: str) -> ApiKey:

@@ -12,7 +12,7 @@ from urllib.parse import quote, urlencode
 import aiohttp
 import msgspec
 
-from clients.http import login_headers
+from clients.http import http_address, login_headers
 
 NO_ANSWER: Final = 0  # as code and http_status: the server said nothing that could be understood
 UNDONE: Final = frozenset({429})  # refused before anything happened
@@ -86,7 +86,8 @@ Body = bytes | Stream | None
 
 
 class Calls:
-    """A pool of connections to one server, with the login of one app. Every call raises PushError."""
+    """A pool of connections to one server, with the login of one app. Every call raises PushError. ValueError: `url`
+    is no http address."""
 
     def __init__(
         self,
@@ -97,7 +98,7 @@ class Calls:
         retry: RetrySettings,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        self._url = url.rstrip("/")
+        self._url = http_address(url)
         self._headers = login_headers(user, secret)
         self._connections = connections
         self._retry = retry

@@ -13,13 +13,28 @@ from clients.publishing.calls import Calls, join, quoted
 Unit = Literal["HOUR", "DAY", "MONTH"]
 
 
-class Delivery(enum.IntEnum):
+class Delivery(enum.StrEnum):
     """One message and one device."""
 
-    DELIVERED = 0
-    NOT_DELIVERED = 1
-    NOT_A_DEVICE = 2
-    NOT_A_TARGET = 3
+    DELIVERED = "delivered"
+    PENDING = "pending"
+    EXPIRED = "expired"
+    EVICTED = "evicted"
+    RECALLED = "recalled"
+    SUPPRESSED = "suppressed"
+    NOT_A_DEVICE = "not a device"
+    NOT_A_TARGET = "not a target"
+
+
+class DeliveryRow(msgspec.Struct, frozen=True):
+    """On the wire: the vendor's number, and why a message is not delivered (status 1)."""
+
+    status: Literal[0, 1, 2, 3]
+    state: Delivery = Delivery.PENDING
+
+    @property
+    def delivery(self) -> Delivery:
+        return (Delivery.DELIVERED, self.state, Delivery.NOT_A_DEVICE, Delivery.NOT_A_TARGET)[self.status]
 
 
 class Received(msgspec.Struct, frozen=True):
@@ -112,8 +127,8 @@ class Curve(msgspec.Struct, frozen=True):
 
 
 class TraceStep(msgspec.Struct, frozen=True):
-    """It happened at `at` (Unix seconds) or up to `resolution` seconds later, at `node`. None: before times were
-    kept."""
+    """It happened at `at` (Unix seconds) or up to `resolution` seconds later (0, 1, 60 or 3600), at `node`. None:
+    before times were kept."""
 
     step: str
     at: float | None

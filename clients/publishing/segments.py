@@ -74,7 +74,7 @@ class Segments:
 
 
 async def estimate_audience(
-    calls: Calls, audience: Audience | Everyone, platform: Everyone | Sequence[Platform]
+    calls: Calls, audience: Audience | Mapping[str, Any] | Everyone, platform: Everyone | Sequence[Platform]
 ) -> Estimate:
     body = {"platform": platform, "audience": audience}
     return await calls.post("/v1/audience/estimate", body, Estimate, safe=True)

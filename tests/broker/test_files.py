@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import sqlite3
+from base64 import b64encode
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from aiohttp import BodyPartReader, ClientSession, MultipartReader, StreamReader
+from aiohttp.base_protocol import BaseProtocol
 from hypothesis import given
 from hypothesis import strategies as st
 
+from broker.api.files import Body
 from broker.audiences.audience import Audience, resolve
-from broker.audiences.files import KIND, STEP, Lines, devices_of_file
+from broker.audiences.files import KIND, STEP, Files, Lines, devices_of_file
 from broker.errors import ApiError
 from broker.limits import Limits
 from broker.store import PIECE
 
 BOUNDARY = "x-boundary"
 FORM = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
+GZIP = FORM | {"Content-Encoding": "gzip"}
 
 
 def _form(*fields: tuple[str, str, bytes]) -> bytes:
@@ -78,18 +84,19 @@ def test_lines_are_what_is_between_newlines(
     [
         (b"", "the file has no lines"),
         (b" \r\n\n", "the file has no lines"),
+        (b"\n" * 5000, "the file has more than 9 lines"),
         (b"a\nb\xff\n", "line 2: is not valid UTF-8"),
         (b"a\n\n\nb\n" + b"x" * 41, "line 5: is longer than 40 bytes"),
         (b"a\n" + b"x" * 41 + b"\nb\n", "line 2: is longer than 40 bytes"),
         (b"a\n" + b"x" * 5000 + b"\n\xff", "line 2: is longer than 40 bytes"),
         (b"x" * 5000, "line 1: is longer than 40 bytes"),
-        (b"a\nb\nc\nd\n", "the file has more than 3 lines"),
+        (b"a\nb\n\n\nc\nd\ne\n\nf\ng\n", "the file has more than 9 lines"),
         (b"a\n" * 40_000, "the file is larger than 50000 bytes"),
     ],
 )
 @pytest.mark.parametrize("step", [1, 7, STEP])
 def test_a_bad_line_is_named(text: bytes, message: str, step: int) -> None:
-    limits = Limits(max_file_lines=3 if len(text) < 10_000 else 100_000, max_file_size=50_000)
+    limits = Limits(max_file_lines=9 if len(text) < 10_000 else 100_000, max_file_size=50_000)
     if step == 1 and len(text) > 10_000:
         return
     with pytest.raises(ApiError) as caught:
@@ -161,7 +168,11 @@ async def test_what_is_refused_leaves_nothing(start: Any) -> None:
         ),
         (_form(("filename", "x.txt", b"a\n" * 6)), FORM, 400, 1003, "more than 5 lines"),
         (_form(("filename", "x.txt", many)), FORM, 400, 1003, "more than 5 lines"),
-        (_form(("filename", "x.txt", b"\n" * 200_001)), FORM, 413, 1005, "larger than 200000 bytes"),
+        (_form(("filename", "x.txt", b"\n" * 6)), FORM, 400, 1003, "more than 5 lines"),
+        (_form(("filename", "x.txt", b"a\n")), GZIP, 400, 1003, "must not be compressed"),
+        (_form(("x", "", b"1" * 300_000), good), FORM, 413, 1005, "body is larger than 265536 bytes"),
+        (b"1" * 70_000 + b"\r\n" + _form(good), FORM, 400, 1003, "more than 65536 bytes of heads"),
+        (_form(good) + b"1" * 70_000, FORM, 400, 1003, "more than 65536 bytes of heads"),
         (_form(good, ("ttl", "", b"0")), FORM, 400, 1003, "ttl: must be 1 to 720 hours"),
         (_form(good, ("ttl", "", b"721")), FORM, 400, 1003, "ttl: must be 1 to 720 hours"),
         (_form(good, ("ttl", "", b"soon")), FORM, 400, 1003, "ttl: must be 1 to 720 hours"),
@@ -184,6 +195,76 @@ async def test_what_is_refused_leaves_nothing(start: Any) -> None:
         answer = await service.call("POST", "/v3/push/files/alias", _form(good), headers=FORM)
         assert answer.status == expected, answer.body
     assert "the app has 1 files already" in answer.message
+
+
+async def test_uploads_at_once_make_no_more_files_than_the_limit(start: Any) -> None:
+    service = await start(limits=Limits(max_files=2))
+    going, file = asyncio.Event(), _form(("filename", "x.txt", b"a\n"))
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b"a\n"
+        await going.wait()
+
+    first = asyncio.create_task(service.broker.files.write(service.app, "alias", "x", slow()))
+    assert (await service.call("POST", "/v3/files/alias", file, headers=FORM)).status == 200
+    answer = await service.call("POST", "/v3/files/alias", file, headers=FORM)
+    assert "the app has 2 files already" in answer.message, "the one that is coming counts"
+    going.set()
+    await service.broker.files.discard(service.app, await first)
+    answers = [await service.call("POST", "/v3/files/alias", file, headers=FORM) for _ in range(2)]
+    assert [answer.status for answer in answers] == [200, 400]
+    assert len(await service.broker.files.list(service.app)) == 2
+
+
+async def test_uploads_to_several_brokers_make_no_more_files_than_the_limit(start: Any) -> None:
+    service = await start(limits=Limits(max_files=1))
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b"a\n"
+
+    both = [service.broker.files, Files(service.store, service.limits)]
+    written = [await files.write(service.app, "alias", "x", chunks()) for files in both]
+    await both[0].publish(service.app, written[0])
+    with pytest.raises(ApiError, match="1 files already"):
+        await both[1].publish(service.app, written[1])
+
+
+async def test_an_upload_without_a_length_is_cut_off_at_the_limit(start: Any) -> None:
+    service = await start(limits=Limits(max_file_size=200_000))
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield _form(("x", "", b"1" * 300_000))
+
+    secret = b64encode(f"{service.app.key}:{service.app.master_secret}".encode()).decode()
+    headers = FORM | {"Authorization": f"Basic {secret}"}
+    async with (
+        ClientSession() as session,
+        session.post(f"{service.base}/v3/files/alias", data=chunks(), headers=headers) as answer,
+    ):
+        assert answer.status == 413
+        assert "the body is larger than 265536 bytes" in await answer.text()
+
+
+async def test_an_upload_that_is_all_there_leaves_others_their_turn() -> None:
+    loop = asyncio.get_running_loop()
+    content = StreamReader(BaseProtocol(loop), 1 << 30, loop=loop)
+    content.feed_data(_form(("x", "", b"1" * 500_000), ("y", "", b"\n" * 500_000)))
+    content.feed_eof()
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count())
+    reader = MultipartReader(FORM, Body(content, 2_000_000))
+    while part := await reader.next():
+        assert isinstance(part, BodyPartReader)
+    counting.cancel()
+    assert turns > 1_000_000 // BodyPartReader.chunk_size
+    assert reader.at_eof()
 
 
 @pytest.mark.parametrize("audience", [None, "all", {}, {"tag": ["x"]}, {"file": {}}, {"file": None}])

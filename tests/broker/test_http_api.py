@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gzip
 import logging
+import time
+import zlib
 from typing import Any
 from urllib.parse import quote
 
@@ -180,8 +182,28 @@ async def test_a_body_may_come_in_pieces_or_compressed_but_not_without_end(start
     assert len(bomb) < 10_000
     answer = await service.call("POST", "/v3/push", bomb, headers={"Content-Encoding": "gzip"})
     assert (answer.status, answer.code) == (413, 1005)
-    answer = await service.call("POST", "/v3/push", b"no gzip", headers={"Content-Encoding": "gzip"})
-    assert (answer.status, answer.code) == (400, 1003)
+    packed = zlib.compress(raw)
+    for body, encoding in (
+        (b"no gzip", "gzip"),
+        (packed[:-5], "deflate"),
+        (packed, "br"),
+        (raw, "gzip, gzip"),
+    ):
+        answer = await service.call("POST", "/v3/push", body, headers={"Content-Encoding": encoding})
+        assert (answer.status, answer.code) == (400, 1003), encoding
+    answer = await service.call("POST", "/v3/push", packed, headers={"Content-Encoding": "deflate"})
+    assert answer.status == 200
+
+
+async def test_nothing_is_inflated_for_a_caller_who_is_refused(service: Any) -> None:
+    """aiohttp reads the rest of a refused body, for up to ten seconds."""
+    bomb = gzip.compress(b" " * (200 << 20), 9)
+    before = time.process_time()
+    answer = await service.call("POST", "/v3/push", bomb, headers={"Content-Encoding": "gzip"}, auth=None)
+    assert answer.status == 401
+    again = await service.call("GET", "/v3/push/cid", auth=None)  # on the same connection
+    assert again.status == 401
+    assert time.process_time() - before < 0.1
 
 
 async def test_a_chunked_body_is_cut_off_at_the_limit(start: Any) -> None:

@@ -326,7 +326,7 @@ async def test_detailed_reports_and_status(rich_sdk: Sdk) -> None:
     assert str(row["msg_id"]) == str(msg_id)
     for number in (msg_id, str(msg_id)):
         states = await rich_sdk(["getReportStatusMessage", number, ["a", "c", "x"], None])
-        assert states == {"a": {"status": 3}, "c": {"status": 1}, "x": {"status": 2}}
+        assert states == {"a": {"status": 3}, "c": {"status": 1, "state": "pending"}, "x": {"status": 2}}
     assert await rich_sdk(["getDeviceStatus", ["a", "x"]]) == {"a": {"online": False}}
 
 

@@ -272,7 +272,7 @@ async def test_reports(service: Any, sdk: jpush.JPush) -> None:
     row = (await _payload(report.get_received_detail, f"{msg_id}"))[0]
     assert (row["jpush_received"], row["target"], row["delivered"], row["pending"]) == (1, 3, 1, 2)
     status = await _payload(report.get_status_message, msg_id, ["a", "b", "nobody"], "2026-01-31")
-    assert status == {"a": {"status": 0}, "b": {"status": 1}, "nobody": {"status": 2}}
+    assert status == {"a": {"status": 0}, "b": {"status": 1, "state": "pending"}, "nobody": {"status": 2}}
 
 
 async def test_reports_of_messages_and_users(service: Any, sdk: jpush.JPush) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from broker.api.http import api_endpoints
 from broker.bus import CredentialsChanged
 from broker.limits import Limits
+from broker.model import AppSettings
 from broker.tenants.apps import Apps
 from broker.tenants.keys import SCOPES, find_key
 
@@ -149,6 +151,22 @@ async def test_an_app_has_so_many_keys(start: Any) -> None:
     answer = await service.call("POST", "/v1/keys", {"name": "x", "scopes": ["push"]})
     assert (answer.status, answer.code) == (400, 1003)
     assert "2 keys already" in answer.message
+
+
+async def test_calls_at_once_make_no_more_keys_than_the_limit(start: Any) -> None:
+    service = await start(limits=Limits(max_keys=3))
+    body = {"name": "x", "scopes": ["push"]}
+    answers = await asyncio.gather(*(service.call("POST", "/v1/keys", body) for _ in range(20)))
+    assert sorted(answer.status for answer in answers) == [200] * 3 + [400] * 17
+
+
+async def test_keys_beyond_a_limit_that_was_lowered_are_listed(start: Any) -> None:
+    service = await start(limits=Limits(max_keys=2))
+    app = await service.apps.set_settings(service.app.key, AppSettings(limits={"max_keys": 5}))
+    made = {(await _create(service, "push"))["id"] for _ in range(5)}
+    await service.apps.set_settings(app.key, AppSettings())
+    listed = (await service.call("GET", "/v1/keys")).json["keys"]
+    assert {key["id"] for key in listed} == made
 
 
 WRONG: list[tuple[object, int, str]] = [

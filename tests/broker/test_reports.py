@@ -5,9 +5,10 @@ from typing import Any
 
 import orjson
 import pytest
+from pyroaring import BitMap
 
 from broker.errors import ApiError
-from broker.model import AppSettings, BehaviourEvent, Receipt, Settled
+from broker.model import AppSettings, BehaviourEvent, NewMessage, Receipt, Settled
 
 HELLO = orjson.dumps({"platform": "all", "audience": {"tag": ["red"]}, "message": {"msg_content": "hi"}})
 
@@ -117,10 +118,38 @@ async def test_the_status_of_one_message_for_each_device(service: Any) -> None:
         {"msg_id": msg_id, "registration_ids": ["a", "b", "d", "nobody"], "date": "2026-01-31"}
     )
     assert await service.reports.status(service.app, body) == {
-        "a": {"status": 0}, "b": {"status": 1}, "d": {"status": 3}, "nobody": {"status": 2},
+        "a": {"status": 0}, "b": {"status": 1, "state": "pending"}, "d": {"status": 3}, "nobody": {"status": 2},
     }  # fmt: skip
     other = await service.apps.create("other")
     assert (await _refused(service.reports.status(other, body)))[0] == 3004
+
+
+async def test_the_status_of_a_device_says_why_it_does_not_have_the_message(service: Any) -> None:
+    names = ("delivered", "suppressed", "evicted", "recalled")
+    devnos = {name: (await service.register(name)).devno for name in names}
+    push = NewMessage(
+        service.app.app_id, b"{}", BitMap(devnos.values()), True, service.now, service.now + 60.0,
+        suppressed=BitMap([devnos["suppressed"]]),
+    )  # fmt: skip
+    [appended] = await service.store.append([push])
+    msg_id = appended.msg_id
+    settled = Settled(
+        service.app.app_id, msg_id, True, delivered=[devnos["delivered"]], evicted=[devnos["evicted"]]
+    )
+    await service.store.settle([settled])
+
+    async def states() -> dict[str, str]:
+        body = orjson.dumps({"msg_id": str(msg_id), "registration_ids": names})
+        found = await service.reports.status(service.app, body)
+        return {name: row.get("state", row["status"]) for name, row in found.items()}
+
+    known = {"delivered": 0, "suppressed": "suppressed", "evicted": "evicted"}
+    assert await states() == known | {"recalled": "pending"}
+    service.now += 60.0
+    assert await states() == known | {"recalled": "expired"}
+    service.now -= 1.0
+    await service.store.recall(service.app.app_id, [msg_id], service.now)
+    assert await states() == known | {"recalled": "recalled"}
 
 
 @pytest.mark.parametrize(

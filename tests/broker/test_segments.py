@@ -147,6 +147,14 @@ async def test_an_app_has_so_many_segments_and_none_of_others(start: Any) -> Non
     assert listed.json == {"segments": []}
 
 
+async def test_calls_at_once_make_no_more_segments_than_the_limit(start: Any) -> None:
+    service = await start(limits=Limits(max_segments=3))
+    body = {"name": "x", "rule": {"tag": "x"}}
+    answers = await asyncio.gather(*(service.call("POST", "/v1/segments", body) for _ in range(20)))
+    assert sorted(answer.status for answer in answers) == [200] * 3 + [400] * 17
+    assert len((await service.call("GET", "/v1/segments")).json["segments"]) == 3
+
+
 async def test_of_two_who_replace_at_once_both_succeed(service: Any) -> None:
     created = await service.call("POST", "/v1/segments", {"name": "x", "rule": {"tag": "x"}})
     path = f"/v1/segments/{created.json['id']}"
