@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import orjson
 
-from clients.command_shared import HttpAddress
+from clients.command_shared import read_address
 from clients.device import Device, DeviceError, DeviceStopped, Push
 from clients.journal import JournalError
 
@@ -34,7 +34,7 @@ from clients.journal import JournalError
 @click.option("--tls", is_flag=True, help="Connect by TLS.")
 @click.option("--ca-file", type=click.Path(exists=True, dir_okay=False), help="Certificates to trust.")
 @click.option(
-    "--url", type=HttpAddress(), help="HTTP API: register there with the device key; needs --journal."
+    "--url", callback=read_address, help="HTTP API: register there with the device key; needs --journal."
 )
 @click.option("--journal", type=click.Path(path_type=Path), help="File that keeps the token and what came.")
 @click.option("--receipts", is_flag=True, help='Report each push as "shown".')

@@ -64,32 +64,29 @@ def run_call(run: Callable[[], Awaitable[_T]], url: str) -> _T:
         ) from error
 
 
-class HttpAddress(click.ParamType[str]):
-    name = "url"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        try:
-            return http_address(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+def read_address(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    """Callback of an option that is the address of an HTTP API."""
+    try:
+        return value and http_address(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
-class MsgId(click.ParamType[int]):
-    name = "msg_id"
-
-    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        text = str(value)
-        if not (text.isascii() and text.isdigit()) or len(text) > MSG_ID_DIGITS or not int(text):
-            self.fail(
-                f"'{text[:40]}': must be a positive whole number, as `holdfast push` prints it", param, ctx
-            )
-        return int(text)
+def read_msg_id(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
+    """Callback of an option or argument that is the id of a push."""
+    if value is None:
+        return None
+    if not (value.isascii() and value.isdigit()) or len(value) > MSG_ID_DIGITS or not int(value):
+        raise click.BadParameter(
+            f"must be a positive whole number, as `holdfast push` prints it; got {value[:40]}"
+        )
+    return int(value)
 
 
 _LOGIN: Final = (
     click.option(
         "--url",
-        type=HttpAddress(),
+        callback=read_address,
         envvar="HOLDFAST_URL",
         show_envvar=True,
         default="http://127.0.0.1:8080",
@@ -124,7 +121,7 @@ json_option: Final = click.option("--json", "as_json", is_flag=True, help="Print
 always_json: Final = click.option(
     "--json", is_flag=True, expose_value=False, help="Print one JSON document, as it always does."
 )
-msg_id_argument: Final = click.argument("msg_id", type=MsgId())
+msg_id_argument: Final = click.argument("msg_id", callback=read_msg_id)
 
 
 # What is printed

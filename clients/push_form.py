@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, Final
 import click
 import msgspec
 
-from clients.command_shared import PLATFORMS, MsgId, read_object
+from clients.command_shared import PLATFORMS, read_msg_id, read_object
 from clients.publisher import Audience, FileAudience, Message, Notification, Options
 
 _FORM: Final = (
@@ -19,7 +19,9 @@ _FORM: Final = (
         type=click.Choice(["normal", "high"]),
         help="high: also in quiet hours; no cap counts it.",
     ),
-    click.option("--override", type=MsgId(), metavar="MSG_ID", help="Take the place of this push of mine."),
+    click.option(
+        "--override", callback=read_msg_id, metavar="MSG_ID", help="Take the place of this push of mine."
+    ),
     click.option(
         "--collapse-key", metavar="KEY", help="Of waiting pushes with this key, a device keeps the newest."
     ),

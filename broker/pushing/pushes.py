@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Final, Literal
 
 import msgspec
@@ -226,8 +227,11 @@ class Pushes:
     async def _apply_rules(self, app: App, checked: Checked, targets: BitMap) -> _Ruled | None:
         if checked.wishes.high:
             return None
-        suppressed = await self._rules.suppressed(app, targets, fleeting=not checked.ttl)
-        return suppressed, quiet_until(app.settings, self._clock())
+        now = self._clock()
+        lasts = (
+            inf if checked.wishes.slow_minutes else now + checked.ttl
+        )  # a slow push's ttl begins with each part
+        return await self._rules.suppressed(app, targets, lasts), quiet_until(app.settings, now)
 
     def _draft(
         self,
@@ -251,7 +255,7 @@ class Pushes:
             targets,
             len(targets) > self._limits.fanout_limit,
             now,
-            (start + duration if paced else now) + checked.ttl,
+            (start + duration if duration else now) + checked.ttl,
             checked.cid or None,
             checked.sendno,
         )

@@ -147,14 +147,15 @@ class Rules:
         self._saver: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
 
-    async def suppressed(self, app: App, targets: BitMap, *, fleeting: bool) -> BitMap:
-        """Those of the targets that are not to get a push that comes now; the others are counted as having got it.
-        `fleeting`: it has no time to live, so that quiet hours cannot delay it."""
+    async def suppressed(self, app: App, targets: BitMap, lasts: float) -> BitMap:
+        """Those of the targets that are not to get a push that comes now and may wait until `lasts` (Unix seconds);
+        the others are counted as having got it. What would be over before the quiet hours are is not delayed."""
         settings = app.settings
-        quiet = settings.quiet_hours
-        undelayed = quiet is not None and (fleeting or quiet.action == "suppress")
-        if undelayed and quiet_until(settings, self._clock()) is not None:
-            return targets
+        until = quiet_until(settings, self._clock())
+        if until is not None:
+            assert settings.quiet_hours is not None
+            if settings.quiet_hours.action == "suppress" or lasts <= until:
+                return targets
         over = BitMap()
         windows = [await self._window(app, cap) for cap in settings.frequency_caps]
         for cap, window in zip(settings.frequency_caps, windows, strict=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import orjson
@@ -19,7 +19,7 @@ from broker.bus import Bus, Recalled
 from broker.errors import PUSH, ApiError, refusing
 from broker.later.pacer import Pacer
 from broker.limits import DAY, Limits
-from broker.model import App, NewMessage
+from broker.model import App, NewMessage, Withdrawn
 from broker.pushing.pushes import doorbells
 from broker.store import Store
 
@@ -56,13 +56,18 @@ class Withdrawals:
                 raise ApiError(1003, f"msg_id: there is no push {msg_id} in this app", http_status=404)
             self._bus.ring([Recalled(withdrawn)])
             await self._pacer.end(app.app_id, msg_id)  # parts that come before it have no targets left
-            waiting = BitMap.union(BitMap(), *(one.devnos for one in withdrawn))
             told = BitMap.union(BitMap(), *(one.reached for one in withdrawn))
-            told |= await self._store.online(app.app_id, waiting)
+            told |= await self._store.online(app.app_id, await self._waiting(app, msg_id, withdrawn))
             await self._tell(app, msg_id, told, now)
             await asyncio.sleep(RECORD_LAG)
             for record in (await self._store.find_messages(app.app_id, [msg_id])).values():
                 await self._tell(app, msg_id, record.sent - told, now)
+
+    async def _waiting(self, app: App, msg_id: int, withdrawn: Sequence[Withdrawn]) -> BitMap:
+        """Those that it may be on its way to. Of a push in parts nothing of the whole is."""
+        (record,) = (await self._store.find_messages(app.app_id, [msg_id])).values()
+        parts = [one.devnos for one in withdrawn if not (record.paced and one.msg_id == msg_id)]
+        return BitMap.union(BitMap(), *parts)
 
     async def _tell(self, app: App, msg_id: int, devnos: BitMap, now: float) -> None:
         if not devnos:

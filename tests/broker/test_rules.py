@@ -168,7 +168,7 @@ async def test_in_quiet_hours_a_push_waits_for_their_end(service: Any) -> None:
     await _with_rules(service, quiet_hours=QUIET)
     service.now = _at("2026-03-02 23:00")
     push = {"platform": "all", "audience": "all", "notification": {"alert": "x"}}
-    options = {"time_to_live": 60}
+    options = {"time_to_live": 9 * 3600}  # an hour longer than the quiet ones
     accepted = await service.pushes.push(service.app, orjson.dumps(push | {"options": options}))
     await service.broker.timekeeper.run_due()
     record = (await service.store.find_messages(service.app.app_id, [accepted.msg_id]))[accepted.msg_id]
@@ -177,7 +177,9 @@ async def test_in_quiet_hours_a_push_waits_for_their_end(service: Any) -> None:
     await service.broker.timekeeper.run_due()
     record = (await service.store.find_messages(service.app.app_id, [accepted.msg_id]))[accepted.msg_id]
     assert (record.parts, record.released) == (1, record.targets)
-    assert await _counts(service, accepted.msg_id) == {"pending": 3}  # its time to live begins now
+    assert await _counts(service, accepted.msg_id) == {"pending": 3}
+    service.now = _at("2026-03-03 08:00")  # its time to live began when it was accepted
+    assert await _counts(service, accepted.msg_id) == {"expired": 3}
 
 
 async def test_in_quiet_hours_a_push_of_high_priority_goes_at_once(service: Any) -> None:
@@ -188,7 +190,11 @@ async def test_in_quiet_hours_a_push_of_high_priority_goes_at_once(service: Any)
 
 @pytest.mark.parametrize(
     ("quiet", "options"),
-    [(QUIET, {"time_to_live": 0}), (QuietHours("22:00", "07:00", BERLIN, "suppress"), {})],
+    [
+        (QUIET, {"time_to_live": 0}),
+        (QUIET, {"time_to_live": 8 * 3600}),  # over when the quiet hours are
+        (QuietHours("22:00", "07:00", BERLIN, "suppress"), {}),
+    ],
 )
 async def test_what_quiet_hours_cannot_delay_or_may_not_is_suppressed(
     service: Any, quiet: QuietHours, options: dict[str, int]

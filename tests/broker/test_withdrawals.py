@@ -81,6 +81,16 @@ async def test_who_is_online_is_told_too_for_it_may_be_on_its_way(service: Any) 
     assert await _owed(service, 0) == []
 
 
+async def test_who_was_not_let_go_yet_is_not_told(service: Any) -> None:
+    msg_id = await _push(service, options={"big_push_duration": 10})
+    await service.broker.timekeeper.run_due()
+    for devno in range(4):
+        service.store.claim_route(service.app.app_id, devno, "n", lambda claim: None)
+    await service.call("DELETE", f"/v3/push/{msg_id}")
+    notice = [{"recall": str(msg_id)}]
+    assert [await _owed(service, devno) for devno in range(4)] == [notice, [], [], []]
+
+
 async def test_a_withdrawn_broadcast_is_gone_from_the_log(service: Any) -> None:
     msg_id = await _push(service)
     await _delivered(service, msg_id, 0, 1, 2, broadcast=True)
