@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import ipaddress
+import json
 import os
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
@@ -23,12 +24,13 @@ from aiohttp import hdrs, web
 
 from broker.broker import Broker
 from broker.config import Config
-from broker.errors import ApiError
+from broker.errors import ADMIN, ApiError
 from broker.metrics import LoopLag, Metrics
-from broker.model import App
+from broker.model import App, AppSettings
+from broker.pushing.requests import decode
 from broker.store import StoreError
 from broker.tenants.access import describe_rules, parse_rules
-from broker.tenants.app_settings import describe_settings, read_settings
+from broker.tenants.app_settings import describe_settings, names_of_changes, read_settings
 from broker.tenants.apps import read_basic
 from broker.tenants.audit import Deed, describe_page, read_page
 from broker.tenants.groups import Group
@@ -103,7 +105,7 @@ class LocalActions:
     async def set_access(self, key: str, rules: object) -> object:
         async with self._deed("app.set_access", key) as deed:
             app = await self._apps.set_access(key, parse_rules(rules)) or _no_app(key)
-            deed.app_id = app.app_id
+            deed.app_id, deed.subject = app.app_id, f"{key} {len(app.access)} rules"
         return describe_rules(app.access)
 
     async def show_settings(self, key: str) -> object:
@@ -112,8 +114,13 @@ class LocalActions:
     async def set_settings(self, key: str, settings: object) -> object:
         """All of them: what is left out gets its default."""
         async with self._deed("app.set_settings", key) as deed:
-            read = read_settings(orjson.dumps(settings), self._broker.limits)
-            app = await self._apps.set_settings(key, read) or _no_app(key)
+            read = read_settings(_encode(settings), self._broker.limits)
+
+            def replaced(before: AppSettings) -> AppSettings:
+                deed.subject = f"{key} {names_of_changes(before, read)}".strip()
+                return read
+
+            app = await self._apps.change_settings(key, replaced) or _no_app(key)
             deed.app_id = app.app_id
         return describe_settings(app.settings)
 
@@ -142,7 +149,7 @@ class LocalActions:
     async def create_group(self, group: object) -> object:
         """`{"name", "apps"?}`."""
         async with self._deed("group.create", "") as deed:
-            made = await self._broker.groups.create(orjson.dumps(group))
+            made = await self._broker.groups.create(_encode(group))
             deed.subject = _about_group(made)
         return made.describe()
 
@@ -152,7 +159,7 @@ class LocalActions:
     async def change_group(self, key: str, group: object) -> object:
         """`{"name"?, "apps"?}`: what is left out stays."""
         async with self._deed("group.change", key) as deed:
-            changed = await self._broker.groups.change(key, orjson.dumps(group))
+            changed = await self._broker.groups.change(key, _encode(group))
             deed.subject = _about_group(changed)
         return changed.describe()
 
@@ -178,6 +185,11 @@ class LocalActions:
 
     async def _app(self, key: str) -> App:
         return await self._apps.find(key) or _no_app(key)
+
+
+def _encode(value: object) -> bytes:
+    """What came as JSON, as JSON again: the others do not write every number that msgspec reads."""
+    return json.dumps(value).encode()
 
 
 def _about_group(group: Group) -> str:
@@ -317,10 +329,7 @@ _Body = TypeVar("_Body")
 
 
 async def _read(request: web.Request, shape: type[_Body]) -> _Body:
-    try:
-        return msgspec.json.decode(await request.read(), type=shape)
-    except msgspec.DecodeError as error:
-        raise ApiError(1003, str(error)) from error
+    return decode(msgspec.json.Decoder(shape).decode, await request.read(), ADMIN)
 
 
 def _answer(body: object, status: int = 200) -> web.Response:

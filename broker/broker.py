@@ -28,6 +28,7 @@ from broker.tenants.audit import Audit
 from broker.tenants.groups import GroupPushes, Groups
 from broker.tenants.keys import Keys
 from broker.tenants.quotas import Quotas
+from broker.tenants.rates import RateLimits
 
 Clock = Callable[[], float]
 
@@ -51,6 +52,7 @@ class Broker:
         self.audit = Audit(store, clock)
         self.keys = Keys(store, self.apps.changed, self.limits, clock)
         self.groups = Groups(store, self.apps, self.limits, clock)
+        self.rates = RateLimits(self.limits, clock)
         self.quotas = Quotas(store, self.limits, clock)
         self.devices = Devices(store, bus, self.limits, clock)
         self.segments = Segments(store, self.limits, clock)
@@ -64,7 +66,7 @@ class Broker:
         self.schedules = Schedules(store, self.pushes, self.timekeeper.wake, self.limits, clock)
         self.firing = Firing(store, self.pushes, self.limits, clock)
         self.timekeeper.register(self.firing.handlers | self.pacer.handlers | self.files.handlers)
-        self.group_pushes = GroupPushes(self.apps, self.pushes)
+        self.group_pushes = GroupPushes(self.apps, self.pushes, self.rates, self.limits)
         self.reports = Reports(store, self.limits, clock)
         self.accounts = Accounts(store, clock, self.pacer)
         self.users = Users(store, self.limits, clock)

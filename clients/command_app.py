@@ -6,7 +6,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, BinaryIO, Final
 
 import click
-import msgspec
 
 from clients.command_shared import (
     Login,
@@ -78,12 +77,22 @@ def callbacks() -> None:
 @login_options
 @json_option
 def show_callbacks(login: Login, as_json: bool) -> None:
-    """Show how many events wait and were given up, and the secret that signs them."""
+    """Show how many events wait to be told, and how many were given up."""
     found = login.call(lambda publisher: publisher.callbacks.counts())
+    counts = {"waiting": found.waiting, "parked": found.parked}
     if as_json:
-        print_json(found)
+        print_json(counts)
     else:
-        print_fields({name.replace("_", " "): value for name, value in msgspec.structs.asdict(found).items()})
+        print_fields(counts)
+
+
+@callbacks.command("secret")
+@login_options
+@always_json
+def show_signing_secret(login: Login) -> None:
+    """Print as JSON the secret that signs what your receivers are told."""
+    found = login.call(lambda publisher: publisher.callbacks.counts())
+    print_json({"signing_secret": found.signing_secret})
 
 
 @callbacks.command()

@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import orjson
 
-from clients.command_shared import read_address
+from clients.command_shared import PLATFORMS, read_address
 from clients.device import Device, DeviceError, DeviceStopped, Push
 from clients.journal import JournalError
 
@@ -37,6 +37,11 @@ from clients.journal import JournalError
     "--url", callback=read_address, help="HTTP API: register there with the device key; needs --journal."
 )
 @click.option("--journal", type=click.Path(path_type=Path), help="File that keeps the token and what came.")
+@click.option(
+    "--platform",
+    type=click.Choice(PLATFORMS),
+    help="Be a device of this platform. Default: the one it has, else other.",
+)
 @click.option("--receipts", is_flag=True, help='Report each push as "shown".')
 @click.option("--count", type=click.IntRange(1), help="End after so many pushes.")
 def listen(
@@ -50,6 +55,7 @@ def listen(
     ca_file: str | None,
     url: str | None,
     journal: Path | None,
+    platform: str | None,
     receipts: bool,
     count: int | None,
 ) -> None:
@@ -64,7 +70,7 @@ def listen(
         registration_id = f"listen-{socket.gethostname()}"
     _log_to_stderr()
     context = ssl.create_default_context(cafile=ca_file) if tls or ca_file else None
-    printer = _Printer(receipts, count)
+    printer = _Printer(receipts, count, platform)
     printer.device = Device(
         app_key,
         registration_id,
@@ -76,6 +82,7 @@ def listen(
         tls=context,
         api=url,
         journal=journal,
+        platform=platform,
     )
     try:
         asyncio.run(printer.run())
@@ -89,8 +96,9 @@ def listen(
 class _Printer:
     device: Device
 
-    def __init__(self, receipts: bool, count: int | None) -> None:
+    def __init__(self, receipts: bool, count: int | None, platform: str | None) -> None:
         self._receipts = receipts
+        self._platform = platform
         self._left = count
         self.reader_gone = False
 

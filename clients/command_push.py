@@ -9,6 +9,7 @@ import click
 
 from clients.command_shared import (
     Login,
+    always_json,
     json_option,
     login_options,
     msg_id_argument,
@@ -35,6 +36,7 @@ ALWAYS: Final = ("delivered", "pending", "expired", "evicted")  # shown also whe
 
 @click.command()
 @login_options
+@always_json
 @push_form
 @click.option("--cid", help="Key of your own: the same push is not sent twice. Default: a random one.")
 @click.option("--at", metavar="TIME", help='Later: "2027-01-31 18:00:00", a schedule of one time.')
@@ -52,7 +54,7 @@ def push(
 ) -> None:
     """Send a push and print its msg_id as JSON.
 
-    The options that choose devices narrow each other down; --all stands alone. What is given besides --json
+    The options that choose devices narrow each other down; --all stands alone. What is given besides --body
     goes over what the file says. With --at, what is printed is the schedule_id; with --dry-run, how many devices the
     push would be for, and how many of them are connected.
     """

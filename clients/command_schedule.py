@@ -10,6 +10,7 @@ import msgspec
 
 from clients.command_shared import (
     Login,
+    always_json,
     json_option,
     login_options,
     moment,
@@ -81,6 +82,7 @@ def show(login: Login, as_json: bool, schedule_id: str) -> None:
 
 @schedule.command()
 @login_options
+@always_json
 @push_form
 @click.option("--name", default="holdfast schedule", show_default=True, help="1 to 255 bytes.")
 @click.option("--at", metavar="TIME", help='Once: "2027-01-31 18:00:00".')

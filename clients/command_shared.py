@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import re
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -157,16 +158,34 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[object]], nothin
         _print_columns([list(headers), *cells])
 
 
-def _draw_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def _draw_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Wider than the terminal where it must be: what the next command needs is never cut."""
     from rich import box  # loaded where somebody sees it: a script need not wait for it
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*headers, box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
+    for header, column in zip(headers, zip(*rows, strict=True), strict=True):
+        whole = all(map(_is_one_word, column))
+        table.add_column(header, no_wrap=whole, min_width=max(map(len, column)) if whole else None)
     for row in rows:
         table.add_row(*map(Text, row))  # names of others are no markup
-    Console().print(table)
+    console = Console()
+    least = Measurement.get(console, console.options.update(max_width=MAX_WIDTH), table).minimum
+    console.width = max(console.width, least)
+    console.print(table)
+
+
+def _is_one_word(cell: str) -> bool:
+    """Ids, numbers and times are; sentences and rules may be broken."""
+    return len(cell) <= MAX_WORD and (" " not in cell or _MOMENT.fullmatch(cell) is not None)
+
+
+MAX_WORD: Final = 64  # characters: a SHA-256 in hexadecimal
+MAX_WIDTH: Final = 10_000
+_MOMENT: Final = re.compile(r"[0-9-]{10} [0-9:]{8}Z?")
 
 
 def _print_columns(rows: Sequence[Sequence[str]]) -> None:

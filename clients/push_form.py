@@ -29,7 +29,9 @@ _FORM: Final = (
         "--slow", type=click.IntRange(1, 1400), metavar="MINUTES", help="Spread evenly over so many minutes."
     ),
     click.option("--ttl", type=click.IntRange(0), help="Seconds it waits for absent devices."),
-    click.option("--json", "content", type=click.File("rb"), help="The push as a JSON object; - is stdin."),
+    click.option(
+        "--body", "content", type=click.File("rb"), help="File with the push as a JSON object; - is stdin."
+    ),
     click.option("--message", help="Text for the app itself instead of, or besides, the notification ALERT."),
     click.option("--title", help="Title of the notification, or of the message if there is no ALERT."),
     click.option(
@@ -87,7 +89,7 @@ def push_form(command: Callable[..., None]) -> Callable[..., None]:
             override_msg_id=override,
             priority=priority,
         )
-        body = read_object(content, "--json") if content else {}
+        body = read_object(content, "--body") if content else {}
         body |= _content(alert, title, message)
         body |= _audience(audience, everyone)
         body |= {"platform": list(platform)} if platform else {}
@@ -131,5 +133,5 @@ def _checked(body: dict[str, Any]) -> dict[str, Any]:
             "say whom it is for: --registration-id, --alias, --tag, --tag-and, --segment, --file, --all"
         )
     if not (body.get("notification") or body.get("message")):
-        raise click.UsageError("say what to push: ALERT, --message or --json")
+        raise click.UsageError("say what to push: ALERT, --message or --body")
     return {"platform": "all"} | body

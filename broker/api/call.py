@@ -6,7 +6,7 @@ import logging
 import secrets
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Final, Literal
@@ -16,7 +16,7 @@ from aiohttp.web_request import BaseRequest
 
 from broker.api.peers import Peers
 from broker.errors import ApiError, Area, refusal
-from broker.limits import NO_LIMIT, Limits, limits_of
+from broker.limits import Limits, limits_of
 from broker.model import App
 from broker.store import StoreError
 from broker.tenants.apps import Apps, Login
@@ -24,11 +24,10 @@ from broker.tenants.audit import Audit
 from broker.tenants.groups import Group, Groups
 from broker.tenants.keys import ApiKey
 from broker.tenants.networks import is_within
+from broker.tenants.rates import MINUTE, RateLimits, Who, is_over
 
 log: Final = logging.getLogger(__name__)
-MINUTE: Final = 60
 DONE: Final = b""  # the vendor answers changes with an empty body
-JSON: Final = "application/json"
 GZIP_OR_ZLIB: Final = zlib.MAX_WBITS | 32  # told by the first bytes
 
 Clock = Callable[[], float]
@@ -46,6 +45,7 @@ class Call:
     raw: bytes
     request: web.Request
     peers: Peers
+    action: str = ""  # its name in the audit log; "": it does not belong there
     subject: str | None = None  # what it is done to, for the audit log; None: the last name in the path
 
     @property
@@ -91,7 +91,7 @@ class Endpoint:
     device_key: bool = False  # the device key is enough
     scope: str = ""  # that an API key needs; "": the area's name
     who: Literal["app", "group", "anybody"] = "app"
-    audit: str = ""  # its name in the audit log, if it belongs there
+    audit: str = ""  # its name in the audit log, if every such call belongs there; else the handler names it
 
     @property
     def needs(self) -> str:
@@ -111,59 +111,13 @@ class ApiCounters:
         self.seconds[endpoint] = self.seconds.get(endpoint, 0.0) + seconds
 
 
-class RateLimits:
-    """Calls per app (or group) and clock minute, in each area. Holds only the callers of the current minute."""
-
-    def __init__(self, limits: Limits, clock: Clock) -> None:
-        self._limits = limits
-        self._clock = clock
-        self._minute = 0
-        self._spent: dict[tuple[str, int | str], int] = {}
-
-    def spend(self, area: Area, caller: Login | Group) -> dict[str, str]:
-        """Count one call and return the headers that say what is left; "-1" left means: refuse."""
-        limits, who = self._limits, caller.key if isinstance(caller, Group) else caller.app.app_id
-        if isinstance(caller, Login):
-            limits = limits_of(limits, caller.app)
-        quota = _QUOTA[area.rate](limits)
-        if quota is None:
-            return dict(_UNLIMITED)
-        now = int(self._clock())
-        if now // MINUTE != self._minute:
-            self._minute = now // MINUTE
-            self._spent.clear()
-        spent = self._spent[area.rate, who] = self._spent.get((area.rate, who), 0) + 1
-        return _headers(quota, max(quota - spent, -1), MINUTE - now % MINUTE)
-
-    def untouched(self, area: Area) -> dict[str, str]:
-        """Headers for a caller we do not know."""
-        quota = _QUOTA[area.rate](self._limits)
-        return dict(_UNLIMITED) if quota is None else _headers(quota, quota, MINUTE)
-
-
-_QUOTA: Final[Mapping[str, Callable[[Limits], int | None]]] = {
-    name: attrgetter(f"{name}_rate") for name in ("push", "report", "device")
-}
-
-
-def _headers(quota: int, remaining: int, reset: int) -> dict[str, str]:
-    return {
-        "Content-Type": JSON,
-        "X-Rate-Limit-Quota": str(quota),
-        "X-Rate-Limit-Remaining": str(remaining),
-        "X-Rate-Limit-Reset": str(reset),
-    }
-
-
-_UNLIMITED: Final = _headers(NO_LIMIT, NO_LIMIT, MINUTE)
-
-
 @dataclass(slots=True)
 class _Answer:
     """What is known of a call so far."""
 
-    call: Call | None = None  # once somebody proved who they are
+    call: Call | None = None  # once somebody proved who they are, and was within the rate limit
     headers: dict[str, str] | None = None  # once they were counted
+    admitted: bool = False  # once they may do what they ask for
 
 
 class Guard:
@@ -174,6 +128,7 @@ class Guard:
         apps: Apps,
         groups: Groups,
         audit: Audit,
+        rates: RateLimits,
         limits: Limits,
         clock: Clock,
         observe: Observe,
@@ -184,9 +139,11 @@ class Guard:
         self._audit = audit
         self._limits = limits
         self._clock = clock
-        self._rates = RateLimits(limits, clock)
+        self._rates = rates
         self._observe = observe
         self._peers = peers or Peers()
+        self._minute = 0
+        self._refused: set[tuple[int, str, str]] = set()  # app, actor, action: refused in this minute
 
     def route(self, endpoint: Endpoint) -> Callable[[web.Request], Awaitable[web.Response]]:
         async def handle(request: web.Request) -> web.Response:
@@ -201,8 +158,8 @@ class Guard:
                 error = refusal(failure, endpoint.area)
             except Exception:  # noqa: BLE001 - the boundary: whatever it is, the caller gets the API's shape
                 error = _internal(endpoint)
-            if endpoint.audit and answer.call is not None:
-                await self._record(endpoint, answer.call, error.message if error else "done")
+            if answer.call is not None and answer.call.action:
+                await self._record(answer.call, answer.admitted, error.message if error else "done")
             headers = answer.headers or self._rates.untouched(endpoint.area)
             response = _refuse(error, headers) if error else web.Response(body=body, headers=headers)
             self._observe(endpoint.paths[0], response.status, time.perf_counter() - started)
@@ -220,21 +177,27 @@ class Guard:
     async def _run(self, endpoint: Endpoint, request: web.Request, answer: _Answer) -> bytes:
         if self._peers.https_only and not self._peers.is_secure(request):
             raise ApiError(1020)
-        call = Call(None, b"", request, self._peers)
+        call = Call(None, b"", request, self._peers, endpoint.audit)
         if endpoint.who != "anybody":
             caller = call.caller = await self._login(request, endpoint)
+            headers = answer.headers = self._rates.spend(endpoint.area, *self._purse(caller))
+            if is_over(headers):
+                headers["X-Rate-Limit-Remaining"] = "0"
+                raise ApiError(2002)
             answer.call = call
             if isinstance(caller, Login):
                 if caller.key is not None:
                     _check_key(caller.key, endpoint, self._clock())
                 _check_address(caller, call)
-            headers = answer.headers = self._rates.spend(endpoint.area, caller)
-            if headers["X-Rate-Limit-Remaining"] == "-1":
-                headers["X-Rate-Limit-Remaining"] = "0"
-                raise ApiError(2002)
+            answer.admitted = True
         if endpoint.max_body:
             call.raw = await _read_body(request, endpoint, self._most(endpoint, call.caller))
         return await endpoint.handler(call)
+
+    def _purse(self, caller: Login | Group) -> tuple[Who, Limits]:
+        if isinstance(caller, Group):
+            return caller.key, self._limits
+        return (caller.app.app_id, caller.publisher), limits_of(self._limits, caller.app)
 
     def _most(self, endpoint: Endpoint, caller: Login | Group | None) -> int:
         """Bytes of a body."""
@@ -269,15 +232,25 @@ class Guard:
             )
         return group
 
-    async def _record(self, endpoint: Endpoint, call: Call, outcome: str) -> None:
+    async def _record(self, call: Call, admitted: bool, outcome: str) -> None:
         caller, subject = call.caller, call.subject
         if not (isinstance(caller, Login) and caller.publisher):
             return
+        if not admitted and not self._is_news((caller.app.app_id, caller.actor, call.action)):
+            return
         if subject is None:
             subject = next(reversed(call.request.match_info.values()), "")
-        await self._audit.record(
-            caller.app.app_id, caller.actor, call.address, endpoint.audit, subject, outcome
-        )
+        await self._audit.record(caller.app.app_id, caller.actor, call.address, call.action, subject, outcome)
+
+    def _is_news(self, refused: tuple[int, str, str]) -> bool:
+        """One entry a minute for what a caller may not do: a leaked key without the scope must not fill the log."""
+        minute = int(self._clock()) // MINUTE
+        if minute != self._minute:
+            self._minute = minute
+            self._refused.clear()
+        known = refused in self._refused
+        self._refused.add(refused)
+        return not known
 
 
 _WHO: Final = {"app": "app key and master secret", "group": "group-KEY and the group's secret"}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Final
+
 import orjson
 
 from broker.api.call import DONE, Call, Endpoint
@@ -9,13 +12,18 @@ from broker.audiences.devices import Devices, Registered
 from broker.errors import DEVICE
 from broker.limits import Limits
 
+ISSUED: Final = "device.issue_token"  # in the audit log
+
 
 def device_endpoints(devices: Devices, limits: Limits) -> list[Endpoint]:
     async def register(call: Call) -> bytes:
-        return _registered(await devices.register_json(call.app, call.raw, trusted=call.publisher))
+        registered = await devices.register_json(call.app, call.raw, trusted=call.publisher)
+        _note_tokens(call, [registered])
+        return _registered(registered)
 
     async def import_devices(call: Call) -> bytes:
         registered = await devices.import_json(call.app, call.raw)
+        _note_tokens(call, registered)
         return orjson.dumps({"devices": [_registered_row(one) for one in registered]})
 
     async def renew(call: Call) -> bytes:
@@ -63,7 +71,9 @@ def device_endpoints(devices: Devices, limits: Limits) -> list[Endpoint]:
         return orjson.dumps({"result": await devices.has_tag(call.app, call.path("tag"), call.path("id"))})
 
     async def change_tag(call: Call) -> bytes:
-        await devices.change_tag(call.app, call.path("tag"), call.raw)
+        tag = call.path("tag")
+        if removed := await devices.change_tag(call.app, tag, call.raw):
+            call.action, call.subject = "tag.remove", f"{tag} from {removed} devices"
         return DONE
 
     async def delete_tag(call: Call) -> bytes:
@@ -81,7 +91,7 @@ def device_endpoints(devices: Devices, limits: Limits) -> list[Endpoint]:
     return [
         Endpoint("POST", (own,), DEVICE, register, size, device_key=True),
         Endpoint("POST", ("/v1/devices/import",), DEVICE, import_devices, limits.max_batch_body),
-        Endpoint("POST", (own_token,), DEVICE, renew, size, device_key=True),
+        Endpoint("POST", (own_token,), DEVICE, renew, size, device_key=True, audit=ISSUED),
         Endpoint("DELETE", (own_token,), DEVICE, revoke, audit="token.revoke"),
         Endpoint("POST", ("/v3/devices/status", "/v3/device/status"), DEVICE, status, size),
         Endpoint("GET", ("/v3/tags", "/v3/tags/", "/v3/device/tags", "/v3/device/tags/"), DEVICE, tags),
@@ -89,11 +99,18 @@ def device_endpoints(devices: Devices, limits: Limits) -> list[Endpoint]:
         Endpoint("POST", tag, DEVICE, change_tag, size),
         Endpoint("DELETE", tag, DEVICE, delete_tag, audit="tag.delete"),
         Endpoint("GET", alias, DEVICE, of_alias),
-        Endpoint("POST", alias, DEVICE, change_alias, size),
+        Endpoint("POST", alias, DEVICE, change_alias, size, audit="alias.remove"),
         Endpoint("DELETE", alias, DEVICE, delete_alias, audit="alias.delete"),
         Endpoint("GET", device, DEVICE, get),
         Endpoint("POST", device, DEVICE, change, size),
     ]
+
+
+def _note_tokens(call: Call, registered: Sequence[Registered]) -> None:
+    """Who has a token of a device is that device. A new one is nobody's yet."""
+    known = [one.device.registration_id for one in registered if one.was_known]
+    if known:
+        call.action, call.subject = ISSUED, ", ".join(known)
 
 
 def _registered(registered: Registered) -> bytes:

@@ -51,6 +51,7 @@ def build_api(broker: Broker, observe: Observe | None = None, peers: Peers | Non
         broker.apps,
         broker.groups,
         broker.audit,
+        broker.rates,
         limits,
         broker.clock,
         observe or ApiCounters().observe,

@@ -15,7 +15,7 @@ from typing import Any, Final
 import msgspec
 import orjson
 
-from broker.api.call import JSON, Call, Endpoint
+from broker.api.call import Call, Endpoint
 from broker.api.described import DESCRIBED, PARAMETERS, Described
 from broker.api.shapes import Refusal
 from broker.errors import PUSH, STATUS

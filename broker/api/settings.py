@@ -7,7 +7,7 @@ import orjson
 from broker.api.call import BODY, Call, Endpoint
 from broker.errors import ADMIN, ApiError
 from broker.model import AppSettings
-from broker.tenants.app_settings import describe_own_settings, read_own_settings
+from broker.tenants.app_settings import describe_own_settings, names_of_changes, read_own_settings
 from broker.tenants.apps import Apps
 from broker.tenants.audit import Audit, describe_page, read_page
 
@@ -18,7 +18,9 @@ def settings_endpoints(apps: Apps, audit: Audit) -> list[Endpoint]:
 
     async def change(call: Call) -> bytes:
         def replaced(settings: AppSettings) -> AppSettings:
-            return read_own_settings(call.raw, settings, call.address)
+            changed = read_own_settings(call.raw, settings, call.address)
+            call.subject = names_of_changes(settings, changed)
+            return changed
 
         app = await apps.change_settings(call.app.key, replaced)
         if app is None:

@@ -54,6 +54,7 @@ class Registered:
     device: Device
     token: str
     expires_at: int
+    was_known: bool = False  # the device was there before: this is a token for somebody else's, or once more
 
 
 class Devices:
@@ -108,7 +109,7 @@ class Devices:
             if given.registration_id is None:
                 device = (await self._store.register(app.app_id, [new]))[0]
             elif trusted or app.open:
-                device = (await self._register_or_change(app, [new], [given]))[0]
+                return (await self._register_or_change(app, [new], [given]))[0]
             else:
                 device = await self._register_unclaimed(app, new)
         return self._issue(app, device)
@@ -129,7 +130,7 @@ class Devices:
             raise ApiError(7002, "devices: a registration_id is there twice")
         with refusing(DEVICE):
             await self._check_aliases(app, {one.registration_id: one.alias for one in new})
-            return [self._issue(app, device) for device in await self._register_or_change(app, new, devices)]
+            return await self._register_or_change(app, new, devices)
 
     async def register_open(self, app: App, client_id: str) -> Device:
         """The device of an open app that connects with the device key; registered on first sight. Store
@@ -215,9 +216,9 @@ class Devices:
     async def has_tag(self, app: App, tag: str, registration_id: str) -> bool:
         return tag in (await self.find(app, registration_id)).tags
 
-    async def change_tag(self, app: App, tag: str, raw: bytes) -> None:
-        """`{"registration_ids": {"add": […], "remove": […]}}`, all or none. Store failures become
-        ApiErrors."""
+    async def change_tag(self, app: App, tag: str, raw: bytes) -> int:
+        """`{"registration_ids": {"add": […], "remove": […]}}`, all or none. Returns how many it was taken from. Store
+        failures become ApiErrors."""
         checks = self._checks(app)
         checks.name(tag, "tag")
         change = decode(_read_id_changes, raw, DEVICE).registration_ids
@@ -230,6 +231,7 @@ class Devices:
         changes |= {i: DeviceChange(add_tags=frozenset((tag,)), most_tags=most) for i in add}
         with refusing(DEVICE):
             await self._store.change_devices(app.app_id, changes)
+        return len(remove)
 
     async def delete_tag(self, app: App, tag: str, platforms: str | None) -> None:
         await self._drop(app, (Term.TAG, tag), platforms)
@@ -283,8 +285,8 @@ class Devices:
 
     async def _register_or_change(
         self, app: App, new: Sequence[NewDevice], given: Sequence[Properties]
-    ) -> list[Device]:
-        """Register those that are not known, and give those that are what was given."""
+    ) -> list[Registered]:
+        """Register those that are not known, give those that are what was given, and all of them tokens."""
         known = await self._store.resolve(app.app_id, [one.registration_id for one in new])
         changes = {
             one.registration_id: change
@@ -294,22 +296,23 @@ class Devices:
         if changes:
             await self._check_room(app, changes)
         devices = await self._store.register(app.app_id, new)
-        if not changes:
-            return devices
-        changed = await self._store.change_devices(app.app_id, changes)
-        return [changed.get(device.registration_id, device) for device in devices]
+        changed = await self._store.change_devices(app.app_id, changes) if changes else {}
+        return [
+            self._issue(app, changed.get(device.registration_id, device), device.registration_id in known)
+            for device in devices
+        ]
 
     async def _check_room(self, app: App, changes: Mapping[str, DeviceChange]) -> None:
         checks = self._checks(app)
         for rid, device in (await self._store.find_devices(app.app_id, list(changes))).items():
             checks.room(device, changes[rid])
 
-    def _issue(self, app: App, device: Device) -> Registered:
+    def _issue(self, app: App, device: Device, was_known: bool = False) -> Registered:
         now, lifetime = self._clock(), limits_of(self._limits, app).token_lifetime
         token = tokens.issue(
             app, device.registration_id, device.devno, device.platform, device.token_generation, now, lifetime
         )
-        return Registered(device, token, int(now + lifetime))
+        return Registered(device, token, int(now + lifetime), was_known)
 
     async def _having(self, app: App, term: TermKey, platforms: str | None) -> BitMap:
         names = read_platforms(platforms)

@@ -101,9 +101,10 @@ class Pushes:
         return Accepted(first.msg_id, first.sendno)
 
     async def validate(self, app: App, raw: bytes) -> Accepted:
-        """All checks of `push`, its audience included, and nothing sent; msg_id is 0."""
+        """All checks of `push` but what its plan still has, its audience included, and nothing sent; msg_id is 0."""
         checked = self.read(app, raw)
         try:
+            self._quotas.check_restricted(app)
             await self._targets(app, checked)
         except StoreError as error:
             raise refusal(error, PUSH, checked.sendno) from error
@@ -139,9 +140,15 @@ class Pushes:
         targets = (await resolve(self._store, app.app_id, [checked.audience], self._clock()))[0]
         if not targets:
             raise ApiError(1011, sendno=checked.sendno)
+        await self._check_reach(app, checked, targets)
+        return targets
+
+    async def _check_reach(self, app: App, checked: Checked, targets: BitMap) -> None:
+        """What can be said of one push alone, once its targets are known. Raises ApiError."""
+        if self._quotas.applies(app):
+            self._quotas.check_targets(app, len(targets))
         if checked.wishes is not NO_WISHES:
             await self._check_wishes(app, checked)
-        return targets
 
     async def _check_wishes(self, app: App, checked: Checked) -> None:
         """Those that depend on what else there is."""
@@ -166,21 +173,26 @@ class Pushes:
                 results[checked.cid] = ApiError(1011, sendno=checked.sendno)
                 continue
             try:
-                if checked.wishes is not NO_WISHES:
-                    await self._check_wishes(app, checked)
+                await self._check_reach(app, checked, devnos)
             except ApiError as error:
+                error.sendno = checked.sendno
                 results[checked.cid] = error
             else:
                 reached.append((checked, devnos))
         try:
             accepted = await self._accept(app, [c for c, _ in reached], [devnos for _, devnos in reached])
-        except ApiError as error:  # holds for all of them; but for 1012, of which others know nothing
-            guilty = {c.cid for c, _ in reached if error.code != 1012 or c.wishes.slow_minutes}
+        except ApiError as error:  # holds for all of them, or for those of a kind that there were too many of
+            guilty = {c.cid for c, devnos in reached if self._is_guilty(error, c, devnos)}
             results |= dict.fromkeys(guilty, error)
             rest = [checked for checked, _ in reached if checked.cid not in guilty]
             return results | (await self._accept_batch(app, rest) if rest else {})
         results.update((c.cid, answer) for (c, _), answer in zip(reached, accepted, strict=True))
         return results
+
+    def _is_guilty(self, error: ApiError, checked: Checked, targets: BitMap) -> bool:
+        if error.code == 1012:
+            return checked.wishes.slow_minutes > 0
+        return error.code != 2008 or len(targets) > self._limits.fanout_limit
 
     async def _accept(
         self,
@@ -214,8 +226,6 @@ class Pushes:
 
     async def _spend(self, app: App, targets: Sequence[BitMap]) -> tuple[int, int]:
         """Count against the app's plan; returns how many pushes and broadcasts. Raises ApiError."""
-        for devnos in targets:
-            self._quotas.check_targets(app, len(devnos))
         spent = len(targets), self._wide(targets)
         await self._quotas.spend(app, *spent)
         return spent

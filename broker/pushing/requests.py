@@ -426,6 +426,8 @@ def check_cid(cid: str, limits: Limits) -> None:
     size = len(cid) if cid.isascii() else len(cid.encode())
     if not 0 < size <= limits.cid_size or not cid.isprintable():
         raise ApiError(1003, f"cid: must be 1 to {limits.cid_size} bytes of printable text")
+    if cid == "error":  # beside which a batch's answer could not be told from a refusal
+        raise ApiError(1003, "cid: must not be the word error")
 
 
 def read_sendno(options: Options | None, limits: Limits) -> str:

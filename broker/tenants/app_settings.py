@@ -97,6 +97,20 @@ def describe_own_settings(settings: AppSettings) -> dict[str, object]:
     return {name: _plain(getattr(settings, name)) for name in OWNER_KEYS}
 
 
+def names_of_changes(before: AppSettings, after: AppSettings) -> str:
+    """For the audit log: `allow_from, limits.push_rate`."""
+    was, now = _flat(before), _flat(after)
+    return ", ".join(sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name)))
+
+
+def _flat(settings: AppSettings) -> dict[str, tuple[object]]:
+    values = msgspec.structs.asdict(settings)
+    values |= {f"limits.{name}": value for name, value in values.pop("limits").items()}
+    return {
+        name: (value,) for name, value in values.items()
+    }  # a limit that is off is not one that is not set
+
+
 def _read_owners(request: SettingsRequest) -> dict[str, Any]:
     return {
         "allow_from": read_networks(request.allow_from or ()),

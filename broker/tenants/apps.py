@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from binascii import Error as Base64Error
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from broker.bus import Bus, CredentialsChanged, Doorbell
 from broker.limits import Limits
@@ -18,6 +18,7 @@ from broker.store import Store
 from broker.tenants.keys import ApiKey, find_key
 
 _V = TypeVar("_V")
+MAX_KEY: Final = 64  # characters; no app has a longer key, and what was asked in vain is remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Login:
     def actor(self) -> str:
         """As the audit log has it."""
         if self.key is not None:
-            return f"key {self.key.name}"
+            return f"key {self.key.key_id} {self.key.name}"
         return "master" if self.publisher else "device key"
 
 
@@ -63,7 +64,7 @@ class Apps:
 
     async def find(self, key: str) -> App | None:
         app = self._apps.get(key)
-        if app is not None or key in self._unknown:
+        if app is not None or key in self._unknown or len(key) > MAX_KEY:
             return app
         changes = self._changes
         app = await self._store.find_app(key)
@@ -87,7 +88,8 @@ class Apps:
         return hmac.compare_digest(app.device_key.encode(), key)
 
     def peek_login(self, header: str) -> Login | None:
-        """The login of an Authorization header that was accepted before."""
+        """The login of an Authorization header that was accepted before. One form of each secret is remembered: there
+        are endless ways to write one, and every installation has the device key."""
         return self._logins.get(header)
 
     async def login(self, header: str) -> Login | None:
@@ -101,7 +103,7 @@ class Apps:
         if app is None or credentials is None:
             return None
         login = await self._prove(app, credentials[1])
-        if login is not None and self._apps.get(app.key) is app:
+        if login is not None and self._apps.get(app.key) is app and header == _basic(*credentials):
             _put(self._logins, header, login, self._limits.max_apps_cached)
         return login
 
@@ -180,6 +182,10 @@ def read_basic(header: str) -> tuple[str, bytes] | None:
         return (user.decode(), password) if colon else None
     except (Base64Error, UnicodeDecodeError, ValueError):
         return None
+
+
+def _basic(user: str, password: bytes) -> str:
+    return f"Basic {b64encode(user.encode() + b':' + password).decode()}"
 
 
 def _put(cache: OrderedDict[str, _V], key: str, value: _V, limit: int) -> None:

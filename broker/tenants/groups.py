@@ -15,13 +15,14 @@ import orjson
 from msgspec import Struct
 
 from broker.errors import ADMIN, PUSH, ApiError, refusal
-from broker.limits import Limits
+from broker.limits import Limits, limits_of
 from broker.model import Record, RecordChange
 from broker.pushing.pushes import Accepted, Pushes
 from broker.pushing.requests import decode
 from broker.store import Conflict, Store, StoreError, TooMany, every_record
 from broker.tenants.apps import Apps, read_basic
 from broker.tenants.networks import is_within
+from broker.tenants.rates import RateLimits, is_over
 from broker.tenants.tokens import new_secret
 
 Clock = Callable[[], float]
@@ -147,11 +148,13 @@ class Groups:
 
 
 class GroupPushes:
-    """One push to each app of a group: each is accepted or refused on its own."""
+    """One push to each app of a group: each is accepted or refused on its own, and counts against its rate limit."""
 
-    def __init__(self, apps: Apps, pushes: Pushes) -> None:
+    def __init__(self, apps: Apps, pushes: Pushes, rates: RateLimits, limits: Limits) -> None:
         self._apps = apps
         self._pushes = pushes
+        self._rates = rates
+        self._limits = limits
 
     async def push(
         self, group: Group, raw: bytes, address: str
@@ -170,6 +173,8 @@ class GroupPushes:
                 raise ApiError(1008, f"there is no app {key} any more")
             if app.settings.allow_from and not is_within(address, app.settings.allow_from):
                 raise ApiError(2004)
+            if is_over(self._rates.spend(PUSH, (app.app_id, True), limits_of(self._limits, app))):
+                raise ApiError(2002)
             return await self._pushes.push(app, raw)
         except ApiError as error:
             return error

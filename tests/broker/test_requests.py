@@ -126,6 +126,7 @@ REFUSED = [
     (_push(sms_message={"temp_id": 1}), 1003, "sms_message: SMS is not supported"),
     (_push(cid=""), 1003, "cid: must be 1 to 128 bytes"),
     (_push(cid="a\nb"), 1003, "cid: must be 1 to 128 bytes"),
+    (_push(cid="error"), 1003, "cid: must not be the word error"),
     (_push(cid="c" * 129), 1003, "cid: must be 1 to 128 bytes"),
     (_push(cid=1), 1003, "cid: expected str | null, got int"),
     (_push(message={"msg_content": "x" * 4000}), 1005, "message: at most 4000 bytes, got 4018"),
