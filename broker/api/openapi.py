@@ -19,6 +19,7 @@ from broker.api.call import Call, Endpoint
 from broker.api.described import DESCRIBED, PARAMETERS, Described
 from broker.api.shapes import Refusal
 from broker.errors import PUSH, STATUS
+from broker.tenants.rates import JSON
 
 REF: Final = "#/components/schemas/{name}"
 PATH_NAME: Final = re.compile(r"{(\w+)}")

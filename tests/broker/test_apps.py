@@ -107,6 +107,22 @@ async def test_a_deleted_app_is_gone(service: Any) -> None:
     assert await service.apps.rotate_secret(service.app.key) is None
 
 
+async def test_one_form_of_a_header_is_remembered(service: Any) -> None:
+    """Every installation has the device key, and there are endless ways to write it."""
+    apps, app = service.apps, service.app
+    plain = _basic(app.key, app.device_key)
+    encoded = plain.removeprefix("Basic ")
+    for header in (f"basic {encoded}", f"Basic  {encoded}", plain + " " * 6000, plain):
+        login = await apps.login(header)
+        assert login is not None
+        assert (apps.peek_login(header) is not None) == (header == plain)
+
+
+async def test_long_keys_are_not_remembered(service: Any) -> None:
+    assert await service.apps.find("f" * 8000) is None
+    assert not service.apps._unknown
+
+
 async def test_caches_are_bounded(service: Any) -> None:
     apps = Apps(service.store, service.bus, Limits(max_apps_cached=2, max_unknown_keys=2))
     created = [await service.apps.create(f"app {n}") for n in range(4)]

@@ -27,9 +27,9 @@ async def test_calls_of_the_owner_are_recorded(service: Any) -> None:
     entries = await _entries(service)
     assert all((entry["at"], entry["address"]) == (service.now, "127.0.0.1") for entry in entries)
     assert [tuple(e[name] for name in ("actor", "action", "subject", "outcome")) for e in entries] == [
-        ("key ops", "key.delete", f"{made['id']} ops", "done"),
-        ("key ops", "key.delete", "0123", "there is no key 0123"),
-        ("key ops", "settings.set", "", "frequency_caps[0].count = 0: must be 1 to 1000"),
+        (f"key {made['id']} ops", "key.delete", f"{made['id']} ops", "done"),
+        (f"key {made['id']} ops", "key.delete", "0123", "there is no key 0123"),
+        (f"key {made['id']} ops", "settings.set", "", "frequency_caps[0].count = 0: must be 1 to 1000"),
         ("master", "key.create", f"{made['id']} ops: admin", "done"),
     ]
     assert made["secret"] not in str(entries)
@@ -51,6 +51,64 @@ async def test_what_takes_something_away_is_recorded(service: Any) -> None:
     ]
 
 
+async def test_what_is_taken_from_listed_devices_is_recorded(service: Any) -> None:
+    await service.register("a", alias="ann", tags=["red"])
+    both = {"registration_ids": {"remove": ["a"]}}
+    await service.call("POST", "/v3/tags/red", {"registration_ids": {"add": ["a"]}})
+    await service.call("POST", "/v3/tags/red", both)
+    await service.call("POST", "/v3/aliases/ann", both)
+    assert [(entry["action"], entry["subject"]) for entry in await _entries(service)] == [
+        ("alias.remove", "ann"),
+        ("tag.remove", "red from 1 devices"),
+    ]
+
+
+async def test_a_token_of_a_device_that_was_there_is_recorded(service: Any) -> None:
+    """Who has it is that device."""
+    device = (service.app.key, service.app.device_key)
+    token = (await service.call("POST", "/v1/devices", {"registration_id": "a"}, auth=device)).json["token"]
+    await service.call("POST", "/v1/devices/a/token", {"token": token}, auth=device)
+    await service.call("POST", "/v1/devices", {"registration_id": "b"})
+    assert await _entries(service) == []
+    await service.call("POST", "/v1/devices", {"registration_id": "a"})
+    await service.call("POST", "/v1/devices/a/token")
+    devices = [{"registration_id": name} for name in ("a", "b", "c")]
+    await service.call("POST", "/v1/devices/import", {"devices": devices})
+    assert [(entry["action"], entry["subject"]) for entry in await _entries(service)] == [
+        ("device.issue_token", "a, b"),
+        ("device.issue_token", "a"),
+        ("device.issue_token", "a"),
+    ]
+
+
+async def test_settings_that_changed_are_named(service: Any) -> None:
+    await service.call("PUT", "/v1/settings", {"allow_from": ["127.0.0.1"], "frequency_caps": [{"count": 9}]})
+    await service.call("PUT", "/v1/settings", {"frequency_caps": [{"count": 9}]})
+    actions = LocalActions(service.broker, 100)
+    await actions.set_settings(service.app.key, {"limits": {"push_rate": None, "max_ids": 5}})
+    assert [entry["subject"] for entry in await _entries(service)] == [
+        f"{service.app.key} frequency_caps, limits.max_ids, limits.push_rate",
+        "allow_from",
+        "allow_from, frequency_caps",
+    ]
+
+
+async def test_who_may_not_fills_no_log(start: Any) -> None:
+    service = await start(limits=Limits(push_rate=4))
+    service.now = service.now // 60 * 60
+    made = (await service.call("POST", "/v1/keys", {"name": "push", "scopes": ["push"]})).json
+    for minute in range(2):
+        service.now += 60 * minute
+        for n in range(3):
+            await service.call("DELETE", f"/v1/keys/{n}", auth=(service.app.key, made["secret"]))
+    seen = await _entries(service)
+    assert [(entry["action"], entry["subject"]) for entry in seen[:-1]] == [("key.delete", "0")] * 2
+    for _ in range(5):
+        await service.call("PUT", "/v1/settings", {})
+    service.now += 60
+    assert [entry["action"] for entry in await _entries(service)].count("settings.set") == 0, "2002"
+
+
 async def test_reading_is_no_deed(service: Any) -> None:
     for path in ("/v1/keys", "/v1/settings", "/v1/audit", "/v3/tags"):
         await service.call("GET", path)
@@ -66,7 +124,7 @@ async def test_a_caller_who_may_not_is_recorded_and_a_stranger_is_not(service: A
     await service.call(*settings, auth=(service.app.key, service.app.device_key))
     refused, created = await _entries(service)
     assert created["action"] == "key.create"
-    assert (refused["actor"], refused["action"]) == ("key push", "settings.set")
+    assert (refused["actor"], refused["action"]) == (f"key {made['id']} push", "settings.set")
     assert refused["outcome"] == "the API key needs the scope admin, it has push"
 
 
@@ -112,7 +170,7 @@ async def test_calls_of_the_operator_are_recorded(service: Any) -> None:
     assert [(entry["action"], entry["subject"]) for entry in reversed(entries)] == [
         ("app.create", f"{key} Shop"),
         ("app.rotate_secret", key),
-        ("app.set_access", key),
+        ("app.set_access", f"{key} 0 rules"),
         ("app.set_settings", key),
         ("device.issue_token", f"{key} phone-1"),
         ("group.create", f"{group['group_key']} all: {key}"),

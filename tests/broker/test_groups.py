@@ -124,12 +124,26 @@ async def test_only_the_groups_secret_opens_it(service: Any) -> None:
 async def test_groups_have_a_rate_of_their_own(start: Any) -> None:
     service = await start(limits=Limits(push_rate=1))
     await service.register("a")
-    group, other = await _group(service, service.app), await _group(service, service.app)
+    others = await _other(service, "other", NewDevice("b"))
+    group, other = await _group(service, service.app), await _group(service, others)
     assert (await _push(service, group)).status == 200
     answer = await _push(service, group)
     assert (answer.status, answer.code) == (429, 2002)
     assert (await _push(service, other)).status == 200
+
+
+async def test_a_group_push_counts_against_the_rate_of_each_app(start: Any) -> None:
+    service = await start()
+    await service.register("a")
+    others = await _other(service, "other", NewDevice("b"))
+    await service.apps.set_settings(service.app.key, AppSettings(limits={"push_rate": 2}))
+    group = await _group(service, service.app, others)
     assert (await service.call("POST", "/v3/push", HELLO)).status == 200
+    answers = [(await _push(service, group)).json for _ in range(2)]
+    assert ["error" in answer[service.app.key] for answer in answers] == [False, True]
+    assert answers[1][service.app.key]["error"]["code"] == 2002
+    assert not any("error" in answer[others.key] for answer in answers)
+    assert (await service.call("POST", "/v3/push", HELLO)).status == 429
 
 
 # Managing them

@@ -295,6 +295,22 @@ async def test_rate_limits_are_off_unless_set(start: Any) -> None:
     assert (await service.call("GET", "/v3/push/cid")).status == 200
 
 
+async def test_installations_do_not_use_up_the_rate_of_the_backend(start: Any) -> None:
+    service = await start(limits=Limits(device_rate=2))
+    device = (service.app.key, service.app.device_key)
+    spent = [(await service.call("POST", "/v1/devices", {}, auth=device)).status for _ in range(3)]
+    assert spent == [200, 200, 429]
+    assert (await service.call("POST", "/v1/devices", {})).status == 200
+
+
+async def test_a_key_that_may_not_is_counted(start: Any) -> None:
+    service = await start(limits=Limits(push_rate=3))
+    key = (await service.call("POST", "/v1/keys", {"name": "x", "scopes": ["report"]})).json
+    auth = (service.app.key, key["secret"])
+    seen = [(await service.call("PUT", "/v1/settings", {}, auth=auth)).status for _ in range(3)]
+    assert seen == [403, 403, 429]
+
+
 async def test_what_nobody_expected_is_told_without_details(
     service: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

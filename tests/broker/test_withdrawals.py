@@ -287,12 +287,9 @@ async def test_a_used_cid_answers_its_first_result_whatever_has_changed(service:
 
 async def test_one_push_of_a_batch_that_its_plan_does_not_allow_spoils_no_other(start: Any) -> None:
     service = await start(limits=Limits(fanout_limit=2, max_targets=3, daily_broadcasts=0))
-    for name, alias in (
-        ("a", "one"),
-        *((f"m{n}", "many") for n in range(4)),
-        *((f"t{n}", "three") for n in range(3)),
-    ):
-        await service.register(name, alias=alias)
+    for alias, count in (("one", 1), ("many", 4), ("three", 3)):
+        for n in range(count):
+            await service.register(f"{alias}{n}", alias=alias)
     item = {"platform": "all", "notification": {"alert": "x"}}
     pushlist = {alias: item | {"target": alias} for alias in ("one", "many", "three")}
     answer = await service.call("POST", "/v3/push/batch/alias/single", {"pushlist": pushlist})
