@@ -22,6 +22,7 @@ import msgspec
 import orjson
 from aiohttp import hdrs, web
 
+from broker.api.door import Door
 from broker.broker import Broker
 from broker.config import Config
 from broker.errors import ADMIN, ApiError
@@ -280,16 +281,13 @@ class AdminListener:
     ) -> None:
         self._config = config
         self._key = _admin_key(config)
-        self._runner = web.AppRunner(
-            admin_application(actions, metrics, health, lag, self._key), access_log=None
-        )
+        self._door = Door(config.http.max_connections, config.http.request_timeout)  # its own count
+        self._runner = self._door.runner(admin_application(actions, metrics, health, lag, self._key))
         self.address = ""
 
     async def open(self) -> str:
         """Returns the address, `http://127.0.0.1:8081`. Raises OSError."""
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, self._config.admin.host, self._config.admin.port)
-        await site.start()
+        await self._door.open(self._runner, self._config.admin.host, self._config.admin.port)
         self.address = _as_url(self._runner.addresses[0])
         write_admin_file(self._config.server.data_dir, AdminFile(self._key, self.address))
         return self.address

@@ -141,6 +141,11 @@ class Http(msgspec.Struct, frozen=True, kw_only=True):
     port: Annotated[Port, _about("public HTTP API; 0: any free port")] = 8080
     max_body: Annotated[Body, _about("largest body of one call")] = 1_048_576
     max_batch_body: Annotated[Body, _about("largest body of one batch call")] = 8_388_608
+    max_connections: Annotated[Limit, _about("connections to the HTTP API; more are refused")] = 4096
+    request_timeout: Annotated[
+        Seconds,
+        _about("longest wait for a request, for its body, and for a peer that does not read"),
+    ] = 30.0
     https_only: Annotated[
         bool, _about("refuse calls that did not come over TLS; trusted_proxies say which did")
     ] = False
@@ -257,6 +262,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             token_lifetime=self.push.token_lifetime,
             max_body=self.http.max_body,
             max_batch_body=self.http.max_batch_body,
+            request_timeout=self.http.request_timeout,
             push_rate=self.http.push_rate,
             report_rate=self.http.report_rate,
             device_rate=self.http.device_rate,

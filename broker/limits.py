@@ -23,6 +23,7 @@ class Limits:
 
     max_body: int = 1 << 20  # one API call; stops a caller from filling memory before a check runs
     max_batch_body: int = 8 << 20  # the batch paths
+    request_timeout: float = 30.0  # until a body is there, or more of an upload
     max_batch_items: int = 1000  # pushes in one batch
     max_msg_ids: int = 100  # of one report call
 
@@ -37,7 +38,7 @@ class Limits:
     max_segments: int = 1000  # of one app
     segment_name_size: int = 255
     max_rule_depth: int = 10  # of a segment's rule, which is read recursively
-    max_rule_parts: int = 200  # its conditions, and the values they name; each is a posting list or 64
+    max_rule_parts: int = 200  # its conditions, and the values they name; a question about numbers counts for 8 more
     max_rule_times: int = 10  # its last_active conditions; each unites the bitmaps of many hours
 
     max_files: int = 20  # of one app at a time

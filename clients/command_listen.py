@@ -107,7 +107,18 @@ class _Printer:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.device.finish)
         async with self.device:
-            await self.device.wait()
+            await asyncio.gather(self._tell_platform(), self.device.wait())
+
+    async def _tell_platform(self) -> None:
+        """A device that an app key alone registered has none yet."""
+        if self._platform is None:
+            return
+        try:
+            await self.device.update(platform=self._platform)
+        except DeviceStopped:
+            pass  # `wait` says why
+        except DeviceError as error:
+            click.echo(f"platform refused: {error}", err=True)
 
     async def take(self, push: Push) -> None:
         """Prints a push; it is acknowledged after that."""

@@ -149,13 +149,19 @@ def print_json(value: object) -> None:
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[object]], nothing: str = "none") -> None:
     """For people: ruled on a terminal, else plain columns, so that `grep` and `cut` work. `nothing` stands for no
     rows."""
-    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    cells = [[_printable(cell) for cell in row] for row in rows]
     if not cells:
         click.echo(nothing)
     elif sys.stdout.isatty():
         _draw_table(headers, cells)
     else:
         _print_columns([list(headers), *cells])
+
+
+def _printable(cell: object) -> str:
+    """Names of others must not tell the terminal what to do."""
+    text = "" if cell is None else str(cell)
+    return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def _draw_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -199,7 +205,7 @@ def print_fields(fields: Mapping[str, object]) -> None:
     """One thing: a name and a value on each line."""
     width = max(map(len, fields))
     for name, value in fields.items():
-        click.echo(f"{name:{width}}  {'' if value is None else value}".rstrip())
+        click.echo(f"{name:{width}}  {_printable(value)}".rstrip())
 
 
 def moment(at: float | None) -> str:

@@ -4,8 +4,8 @@
         accepted = await publisher.push(PushRequest(Audience(alias=["anna"]), Notification("Hello")))
 
 Pushes and devices are methods of the Publisher; what is kept on the server has a place of its own:
-`publisher.schedules`, `.segments`, `.files`, `.callbacks`, `.keys`, and `.reports` of pushes. A receiver of callbacks
-checks them with `read_callback`.
+`publisher.schedules`, `.segments`, `.files`, `.callbacks`, `.keys`, `.tags`, `.aliases`, and `.reports` of pushes. A
+receiver of callbacks checks them with `read_callback`.
 
 An accepted push is durable on the server. One Publisher is one pool of connections: make one for a process
 and share it between tasks.
@@ -45,7 +45,15 @@ from clients.publishing.callbacks import (
     verify_signature,
 )
 from clients.publishing.calls import NO_ANSWER, Calls, PushError, RetrySettings, given, join, quoted
-from clients.publishing.devices import AttributeValue, DeviceInfo, DeviceStatus, NewDevice, Registered
+from clients.publishing.devices import (
+    Aliases,
+    AttributeValue,
+    DeviceInfo,
+    DeviceStatus,
+    NewDevice,
+    Registered,
+    Tags,
+)
 from clients.publishing.files import Files, UploadedFile
 from clients.publishing.files import Progress as UploadProgress
 from clients.publishing.pushes import (
@@ -110,6 +118,8 @@ class Publisher:
         self.files = Files(self._calls)
         self.callbacks = Callbacks(self._calls)
         self.keys = Keys(self._calls)
+        self.tags = Tags(self._calls)
+        self.aliases = Aliases(self._calls)
 
     async def __aenter__(self) -> Self:
         self._calls.open()
@@ -229,9 +239,9 @@ class Publisher:
         safe = registration_id is not None
         return await self._calls.post("/v1/devices", given(body), Registered, safe=safe)
 
-    async def import_devices(self, devices: Sequence[NewDevice]) -> list[Registered]:
+    async def import_devices(self, devices: Sequence[NewDevice | Mapping[str, Any]]) -> list[Registered]:
         """Register or change many, a thousand in a call, in the order given. Each call is done whole or not at
-        all."""
+        all. A mapping is the API's JSON object as it is."""
         found: list[Registered] = []
         for start in range(0, len(devices), BATCH):
             body = {"devices": devices[start : start + BATCH]}

@@ -9,9 +9,8 @@ import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from aiohttp import web
-
 from broker.admin import AdminListener, Health, LocalActions, describe_app
+from broker.api.door import Door
 from broker.api.http import build_api
 from broker.api.peers import Peers
 from broker.broker import Broker
@@ -100,7 +99,9 @@ class Service:
         )
         peers = Peers(config.trusted_proxies, https_only=config.http.https_only)
         api = build_api(self._broker, HttpMetrics(self.metrics).observe, peers)
-        self._api = web.AppRunner(api, access_log=None)
+        self._door = Door(config.http.max_connections, config.http.request_timeout)
+        self._door.count_in(self.metrics)
+        self._api = self._door.runner(api)
         self._certificate: Certificate | None = None
         self._servers: list[asyncio.Server] = []
         self._admin: AdminListener | None = None
@@ -124,9 +125,7 @@ class Service:
         self._admin = AdminListener(config, actions, self.metrics, self.health, self._lag)
         admin = await self._admin.open()
         self.node.start()
-        await self._api.setup()
-        site = web.TCPSite(self._api, config.server.host, config.http.port, backlog=1024)
-        await site.start()
+        await self._door.open(self._api, config.server.host, config.http.port)
         listening = Listening(
             mqtt=await self._listen_tcp(config.mqtt.port, None),
             mqtts=await self._listen_tcp(config.mqtt.tls_port, self._certificate),

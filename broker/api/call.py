@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import time
@@ -191,7 +192,8 @@ class Guard:
                 _check_address(caller, call)
             answer.admitted = True
         if endpoint.max_body:
-            call.raw = await _read_body(request, endpoint, self._most(endpoint, call.caller))
+            most, patience = self._most(endpoint, call.caller), self._limits.request_timeout
+            call.raw = await _read_body(request, endpoint, most, patience)
         return await endpoint.handler(call)
 
     def _purse(self, caller: Login | Group) -> tuple[Who, Limits]:
@@ -277,9 +279,13 @@ def _check_address(login: Login, call: Call) -> None:
             raise ApiError(2004, f"the caller's address, {address or 'unknown'}, is not on the white list")
 
 
-async def _read_body(request: web.Request, endpoint: Endpoint, most: int) -> bytes:
+async def _read_body(request: web.Request, endpoint: Endpoint, most: int, patience: float) -> bytes:
     """At most so many bytes, before and after decompression."""
-    body = await _read_raw(request, endpoint, most)
+    try:
+        async with asyncio.timeout(patience):
+            body = await _read_raw(request, endpoint, most)
+    except TimeoutError:
+        raise ApiError(endpoint.area.invalid, too_slow(patience), http_status=408) from None
     match request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower():
         case "identity":
             return body
@@ -297,6 +303,10 @@ def _inflate(body: bytes, endpoint: Endpoint, most: int) -> bytes:
         raise ApiError(endpoint.area.invalid, f"the body could not be read: {error}") from None
     if len(inflated) > most:
         raise _too_large(endpoint, most)
+    if reader.unused_data:
+        raise ApiError(
+            endpoint.area.invalid, "the body could not be read: its compressed form has several parts"
+        )
     if not reader.eof:
         raise ApiError(endpoint.area.invalid, "the body could not be read: its compressed form has no end")
     return inflated
@@ -320,6 +330,10 @@ async def _read_raw(request: web.Request, endpoint: Endpoint, most: int) -> byte
     return b"".join(chunks)
 
 
+def too_slow(patience: float) -> str:
+    return f"the body was not there within {patience:g} seconds (http.request_timeout)"
+
+
 def _too_large(endpoint: Endpoint, most: int) -> ApiError:
     message = f"the body is larger than {most} bytes"
     return ApiError(endpoint.area.too_large, message, http_status=413)
@@ -335,6 +349,6 @@ def _refuse(error: ApiError, headers: dict[str, str]) -> web.Response:
     response = web.Response(status=error.http_status, body=error.body(), headers=headers)
     if error.http_status == 401:
         response.headers["WWW-Authenticate"] = 'Basic realm="app key and secret"'  # RFC 9110, 11.6.1
-    if error.http_status == 413:
+    if error.http_status in (408, 413):
         response.force_close()  # the rest of the body is not worth reading
     return response

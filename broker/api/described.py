@@ -39,8 +39,10 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """`body` and `answer` are types; None: there is none. `needed`: keys of the body without which nothing works."""
+    """`name` is what generated clients call it. `body` and `answer` are types; None: there is none. `needed`: keys of
+    the body without which nothing works."""
 
+    name: str
     summary: str
     body: object = None
     answer: object = None
@@ -75,9 +77,10 @@ _NEEDED: Final = ("platform", "audience")
 DESCRIBED: Final[Mapping[str, Described]] = {
     # Pushes
     "POST /v3/push": Described(
-        "Push to an audience.", PushRequest, shapes.Pushed, codes=_PUSH_CODES, needed=_NEEDED
+        "push", "Push to an audience.", PushRequest, shapes.Pushed, codes=_PUSH_CODES, needed=_NEEDED
     ),
     "POST /v3/push/validate": Described(
+        "validatePush",
         "The checks of a push, and nothing is sent.",
         PushRequest,
         shapes.Pushed,
@@ -85,6 +88,7 @@ DESCRIBED: Final[Mapping[str, Described]] = {
         needed=_NEEDED,
     ),
     "POST /v3/push/file": Described(
+        "pushToFile",
         "Push to the names in an uploaded file.",
         PushRequest,
         shapes.Pushed,
@@ -92,6 +96,7 @@ DESCRIBED: Final[Mapping[str, Described]] = {
         needed=_NEEDED,
     ),
     "GET /v3/push/cid": Described(
+        "getCids",
         "Fresh idempotency keys.",
         answer=shapes.Cids,
         query=(
@@ -100,72 +105,91 @@ DESCRIBED: Final[Mapping[str, Described]] = {
         ),
     ),
     "POST /v3/push/batch/regid/single": Described(
+        "pushBatchByRegistrationId",
         "Up to 1000 pushes to one registration id each, by cid.",
         Batch,
         dict[str, shapes.Result],
         codes=_PUSH_CODES,
     ),
     "POST /v3/push/batch/alias/single": Described(
+        "pushBatchByAlias",
         "Up to 1000 pushes to one alias each, by cid.",
         Batch,
         dict[str, shapes.Result],
         codes=_PUSH_CODES,
     ),
-    "DELETE /v3/push/{msg_id}": Described("Withdraw a push: who does not have it yet never gets it."),
+    "DELETE /v3/push/{msg_id}": Described(
+        "withdrawPush", "Withdraw a push: who does not have it yet never gets it."
+    ),
     "POST /v3/grouppush": Described(
+        "pushToGroup",
         "One push to each app of a group, as `group-KEY` with the group's secret; each app's own result by its key.",
         PushRequest,
         dict[str, str | shapes.Result],
         codes=(*_PUSH_CODES, 1008),
         needed=_NEEDED,
     ),
-    "POST /v1/pushes/{msg_id}/pause": Described("Hold a slow push up.", answer=Progress),
-    "POST /v1/pushes/{msg_id}/resume": Described("Let a slow push go on.", answer=Progress),
-    "POST /v1/pushes/{msg_id}/stop": Described("End a slow push.", answer=Progress),
+    "POST /v1/pushes/{msg_id}/pause": Described("pausePush", "Hold a slow push up.", answer=Progress),
+    "POST /v1/pushes/{msg_id}/resume": Described("resumePush", "Let a slow push go on.", answer=Progress),
+    "POST /v1/pushes/{msg_id}/stop": Described("stopPush", "End a slow push.", answer=Progress),
     # Schedules
     "POST /v3/schedules": Described(
-        "Push at a time, once or again and again.", CreateRequest, Created, codes=_PUSH_CODES
+        "createSchedule",
+        "Push at a time, once or again and again.",
+        CreateRequest,
+        Created,
+        codes=_PUSH_CODES,
     ),
     "GET /v3/schedules": Described(
+        "listSchedules",
         "Live schedules, 50 a page.",
         answer=shapes.SchedulePage,
         query=(Query("page", "Counts from 1.", _integer(1, 1_000_000, 1)),),
     ),
-    "GET /v3/schedules/{id}": Described("One schedule.", answer=shapes.ScheduleView),
+    "GET /v3/schedules/{id}": Described("getSchedule", "One schedule.", answer=shapes.ScheduleView),
     "PUT /v3/schedules/{id}": Described(
-        "Change a schedule.", ScheduleChange, shapes.ScheduleView, codes=_PUSH_CODES
+        "updateSchedule", "Change a schedule.", ScheduleChange, shapes.ScheduleView, codes=_PUSH_CODES
     ),
-    "DELETE /v3/schedules/{id}": Described("Delete a schedule; its pushes stay."),
+    "DELETE /v3/schedules/{id}": Described("deleteSchedule", "Delete a schedule; its pushes stay."),
     "GET /v3/schedules/{id}/msg_ids": Described(
-        "The pushes that a schedule made.", answer=shapes.SchedulePushes
+        "listPushesOfSchedule", "The pushes that a schedule made.", answer=shapes.SchedulePushes
     ),
     # Files
     "POST /v3/files/alias": Described(
-        "Upload a list of aliases, one in a line.", answer=shapes.FileId, upload=True
+        "uploadAliases", "Upload a list of aliases, one in a line.", answer=shapes.FileId, upload=True
     ),
     "POST /v3/files/registration_id": Described(
-        "Upload a list of registration ids, one in a line.", answer=shapes.FileId, upload=True
+        "uploadRegistrationIds",
+        "Upload a list of registration ids, one in a line.",
+        answer=shapes.FileId,
+        upload=True,
     ),
-    "GET /v3/files": Described("The app's files.", answer=shapes.FileList),
-    "GET /v3/files/{id}": Described("One file.", answer=shapes.FileView),
-    "DELETE /v3/files/{id}": Described("Delete a file."),
+    "GET /v3/files": Described("listFiles", "The app's files.", answer=shapes.FileList),
+    "GET /v3/files/{id}": Described("getFile", "One file.", answer=shapes.FileView),
+    "DELETE /v3/files/{id}": Described("deleteFile", "Delete a file."),
     # Segments
     "GET /v1/segments": Described(
+        "listSegments",
         "Saved segments.",
         answer=shapes.SegmentList,
         query=(Query("after", "Those whose id is greater.", _TEXT),),
     ),
-    "POST /v1/segments": Described("Save a segment.", SegmentRequest, Segment),
-    "POST /v1/segments/estimate": Described("How many devices a rule holds for.", EstimateRequest, Estimate),
-    "GET /v1/segments/{id}": Described("One segment.", answer=Segment),
-    "PUT /v1/segments/{id}": Described("Change a segment.", SegmentRequest, Segment),
-    "DELETE /v1/segments/{id}": Described("Delete a segment."),
-    "GET /v1/segments/{id}/estimate": Described("How many devices a segment has.", answer=Estimate),
+    "POST /v1/segments": Described("createSegment", "Save a segment.", SegmentRequest, Segment),
+    "POST /v1/segments/estimate": Described(
+        "estimateRule", "How many devices a rule holds for.", EstimateRequest, Estimate
+    ),
+    "GET /v1/segments/{id}": Described("getSegment", "One segment.", answer=Segment),
+    "PUT /v1/segments/{id}": Described("replaceSegment", "Change a segment.", SegmentRequest, Segment),
+    "DELETE /v1/segments/{id}": Described("deleteSegment", "Delete a segment."),
+    "GET /v1/segments/{id}/estimate": Described(
+        "estimateSegment", "How many devices a segment has.", answer=Estimate
+    ),
     "POST /v1/audience/estimate": Described(
-        "How many devices a push would be for.", AudienceRequest, Estimate, needed=_NEEDED
+        "estimateAudience", "How many devices a push would be for.", AudienceRequest, Estimate, needed=_NEEDED
     ),
     # Devices
     "POST /v1/devices": Described(
+        "registerDevice",
         "Register an installation. The device key is enough.",
         Properties,
         shapes.Registered,
@@ -173,50 +197,72 @@ DESCRIBED: Final[Mapping[str, Described]] = {
         optional_body=True,
     ),
     "POST /v1/devices/import": Described(
-        "Register many devices, or change them.", Import, shapes.Imported, codes=(7013, 7015)
+        "importDevices", "Register many devices, or change them.", Import, shapes.Imported, codes=(7013, 7015)
     ),
     "POST /v1/devices/{id}/token": Described(
+        "renewDeviceToken",
         "A new token. With the device key, the body shows the current one.",
         Renewal,
         shapes.Registered,
         optional_body=True,
     ),
-    "DELETE /v1/devices/{id}/token": Described("Revoke all tokens of a device and close its connection."),
-    "POST /v3/devices/status": Described("Who is online.", Ids, dict[str, shapes.Presence], codes=(7013,)),
-    "GET /v3/tags": Described("Tags that some device has.", answer=shapes.Tags),
+    "DELETE /v1/devices/{id}/token": Described(
+        "revokeDeviceTokens", "Revoke all tokens of a device and close its connection."
+    ),
+    "POST /v3/devices/status": Described(
+        "getDevicesStatus", "Who is online.", Ids, dict[str, shapes.Presence], codes=(7013,)
+    ),
+    "GET /v3/tags": Described("listTags", "Tags that some device has.", answer=shapes.Tags),
     "GET /v3/tags/{tag}/registration_ids/{id}": Described(
-        "Whether a device has a tag.", answer=shapes.HasTag
+        "deviceHasTag", "Whether a device has a tag.", answer=shapes.HasTag
     ),
-    "POST /v3/tags/{tag}": Described("Give devices a tag, or take it from them.", IdChanges, codes=(7013,)),
-    "DELETE /v3/tags/{tag}": Described("Take a tag from all devices.", query=(_PLATFORM,)),
+    "POST /v3/tags/{tag}": Described(
+        "updateTag", "Give devices a tag, or take it from them.", IdChanges, codes=(7013,)
+    ),
+    "DELETE /v3/tags/{tag}": Described("deleteTag", "Take a tag from all devices.", query=(_PLATFORM,)),
     "GET /v3/aliases/{alias}": Described(
-        "The devices of an alias.", answer=shapes.OfAlias, query=(_PLATFORM,)
+        "getDevicesOfAlias", "The devices of an alias.", answer=shapes.OfAlias, query=(_PLATFORM,)
     ),
-    "POST /v3/aliases/{alias}": Described("Take an alias from devices.", IdChanges, codes=(7013,)),
-    "DELETE /v3/aliases/{alias}": Described("Take an alias from all devices.", query=(_PLATFORM,)),
-    "GET /v3/devices/{id}": Described("One device's tags and alias.", answer=shapes.DeviceView),
+    "POST /v3/aliases/{alias}": Described(
+        "removeAliasFromDevices", "Take an alias from devices.", IdChanges, codes=(7013,)
+    ),
+    "DELETE /v3/aliases/{alias}": Described(
+        "deleteAlias", "Take an alias from all devices.", query=(_PLATFORM,)
+    ),
+    "GET /v3/devices/{id}": Described("getDevice", "One device's tags and alias.", answer=shapes.DeviceView),
     "POST /v3/devices/{id}": Described(
-        "Change a device's tags and alias.", ChangeRequest, codes=(7013, 7015)
+        "updateDevice", "Change a device's tags and alias.", ChangeRequest, codes=(7013, 7015)
     ),
     # Reports
     "GET /v3/received": Described(
-        "To how many devices messages came.", answer=list[shapes.Received], query=(_MSG_IDS,)
+        "getReceived", "To how many devices messages came.", answer=list[shapes.Received], query=(_MSG_IDS,)
     ),
     "GET /v3/received/detail": Described(
+        "getReceivedDetail",
         "The same by channel, with the whole account.",
         answer=list[shapes.ReceivedDetail],
         query=(_MSG_IDS,),
     ),
     "GET /v3/messages": Described(
-        "Statistics of messages by platform.", answer=list[shapes.MessageStatistics], query=(_MSG_IDS,)
+        "getMessageStatistics",
+        "Statistics of messages by platform.",
+        answer=list[shapes.MessageStatistics],
+        query=(_MSG_IDS,),
     ),
     "GET /v3/messages/detail": Described(
-        "Statistics of messages by channel.", answer=list[shapes.MessageDetail], query=(_MSG_IDS,)
+        "getMessageStatisticsDetail",
+        "Statistics of messages by channel.",
+        answer=list[shapes.MessageDetail],
+        query=(_MSG_IDS,),
     ),
     "POST /v3/status/message": Described(
-        "What became of one message for some devices.", StatusRequest, dict[str, shapes.DeviceStatus]
+        "getMessageStatus",
+        "What became of one message for some devices.",
+        StatusRequest,
+        dict[str, shapes.DeviceStatus],
     ),
     "GET /v3/users": Described(
+        "getUsers",
         "New, online and active users by hour, day or month.",
         answer=shapes.Users,
         query=(
@@ -227,36 +273,52 @@ DESCRIBED: Final[Mapping[str, Described]] = {
             Query("duration", "How many.", _integer(1, 72)),
         ),
     ),
-    "GET /v1/pushes/{msg_id}": Described("Everything that is counted of one push.", answer=shapes.PushReport),
-    "GET /v1/pushes/{msg_id}/curve": Described("The hours of a push.", answer=shapes.Curve),
+    "GET /v1/pushes/{msg_id}": Described(
+        "getPushReport", "Everything that is counted of one push.", answer=shapes.PushReport
+    ),
+    "GET /v1/pushes/{msg_id}/curve": Described("getPushCurve", "The hours of a push.", answer=shapes.Curve),
     "GET /v1/pushes/{msg_id}/devices/{registration_id}": Described(
-        "What happened between one push and one device.", answer=shapes.Trace
+        "getPushTrace", "What happened between one push and one device.", answer=shapes.Trace
     ),
     "GET /v1/events": Described(
+        "listDeviceEvents",
         "What devices told on event/NAME.",
         answer=shapes.Events,
         query=(_AFTER, Query("limit", "At most so many.", _integer(1, 1000, 100))),
     ),
     # Callbacks
-    "GET /v1/callbacks": Described("How much waits to be told.", answer=shapes.CallbackCounts),
+    "GET /v1/callbacks": Described(
+        "getCallbacks", "How much waits to be told.", answer=shapes.CallbackCounts
+    ),
     "GET /v1/callbacks/parked": Described(
+        "listParkedCallbacks",
         "What was given up, oldest first.",
         answer=shapes.Parked,
         query=(_AFTER, Query("limit", "At most so many.", _integer(1, 1000, 100))),
     ),
-    "POST /v1/callbacks/parked/retry": Described("Try what was given up again.", answer=shapes.Retried),
-    "DELETE /v1/callbacks/parked": Described("Drop what was given up.", answer=shapes.Dropped),
+    "POST /v1/callbacks/parked/retry": Described(
+        "retryParkedCallbacks", "Try what was given up again.", answer=shapes.Retried
+    ),
+    "DELETE /v1/callbacks/parked": Described(
+        "dropParkedCallbacks", "Drop what was given up.", answer=shapes.Dropped
+    ),
     # Administration
-    "GET /v1/settings": Described("The owner's settings of the app.", answer=shapes.OwnSettings),
+    "GET /v1/settings": Described(
+        "getSettings", "The owner's settings of the app.", answer=shapes.OwnSettings
+    ),
     "PUT /v1/settings": Described(
+        "replaceSettings",
         "Replace the owner's settings of the app; what is left out gets its default.",
         SettingsRequest,
         shapes.OwnSettings,
     ),
-    "GET /v1/keys": Described("The app's API keys, without their secrets.", answer=shapes.KeyList),
-    "POST /v1/keys": Described("Make an API key.", KeyRequest, shapes.NewKey),
-    "DELETE /v1/keys/{id}": Described("Delete an API key: it stops at once."),
+    "GET /v1/keys": Described(
+        "listKeys", "The app's API keys, without their secrets.", answer=shapes.KeyList
+    ),
+    "POST /v1/keys": Described("createKey", "Make an API key.", KeyRequest, shapes.NewKey),
+    "DELETE /v1/keys/{id}": Described("deleteKey", "Delete an API key: it stops at once."),
     "GET /v1/audit": Described(
+        "listAudit",
         "Administrative calls, newest first.",
         answer=shapes.AuditPage,
         query=(
@@ -264,7 +326,7 @@ DESCRIBED: Final[Mapping[str, Described]] = {
             Query("limit", "At most so many.", _integer(1, MAX_ENTRIES, 100)),
         ),
     ),
-    "GET /v1/openapi.json": Described("This document.", answer=dict[str, Any]),
+    "GET /v1/openapi.json": Described("getOpenApi", "This document.", answer=dict[str, Any]),
 }
 
 PARAMETERS: Final[Mapping[str, tuple[str, Schema]]] = {
@@ -275,3 +337,6 @@ PARAMETERS: Final[Mapping[str, tuple[str, Schema]]] = {
     "id": ("What the path names.", {"type": "string", "minLength": 1}),
 }
 """Names in paths."""
+
+SCHEMA_NAMES: Final[Mapping[type, str]] = {ChangeRequest: "DeviceChange", ScheduleChange: "ScheduleChange"}
+"""Of types whose own name another type has, too."""

@@ -7,15 +7,14 @@ from typing import Final
 
 import orjson
 
-from broker.api.call import DONE, Call, Endpoint
+from broker.api.call import BATCH_BODY, BODY, DONE, Call, Endpoint
 from broker.audiences.devices import Devices, Registered
 from broker.errors import DEVICE
-from broker.limits import Limits
 
 ISSUED: Final = "device.issue_token"  # in the audit log
 
 
-def device_endpoints(devices: Devices, limits: Limits) -> list[Endpoint]:
+def device_endpoints(devices: Devices) -> list[Endpoint]:
     async def register(call: Call) -> bytes:
         registered = await devices.register_json(call.app, call.raw, trusted=call.publisher)
         _note_tokens(call, [registered])
@@ -80,7 +79,6 @@ def device_endpoints(devices: Devices, limits: Limits) -> list[Endpoint]:
         await devices.delete_tag(call.app, call.path("tag"), call.query("platform"))
         return DONE
 
-    size = limits.max_body
     own = "/v1/devices"
     own_token = "/v1/devices/{id}/token"
     device = ("/v3/devices/{id}", "/v3/device/{id}")
@@ -89,20 +87,20 @@ def device_endpoints(devices: Devices, limits: Limits) -> list[Endpoint]:
     member = "/registration_ids/{id}"
     # In each plan the fixed paths come before those with a parameter in the same place.
     return [
-        Endpoint("POST", (own,), DEVICE, register, size, device_key=True),
-        Endpoint("POST", ("/v1/devices/import",), DEVICE, import_devices, limits.max_batch_body),
-        Endpoint("POST", (own_token,), DEVICE, renew, size, device_key=True, audit=ISSUED),
+        Endpoint("POST", (own,), DEVICE, register, BODY, device_key=True),
+        Endpoint("POST", ("/v1/devices/import",), DEVICE, import_devices, BATCH_BODY),
+        Endpoint("POST", (own_token,), DEVICE, renew, BODY, device_key=True, audit=ISSUED),
         Endpoint("DELETE", (own_token,), DEVICE, revoke, audit="token.revoke"),
-        Endpoint("POST", ("/v3/devices/status", "/v3/device/status"), DEVICE, status, size),
+        Endpoint("POST", ("/v3/devices/status", "/v3/device/status"), DEVICE, status, BODY),
         Endpoint("GET", ("/v3/tags", "/v3/tags/", "/v3/device/tags", "/v3/device/tags/"), DEVICE, tags),
         Endpoint("GET", (tag[0] + member, tag[1] + member), DEVICE, has_tag),
-        Endpoint("POST", tag, DEVICE, change_tag, size),
+        Endpoint("POST", tag, DEVICE, change_tag, BODY),
         Endpoint("DELETE", tag, DEVICE, delete_tag, audit="tag.delete"),
         Endpoint("GET", alias, DEVICE, of_alias),
-        Endpoint("POST", alias, DEVICE, change_alias, size, audit="alias.remove"),
+        Endpoint("POST", alias, DEVICE, change_alias, BODY, audit="alias.remove"),
         Endpoint("DELETE", alias, DEVICE, delete_alias, audit="alias.delete"),
         Endpoint("GET", device, DEVICE, get),
-        Endpoint("POST", device, DEVICE, change, size),
+        Endpoint("POST", device, DEVICE, change, BODY),
     ]
 
 

@@ -7,7 +7,7 @@ so every read is counted, whatever it is for, and gives the event loop a turn.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -17,13 +17,14 @@ from aiohttp import BodyPartReader, StreamReader, hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.multipart import MultipartReader
 
-from broker.api.call import BODY, DONE, Call, Endpoint
+from broker.api.call import BODY, DONE, Call, Endpoint, too_slow
 from broker.api.pushes import accepted_answer
 from broker.audiences.files import STEP, By, Files, StoredFile
 from broker.errors import PUSH, ApiError
 from broker.limits import limits_of
 from broker.pushing.pushes import Pushes
 from broker.pushing.requests import decode
+from broker.tenants.audit import printable
 
 FIELD: Final = "filename"  # what SDKs call the field with the list
 TTL_SIZE: Final = 16
@@ -105,9 +106,11 @@ async def _receive(files: Files, call: Call, by: By) -> StoredFile:
     file: StoredFile | None = None
     ttl: str | None = None
     try:
-        async for part in _parts(call.request, most):
+        async for part in _parts(
+            call.request, Body(call.request.content, most, files.limits.request_timeout)
+        ):
             if part.name == FIELD and file is None:
-                file = await files.write(call.app, by, (part.filename or "")[:255], _chunks(part))
+                file = await files.write(call.app, by, printable((part.filename or "")[:255]), _chunks(part))
             elif part.name == "ttl":
                 ttl = (await _read_field(part)).decode("utf-8", "replace").strip() or None
         if file is None:
@@ -122,23 +125,25 @@ async def _receive(files: Files, call: Call, by: By) -> StoredFile:
 
 
 class Body(StreamReader):
-    """What MultipartReader reads from: the body, up to `most` bytes of it and MAX_HEADS of lines."""
+    """What MultipartReader reads from: the body, up to `most` bytes of it and MAX_HEADS of lines. `patience`: seconds
+    that each read may take, so that a caller who vanished gives its place among the app's files back."""
 
-    def __init__(self, content: StreamReader, most: int) -> None:
+    def __init__(self, content: StreamReader, most: int, patience: float) -> None:
         self._content = content
         self._most = most
+        self._patience = patience
         self._left = most
         self._heads = MAX_HEADS
 
     async def read(self, n: int = -1) -> bytes:
-        return await self._count(await self._content.read(n))
+        return await self._count(self._content.read(n))
 
     async def readline(self, *, max_line_length: int | None = None) -> bytes:
-        line = await self._content.readline(max_line_length=max_line_length)
+        line = await self._count(self._content.readline(max_line_length=max_line_length))
         self._heads -= len(line)
         if self._heads < 0:
             raise ApiError(1003, f"the body has more than {MAX_HEADS} bytes of heads")
-        return await self._count(line)
+        return line
 
     def unread_data(self, data: bytes) -> None:
         self._left += len(data)
@@ -147,7 +152,12 @@ class Body(StreamReader):
     def at_eof(self) -> bool:
         return self._content.at_eof()
 
-    async def _count(self, chunk: bytes) -> bytes:
+    async def _count(self, reading: Awaitable[bytes]) -> bytes:
+        try:
+            async with asyncio.timeout(self._patience):
+                chunk = await reading
+        except TimeoutError:
+            raise ApiError(1003, too_slow(self._patience), http_status=408) from None
         self._left -= len(chunk)
         if self._left < 0:
             raise _too_large(self._most)
@@ -159,8 +169,8 @@ def _too_large(most: int) -> ApiError:
     return ApiError(1005, f"the body is larger than {most} bytes", http_status=413)
 
 
-async def _parts(request: web.Request, most: int) -> AsyncIterator[BodyPartReader]:
-    reader = MultipartReader(request.headers, Body(request.content, most))
+async def _parts(request: web.Request, body: Body) -> AsyncIterator[BodyPartReader]:
+    reader = MultipartReader(request.headers, body)
     for _ in range(MAX_FIELDS):
         part = await reader.next()
         if part is None:

@@ -26,15 +26,14 @@ from broker.errors import DEVICE, PUSH, REPORT, SCHEDULE, ApiError, Area
 
 def api_endpoints(broker: Broker) -> list[Endpoint]:
     """Every row of the API. Where two patterns fit a path, the one without a parameter stands first."""
-    limits = broker.limits
     return [
-        *push_endpoints(broker.pushes, broker.withdrawals, limits),
+        *push_endpoints(broker.pushes, broker.withdrawals),
         *schedule_endpoints(broker.schedules),
         *pace_endpoints(broker.pacer),
         *file_endpoints(broker.files, broker.pushes),
         *segment_endpoints(broker.segments),
-        *device_endpoints(broker.devices, limits),
-        *report_endpoints(broker.reports, limits),
+        *device_endpoints(broker.devices),
+        *report_endpoints(broker.reports),
         *user_endpoints(broker.users),
         *account_endpoints(broker.accounts),
         *callback_endpoints(broker.callbacks, broker.store),

@@ -16,7 +16,7 @@ import msgspec
 import orjson
 
 from broker.api.call import Call, Endpoint
-from broker.api.described import DESCRIBED, PARAMETERS, Described
+from broker.api.described import DESCRIBED, PARAMETERS, SCHEMA_NAMES, Described
 from broker.api.shapes import Refusal
 from broker.errors import PUSH, STATUS
 from broker.tenants.rates import JSON
@@ -38,6 +38,10 @@ _UPLOAD: Final = {
     },
     "required": ["filename"],
 }
+
+# Where two types have the same name msgspec uses the whole path of each.
+_RENAMED: Final = {f"{kind.__module__}.{kind.__qualname__}": name for kind, name in SCHEMA_NAMES.items()}
+_REFERENCES: Final = {REF.format(name=old): REF.format(name=new) for old, new in _RENAMED.items()}
 
 Document = dict[str, Any]
 
@@ -68,24 +72,43 @@ def document(endpoints: Sequence[Endpoint]) -> Document:
         for number, path in enumerate(_distinct(endpoint.paths)):
             operation = _operation(endpoint, row, path, body, answer, refusals)
             if number:
-                operation["tags"] = [OTHER_PLAN]
+                operation |= {"tags": [OTHER_PLAN], "operationId": f"{row.name}OtherAddress"}
             paths.setdefault(path, {})[endpoint.method.lower()] = operation
-    return {
+    whole: Document = {
         "openapi": "3.1.0",
         "info": {
             "title": "Holdfast",
             "version": version("holdfast"),
             "description": "The public HTTP API: JPush v3 in both its address plans, and paths of its own under /v1.",
         },
+        "servers": [{"url": "/"}],
         "security": [{"app": []}],
         "paths": paths,
         "components": {
-            "schemas": components,
+            "schemas": {_RENAMED.get(name, name): schema for name, schema in components.items()},
             "responses": refusals.found,
             "securitySchemes": _security(),
             "headers": {name: _header(about) for name, about in _HEADERS.items()},
         },
     }
+    for name in _RENAMED.values():
+        whole["components"]["schemas"][name]["title"] = name
+    tidied: Document = _tidied(whole)
+    return tidied
+
+
+def _tidied(node: Any) -> Any:
+    """For generators of clients: no dots in names of schemas, and every array says of what it is."""
+    if isinstance(node, list):
+        return [_tidied(part) for part in node]
+    if not isinstance(node, dict):
+        return node
+    tidied = {key: _tidied(part) for key, part in node.items()}
+    if node.get("type") == "array":
+        tidied.setdefault("items", {})
+    if isinstance(target := node.get("$ref"), str):
+        tidied["$ref"] = _REFERENCES.get(target, target)
+    return tidied
 
 
 def _described(endpoint: Endpoint) -> Described:
@@ -106,7 +129,7 @@ def _operation(
     refusals: _Refusals,
 ) -> Document:
     operation: Document = {
-        "operationId": re.sub(r"\W+", "_", f"{endpoint.method.lower()}{path}").strip("_"),
+        "operationId": row.name,
         "summary": row.summary,
         "tags": [endpoint.needs],
         "parameters": [*_path_parameters(path), *_query_parameters(row)],

@@ -7,16 +7,15 @@ from uuid import uuid4
 
 import orjson
 
-from broker.api.call import DONE, Call, Endpoint
+from broker.api.call import BATCH_BODY, BODY, DONE, Call, Endpoint
 from broker.errors import PUSH, ApiError
-from broker.limits import Limits
 from broker.pushing.pushes import Accepted, Pushes
 from broker.pushing.withdrawals import Withdrawals
 
 MAX_CIDS: Final = 1000
 
 
-def push_endpoints(pushes: Pushes, withdrawals: Withdrawals, limits: Limits) -> list[Endpoint]:
+def push_endpoints(pushes: Pushes, withdrawals: Withdrawals) -> list[Endpoint]:
     async def push(call: Call) -> bytes:
         return accepted_answer(await pushes.push(call.app, call.raw))
 
@@ -34,11 +33,11 @@ def push_endpoints(pushes: Pushes, withdrawals: Withdrawals, limits: Limits) -> 
         async def push_batch(call: Call) -> bytes:
             return _batch_results(await pushes.push_batch(call.app, call.raw, by))
 
-        return Endpoint("POST", (f"/v3/push/batch/{by}/single",), PUSH, push_batch, limits.max_batch_body)
+        return Endpoint("POST", (f"/v3/push/batch/{by}/single",), PUSH, push_batch, BATCH_BODY)
 
     return [
-        Endpoint("POST", ("/v3/push",), PUSH, push, limits.max_body),
-        Endpoint("POST", ("/v3/push/validate",), PUSH, validate, limits.max_body),
+        Endpoint("POST", ("/v3/push",), PUSH, push, BODY),
+        Endpoint("POST", ("/v3/push/validate",), PUSH, validate, BODY),
         Endpoint("GET", ("/v3/push/cid",), PUSH, cids),
         batch("regid"),
         batch("alias"),

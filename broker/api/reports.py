@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import orjson
 
-from broker.api.call import Call, Endpoint
+from broker.api.call import BODY, Call, Endpoint
 from broker.errors import REPORT
-from broker.limits import Limits
 from broker.telling.accounts import Accounts
 from broker.telling.reports import Reports
 from broker.telling.users import Users
@@ -16,7 +15,7 @@ def _plans(path: str) -> tuple[str, str]:
     return f"/v3/{path}", f"/v3/report/{path}"
 
 
-def report_endpoints(reports: Reports, limits: Limits) -> list[Endpoint]:
+def report_endpoints(reports: Reports) -> list[Endpoint]:
     async def received(call: Call) -> bytes:
         return orjson.dumps(await reports.received(call.app, call.query("msg_ids")))
 
@@ -40,7 +39,7 @@ def report_endpoints(reports: Reports, limits: Limits) -> list[Endpoint]:
         Endpoint("GET", _plans("received/detail"), REPORT, received_detail),
         Endpoint("GET", _plans("messages"), REPORT, messages),
         Endpoint("GET", _plans("messages/detail"), REPORT, messages_detail),
-        Endpoint("POST", _plans("status/message"), REPORT, status, limits.max_body),
+        Endpoint("POST", _plans("status/message"), REPORT, status, BODY),
         Endpoint("GET", ("/v1/events",), REPORT, events),
     ]
 

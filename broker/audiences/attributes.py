@@ -30,6 +30,7 @@ OPERATORS: Final = ("=", "!=", *ORDER, "in", "exists")
 NUMBER_BITS: Final = 63
 VERSION_BITS: Final = 64
 VERSION_PARTS: Final = 4
+VALUES_AT_ONCE: Final = 8  # of an "in"
 EXACT: Final = 2**53  # whole numbers up to it are whole in a double, too
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]+")
@@ -200,6 +201,19 @@ class Question(msgspec.Struct, frozen=True):
                 yield _term(self.name, "-")
                 yield from _slices(self.name, "#", NUMBER_BITS)
 
+    @property
+    def sliced(self) -> bool:
+        """It is about numbers or versions: some 64 lists and a millisecond for each value, a million devices."""
+        return any(self.op in ORDER or not isinstance(value, str | bool) for value in self.values)
+
+    def parts(self) -> Iterator[Question]:
+        """Questions that together have the same answer, each the work of a few milliseconds."""
+        if self.op != "in":
+            yield self
+            return
+        for start in range(0, len(self.values), VALUES_AT_ONCE):
+            yield Question(self.name, "in", self.values[start : start + VALUES_AT_ONCE])
+
     def answer(self, lists: Lists) -> BitMap:
         """The devices. May be one of the lists: it must not be changed."""
         match self.op:
@@ -217,7 +231,9 @@ class Question(msgspec.Struct, frozen=True):
     def _equals(self, value: AttributeValue, lists: Lists) -> BitMap:
         if isinstance(value, str | bool):
             return lists[_equal(self.name, value)]
-        return _split_numbers(self.name, value, lists)[1]
+        has, digits = _read_slices(self.name, "#", NUMBER_BITS, lists)
+        negative = lists[_term(self.name, "-")]
+        return equals(has & negative if value < 0 else has - negative, digits, number_code(value))
 
     def _compare(self, op: str, bound: AttributeValue, lists: Lists) -> BitMap:
         if isinstance(bound, str):
@@ -276,6 +292,15 @@ def _read_slices(name: str, kind: str, width: int, lists: Lists) -> tuple[BitMap
     """Who has a code, and its digits, the highest first."""
     digits = [lists[_digit(name, kind, digit)] for digit in reversed(range(width))]
     return lists[_term(name, kind)], digits
+
+
+def equals(has: BitMap, digits: Sequence[BitMap], code: int) -> BitMap:
+    """The devices in `has` with this code. `digits`: highest first."""
+    for place, ones in zip(reversed(range(len(digits))), digits, strict=True):
+        if not has:
+            break
+        has = has & ones if code >> place & 1 else has - ones
+    return has
 
 
 def split(has: BitMap, digits: Sequence[BitMap], bound: int) -> tuple[BitMap, BitMap, BitMap]:

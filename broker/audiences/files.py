@@ -86,6 +86,9 @@ class Lines:
         except UnicodeDecodeError as error:
             line = self._seen + head.count(b"\n", 0, error.start) + 1
             raise ApiError(1003, f"line {line}: is not valid UTF-8") from None
+        if b"\0" in head:  # UTF-16; and to SQLite's JSON a text ends there: another name
+            line = self._seen + head.count(b"\n", 0, head.index(b"\0")) + 1
+            raise ApiError(1003, f"line {line}: has a NUL character; the file must be UTF-8")
         if self._seen + head.count(b"\n") >= self._limits.max_file_lines:
             raise ApiError(1003, f"the file has more than {self._limits.max_file_lines} lines")
         lines = [line.strip() for line in head.split(b"\n")]

@@ -1,5 +1,5 @@
 """The rule language of segments: who belongs to one, as algebra over posting lists. Read once with every limit
-checked, then a tree of a few frozen nodes; answered with one look-up of all posting lists it names.
+checked, then a tree of a few frozen nodes; answered from posting lists, in steps that leave the event loop free.
 
     rule = {"and": [rule, …]} | {"or": [rule, …]} | {"not": rule}
          | {"tag": name} | {"alias": name} | {"platform": name}
@@ -12,6 +12,7 @@ checked, then a tree of a few frozen nodes; answered with one look-up of all pos
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, TypeAlias
@@ -26,6 +27,7 @@ from broker.model import PLATFORMS, Activity, Term, TermKey
 from broker.store import Store
 
 MAX_DAYS: Final = 366  # of last_active
+SLICED_PARTS: Final = 8  # that a question about numbers or versions counts for more: it is 64 posting lists
 EVERYONE: Final[TermKey] = (Term.ALL, "")
 
 
@@ -109,7 +111,7 @@ class _Reader:
                 return Has((Term.PLATFORM, value))
             case "attribute":
                 question = read_question(value, rule.get("op"), rule.get("value"), path, self._limits)
-                self._spend(len(question.values), path)
+                self._spend(len(question.values) + (SLICED_PARTS if question.sliced else 0), path)
                 return question
             case "last_active":
                 return self._read_last_active(value, inner)
@@ -201,6 +203,7 @@ class Facts(msgspec.Struct, frozen=True):
     """What a rule is answered from. Nothing in it is changed."""
 
     lists: Mapping[TermKey, BitMap]
+    sliced: Mapping[int, BitMap] = {}  # id() of a question about numbers or versions -> its answer
     active: Mapping[float, BitMap] = {}  # days -> who was online in them
     older: Mapping[float, int] = {}  # time -> devnos below this number were registered before it
 
@@ -217,13 +220,13 @@ def nodes(rule: Rule) -> Iterator[Rule]:
 
 
 def terms(rule: Rule) -> set[TermKey]:
-    """The posting lists that it needs."""
+    """The posting lists that it needs, without those of sliced questions."""
     found = {EVERYONE}
     for node in nodes(rule):
         match node:
             case Has(term):
                 found.add(term)
-            case Question():
+            case Question() if not node.sliced:
                 found.update(node.terms())
     return found
 
@@ -245,7 +248,7 @@ def _answer(rule: Rule, facts: Facts) -> BitMap:
         case Has(term):
             return facts.lists[term]
         case Question():
-            return rule.answer(facts.lists)
+            return facts.sliced[id(rule)] if rule.sliced else rule.answer(facts.lists)
         case LastActive(days, within):
             there = facts.active[days]
             return there if within else facts.lists[EVERYONE] - there
@@ -265,7 +268,8 @@ def _answers(rules: Sequence[Rule], facts: Facts) -> list[BitMap]:
 
 
 async def resolve_rules(store: Store, app_id: int, rules: Sequence[Rule], now: float) -> list[BitMap]:
-    """The devices of each rule, with one look-up of posting lists for all; the caller owns the results."""
+    """The devices of each rule; the caller owns the results. One look-up of posting lists for all rules, and one for
+    each question about numbers or versions."""
     keys = list(set().union(*map(terms, rules)))
     found = [node for rule in rules for node in nodes(rule)]
     times = {
@@ -281,8 +285,25 @@ async def resolve_rules(store: Store, app_id: int, rules: Sequence[Rule], now: f
         if isinstance(node, LastActive)
     }
     older = dict(zip(times, await store.registered_before(app_id, list(times)), strict=True)) if times else {}
-    facts = Facts(dict(zip(keys, await store.postings(app_id, keys), strict=True)), active, older)
+    sliced = {
+        id(node): await _answer_sliced(store, app_id, node)
+        for node in found
+        if isinstance(node, Question) and node.sliced
+    }
+    lists = dict(zip(keys, await store.postings(app_id, keys), strict=True))
+    facts = Facts(lists, sliced, active, older)
     return [answer(rule, facts) for rule in rules]
+
+
+async def _answer_sliced(store: Store, app_id: int, question: Question) -> BitMap:
+    """Its lists, some megabytes, are held for no longer than this takes, and others get their turn meanwhile."""
+    keys = list(dict.fromkeys(question.terms()))
+    lists = dict(zip(keys, await store.postings(app_id, keys), strict=True))
+    devnos = BitMap()
+    for part in question.parts():
+        devnos |= part.answer(lists)
+        await asyncio.sleep(0)
+    return devnos
 
 
 async def _active(store: Store, app_id: int, days: float, now: float) -> BitMap:

@@ -5,8 +5,10 @@ acknowledged when all its pushes are durable, and not before. While the store is
 broker's own window stops the flow. Acknowledgements go out in the order in which the messages came (MQTT5-4.6.0-2).
 
 What the broker sends again (DUP), because an acknowledgement was lost with its connection, is known by packet id and
-contents, and not pushed again. Only a crash between the push and its acknowledgement makes a second push, unless the
-message carries a cid: by the rule's `cid`, or by a user property of that name.
+contents, and not pushed again. But a broker may give the id anew once it has the acknowledgement, to an equal message
+of its own right; so only what was not acknowledged, or in the connection's last ACK_DOUBT, is taken for a repeat. A
+crash of ours, or an acknowledgement that was lost earlier than that, makes a second push, unless the message carries a
+cid: by the rule's `cid`, or by a user property of that name.
 
 aiomqtt acknowledges a message before it hands it out, and has no setting for that. So the paho client underneath is
 told not to, and gives its messages to us: `_take_over` is the only place that knows.
@@ -17,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import random
 import ssl
 import time
@@ -48,6 +51,12 @@ MAX_PACKET: Final = 1 << 20  # a larger message is no push, and should not fill 
 MOST_ARRIVED: Final = (
     10_000  # messages in memory: of a broker that sends without waiting for acknowledgements
 )
+ARRIVED_BYTES: Final = 64 << 20  # of their payloads
+ACK_DOUBT: Final = 5.0  # an acknowledgement sent so shortly before the connection ended may not have arrived
+REASON_SIZE: Final = 500  # characters of why a message was refused, logged and sent along
+ENVELOPE: Final = 64  # of a dead letter besides payload, topics and reason, at most
+BURIALS: Final = 2  # connections in a row that took no dead letter: then for UNBURIED none is tried
+UNBURIED: Final = 60.0  # longer than MAX_PAUSE, so that what comes again after a reconnect is acknowledged
 CLOSE_LIMIT: Final = 8.0  # for what is under way, a connection being made included
 CID: Final = "cid"  # the user property
 GOODBYE: Final = "holdfast/goodbye"  # nobody subscribes to it
@@ -112,12 +121,25 @@ def make_bridge(config: Config, apps: Apps, pushes: Pushes, metrics: Metrics) ->
 
 
 @dataclass(slots=True, eq=False)
+class _Known:
+    """The message that had a packet id last."""
+
+    contents: bytes  # their hash
+    rules: set[int] = field(default_factory=set)  # by which it was pushed
+    acked_at: float = math.inf
+
+
+@dataclass(slots=True, eq=False)
 class _Connection:
     """One TCP life. What is left of it when it ends is waited for, so that the next one knows what was pushed."""
 
     client: aiomqtt.Client
     ack: Callable[[int, int], object]  # packet id, QoS
+    end: Callable[[], object]
     arrived: asyncio.Queue[MQTTMessage | None] = field(default_factory=asyncio.Queue)  # None: the end
+    waiting_bytes: int = 0  # of `arrived`
+    max_packet: float = math.inf  # that the broker takes
+    unburied: bool = False  # it took no dead letter
     ended: asyncio.Event = field(default_factory=asyncio.Event)  # from now on nothing is begun
 
 
@@ -132,8 +154,10 @@ class Bridge:
         self._apps = apps
         self._pushes = pushes
         self._first_pause = first_pause
-        # Packet id (16 bits) -> the message that had it last, and the rules by which it was pushed.
-        self._pushed: dict[int, tuple[bytes, set[int]]] = {}
+        self._pushed: dict[int, _Known] = {}  # by packet id (16 bits)
+        self._lost_at = -math.inf  # when the last connection ended
+        self._burials_failed = 0  # connections in a row
+        self._bury_at = 0.0  # not before
         self._stop = asyncio.Event()
         self._run: asyncio.Task[None] | None = None
 
@@ -156,6 +180,8 @@ class Bridge:
             except (aiomqtt.MqttError, OSError) as error:
                 level = logging.DEBUG if failures else logging.WARNING
                 log_event(log, level, "bridge not connected", host=self._settings.host, reason=str(error))
+            except Exception:  # a broker that answers what nobody expects must not end the bridge
+                log.exception("bridge")
             failures = 0 if time.monotonic() - began > MAX_PAUSE else failures + 1
             await _wait(self._stop, self._pause(failures))
 
@@ -175,9 +201,10 @@ class Bridge:
             self.stats.connected = True
             pushing = asyncio.create_task(self._push_all(connection))
             try:
-                await self._until_end(client)
+                await self._until_end(client, pushing)
             finally:
                 self.stats.connected = False
+                self._lost_at = time.monotonic()
                 connection.ended.set()
                 connection.arrived.put_nowait(None)
                 await asyncio.wait([pushing])
@@ -213,19 +240,26 @@ class Bridge:
     def _take_over(self, client: aiomqtt.Client) -> _Connection:
         """Have its messages come to us, unacknowledged."""
         paho = client._client
-        connection = _Connection(client, paho.ack)
+        connection = _Connection(client, paho.ack, paho.disconnect)
         paho.manual_ack_set(True)
         connected: Any = paho.on_connect
 
         def on_message(paho: Any, _userdata: Any, message: MQTTMessage) -> None:
-            if connection.arrived.qsize() < MOST_ARRIVED:
+            if len(message.payload) > MAX_PACKET:
+                message.payload = b""  # 3.1.1 cannot forbid it; as an empty one it is refused
+            size = len(message.payload)
+            if connection.arrived.qsize() < MOST_ARRIVED and connection.waiting_bytes + size <= ARRIVED_BYTES:
+                connection.waiting_bytes += size
                 connection.arrived.put_nowait(message)
+            elif message.qos == 0:
+                self._count_refused("crowded")
             else:
                 paho.disconnect()  # not acknowledged: it comes again
 
         def on_connect(paho: Any, userdata: Any, flags: Any, reason: Any, properties: Any) -> None:
             if not flags.session_present:
                 self._pushed.clear()  # its packet ids begin anew
+            connection.max_packet = getattr(properties, "MaximumPacketSize", math.inf)
             connected(paho, userdata, flags, reason, properties)
 
         paho.on_message = on_message
@@ -240,6 +274,8 @@ class Bridge:
             answers = await client.subscribe([(name, options) for name in filters])
         else:
             answers = await client.subscribe([(name, 1) for name in filters])
+        if len(answers) != len(filters):
+            raise aiomqtt.MqttError(f"the broker answers {len(answers)} of {len(filters)} subscriptions")
         for name, answer in zip(filters, answers, strict=True):
             granted: Any = getattr(answer, "value", answer)
             if granted != 1:
@@ -247,13 +283,14 @@ class Bridge:
                     f"the broker answers {granted} to a subscription of {name} with QoS 1"
                 )
 
-    async def _until_end(self, client: aiomqtt.Client) -> None:
+    async def _until_end(self, client: aiomqtt.Client, pushing: asyncio.Task[None]) -> None:
         lost = asyncio.create_task(_drain(client))
         stopped = asyncio.create_task(self._stop.wait())
         try:
-            await asyncio.wait([lost, stopped], return_when=asyncio.FIRST_COMPLETED)
-            if lost.done():
-                lost.result()
+            await asyncio.wait([lost, stopped, pushing], return_when=asyncio.FIRST_COMPLETED)
+            for task in (lost, pushing):
+                if task.done():
+                    task.result()
         finally:
             for task in (lost, stopped):
                 task.cancel()
@@ -267,6 +304,7 @@ class Bridge:
         started: _Started = asyncio.Queue()
         acknowledging = asyncio.create_task(self._acknowledge(connection, started, room))
         while (message := await connection.arrived.get()) is not None:
+            connection.waiting_bytes -= len(message.payload)
             await room.acquire()
             if connection.ended.is_set():
                 break
@@ -276,13 +314,27 @@ class Bridge:
         await acknowledging
 
     async def _acknowledge(self, connection: _Connection, started: _Started, room: asyncio.Semaphore) -> None:
+        refused = False  # one that must come again: later ones are acknowledged after it (MQTT5-4.6.0-2)
         while (entry := await started.get()) is not None:
             message, handling = entry
-            if await handling and message.qos == 1:
+            if not await handling:
+                refused = True
+            elif message.qos == 1 and not refused:
                 connection.ack(message.mid, 1)
+                if (known := self._pushed.get(message.mid)) is not None:
+                    known.acked_at = time.monotonic()
             room.release()
 
     async def _handle(self, message: MQTTMessage, connection: _Connection) -> bool:
+        """True: it may be acknowledged. Also what breaks us: it must not come again for ever."""
+        try:
+            return await self._try(message, connection)
+        except Exception:
+            log.exception("bridge: message %d", message.mid)
+            self._count_refused("error")
+            return True
+
+    async def _try(self, message: MQTTMessage, connection: _Connection) -> bool:
         """Push it by each rule that it fits. True: it may be acknowledged."""
         if message.retain:  # of before our subscription, which a broker may send at every connect
             self._count_refused("retained")
@@ -308,19 +360,20 @@ class Bridge:
                 problem = ("error", f"rule {rule.number}: internal error")
         if problem is None:
             return True
-        self._refuse(message, *problem)
-        return await self._bury(message, problem[1], connection)
+        label, reason = problem[0], problem[1][:REASON_SIZE]
+        self._refuse(message, label, reason)
+        return await self._bury(message, reason, connection)
 
     def _pushed_by(self, message: MQTTMessage) -> set[int]:
         """Rules by which it was pushed, in this life of ours and of the session."""
         if message.qos == 0:
             return set()
         contents = hashlib.blake2b(message.topic.encode() + b"\0" + message.payload, digest_size=16).digest()
-        known, rules = self._pushed.get(message.mid, (b"", set()))
-        if not message.dup or known != contents:
-            rules = set()
-            self._pushed[message.mid] = (contents, rules)
-        return rules
+        known = self._pushed.get(message.mid)
+        again = message.dup and known is not None and known.acked_at > self._lost_at - ACK_DOUBT
+        if known is None or not again or known.contents != contents:
+            known = self._pushed[message.mid] = _Known(contents)
+        return known.rules
 
     def _matches(self, topic: str) -> list[tuple[Rule, dict[str, str]]]:
         found = [(rule, rule.pattern.match(topic)) for rule in self._settings.rules]
@@ -334,8 +387,11 @@ class Bridge:
                 app = await self._apps.find(rule.app)
                 if app is None:
                     raise Unfit(f"there is no app {rule.app}")
-                await self._pushes.push(app, raw)
+                accepted = await self._pushes.push(app, raw)
                 self.stats.pushed += 1
+                log_event(
+                    log, logging.INFO, "bridge pushed", app=app.key, rule=rule.number, msg_id=accepted.msg_id
+                )
                 return True
             except StoreError as error:
                 problem = str(error)
@@ -357,20 +413,43 @@ class Bridge:
             self.stats.on_refused(label)
 
     async def _bury(self, message: MQTTMessage, reason: str, connection: _Connection) -> bool:
-        """Publish what cannot be pushed on the dead topic. False: it could not be, and must come again."""
+        """Publish what cannot be pushed on the dead topic, if the broker takes it: pushes matter more. False: the
+        connection ends, and it comes again."""
         topic = self._settings.dead_topic
         if topic is None:
             return True
-        properties = None
-        if self._settings.protocol == "5":
-            properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
-            properties.UserProperty = [("topic", message.topic), ("reason", reason)]
+        size = ENVELOPE + sum(len(text.encode()) for text in (topic, message.topic, reason))
+        if time.monotonic() < self._bury_at or size + len(message.payload) > connection.max_packet:
+            self._count_refused("unburied")
+            return True
         try:
-            await connection.client.publish(topic, message.payload, qos=1, properties=properties)
+            await connection.client.publish(
+                topic, message.payload, qos=1, properties=self._letter_properties(message.topic, reason)
+            )
         except aiomqtt.MqttError as error:
-            log_event(log, logging.WARNING, "bridge cannot publish", topic=topic, reason=str(error))
+            log_event(log, logging.ERROR, "bridge cannot publish", topic=topic, reason=str(error))
+            self._note_unburied(connection)
             return False
+        self._burials_failed = 0
         return True
+
+    def _letter_properties(self, topic: str, reason: str) -> Properties | None:
+        if self._settings.protocol != "5":
+            return None
+        properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+        properties.UserProperty = [("topic", topic), ("reason", reason)]
+        return properties
+
+    def _note_unburied(self, connection: _Connection) -> None:
+        """Later messages must not be acknowledged before this one: so its connection ends."""
+        if not connection.unburied:
+            connection.unburied = True
+            self._burials_failed += 1
+            if self._burials_failed >= BURIALS:
+                self._burials_failed = 0
+                self._bury_at = time.monotonic() + UNBURIED
+        connection.ended.set()
+        connection.end()
 
 
 async def _drain(client: aiomqtt.Client) -> None:

@@ -70,9 +70,11 @@ class Pace(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
         return msgspec.structs.replace(self, start=moment - self.part * self.duration / self.parts)
 
     def resumed(self, now: float) -> Pace:
-        """The plan goes on where it was when it was paused; one that had not begun begins as planned."""
+        """The plan goes on where it was when it was paused; one that had not begun begins as planned, and so does one
+        that quiet hours hold up: it stands until one gap before the next part."""
         assert self.paused_at is not None
-        lost = max(0.0, now - max(self.paused_at, self.start))
+        stands = self.begins(max(0, self.part - 1))
+        lost = max(0.0, now - max(self.paused_at, stands))
         return msgspec.structs.replace(self, start=self.start + lost, paused_at=None)
 
 

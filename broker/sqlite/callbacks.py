@@ -22,7 +22,7 @@ from broker.sqlite.threads import Handler
 EVENT_DEVICES: Final = (
     1000  # of one row: what is told, tried again and forgotten together (about 60 KB of JSON)
 )
-SLICE_ROWS: Final = 4_000  # parked rows changed in one transaction, so that other writes get through
+SLICE_ROWS: Final = 1_000  # parked rows changed in one transaction, so that other writes get through
 KNOWN_CALLBACKS: Final = 1024  # decoded ones kept ready
 
 Note = tuple[int, int, str, Iterable[int], float]

@@ -60,6 +60,7 @@ CREATE TABLE callback_events (
     attempts INTEGER NOT NULL DEFAULT 0, error TEXT NOT NULL DEFAULT '');
 CREATE INDEX callback_events_due ON callback_events (due) WHERE due IS NOT NULL;
 CREATE INDEX callback_events_by_app ON callback_events (app, id);
+CREATE INDEX callback_events_parked ON callback_events (app, id) WHERE due IS NULL;
 
 CREATE TABLE activity (  -- who was there in an hour or a day (width, seconds); chunk = devno >> 16
     app INTEGER NOT NULL, kind TEXT NOT NULL, width INTEGER NOT NULL, start INTEGER NOT NULL,

@@ -6,8 +6,11 @@ import asyncio
 import ipaddress
 import re
 import socket
+import threading
+from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from contextvars import ContextVar
 from typing import Any, Final
 
 import msgspec
@@ -20,7 +23,7 @@ from broker.model import CALLBACK_EVENTS, Callback
 
 URL_SIZE: Final = 2048
 PARAMS_SIZE: Final = 1024  # bytes of JSON; each event carries them
-RESOLVER_THREADS: Final = 4  # look-ups at once: getaddrinfo blocks, and a stranger's name server may be slow
+RESOLVING: Final = 64  # look-ups at once, a thread each: a stranger's name server may never answer
 KEYS: Final = ("url", "events", "type", "params")
 TYPES: Final[Mapping[int, tuple[str, ...]]] = {  # the vendor's
     1: ("delivered",),
@@ -67,7 +70,7 @@ def _read_url(value: object) -> str:
     try:
         url = URL(value)
         right = url.scheme in ("http", "https") and bool(url.host) and url.port != 0
-    except ValueError:
+    except (ValueError, IndexError):  # yarl has both for a host that it cannot read
         right = False
     if not right or not value.isprintable() or " " in value:
         raise _wrong("callback.url", "must be a URL such as https://example.com/holdfast")
@@ -115,9 +118,24 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(str(inner))
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+    closed = any(ip in network for network in _CLOSED if network.version == ip.version)
+    return ip.is_global and not (closed or ip.is_multicast or ip.is_reserved)
 
 
+# Not global in fact, whatever the Python at hand knows of it.
+_CLOSED: Final = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            "192.0.0.0/24",  # protocol assignments; one cloud's metadata service
+            "192.88.99.0/24",  # 6to4 relays (RFC 7526)
+            "168.63.129.16/32",  # one cloud's host, of each machine in it
+            "fec0::/10",  # site-local (RFC 3879); the host of some virtual machines
+            "3fff::/20",  # documentation (RFC 9637)
+            "5f00::/16",  # segment routing (RFC 9602)
+        ),
+    )
+)
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
 
 
@@ -128,7 +146,7 @@ def check_literal(url: URL, *, private: bool) -> None:
     try:
         allowed = private or is_public(host)
     except ValueError:
-        allowed = not _NUMBER.fullmatch(host.rstrip(".").rpartition(".")[2])
+        allowed = ":" not in host and not _NUMBER.fullmatch(host.rstrip(".").rpartition(".")[2])
     if not allowed:
         raise _refused(host)
 
@@ -140,30 +158,63 @@ def _refused(address: str) -> Refused:
     return Refused(f"{address} is not a public address (callbacks.private_addresses)")
 
 
+CALLER: Final[ContextVar[int]] = ContextVar("CALLER", default=0)
+"""The app for which a name is looked up."""
+
+
 class CheckedResolver(AbstractResolver):
     """Hands out only addresses that may be called. What is connected to is what was checked, so a name cannot
-    change its mind in between (DNS rebinding)."""
+    change its mind in between (DNS rebinding).
+
+    getaddrinfo has no time limit, and whoever gave up waiting cannot end it. So each look-up has a thread of its own,
+    which nobody waits for, and an app has at most as many as are still free for all others."""
 
     def __init__(self, *, private: bool) -> None:
         self._private = private
-        # Its own threads: those of the event loop are for others, who must not wait for a stranger's names.
-        self._pool = ThreadPoolExecutor(RESOLVER_THREADS, thread_name_prefix="callback-names")
+        self._resolving: Counter[int] = Counter()  # look-ups under way, by app
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
         """Raises OSError, of which Refused is one."""
-        found = await asyncio.get_running_loop().run_in_executor(
-            self._pool, lambda: socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
-        )
+        app_id = CALLER.get()
+        if self._resolving[app_id] >= RESOLVING - self._resolving.total():
+            raise OSError(f"{host}: too many names of this app are being looked up")
+        found = await self._look_up(app_id, host, port, family)
         addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
         allowed = [address for address in addresses if self._private or is_public(address)]
         if not allowed:
             raise _refused(f"{host} ({', '.join(addresses)})")
         return [_result(host, port, address) for address in allowed]
 
+    def _look_up(
+        self, app_id: int, host: str, port: int, family: socket.AddressFamily
+    ) -> asyncio.Future[Any]:
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Any] = loop.create_future()
+
+        def settle(found: Any, error: Exception | None) -> None:
+            self._resolving[app_id] -= 1
+            self._resolving += Counter()  # less the zeros
+            if answer.done():  # given up
+                return
+            answer.set_exception(error) if error is not None else answer.set_result(found)
+
+        def run() -> None:
+            found, failed = None, None
+            try:
+                found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
+            except (OSError, ValueError) as error:  # the latter: not a name that could be asked for
+                failed = error
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(settle, found, failed)
+
+        threading.Thread(target=run, name="callback-names", daemon=True).start()
+        self._resolving[app_id] += 1
+        return answer
+
     async def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Look-ups under way are left to end by themselves."""
 
 
 def _result(host: str, port: int, address: str) -> ResolveResult:

@@ -4,8 +4,11 @@ The store enters each event in the transaction in which it happened, so none is 
 taken out. An event goes out at least once: a receiver that saw it while its answer was lost sees the same `event_id`
 again. Events of one app and URL form a lane. A lane has one POST at a time, so they arrive in order while all goes
 well; a lane whose receiver fails waits, the longer the more often it failed, and what comes for it meanwhile is
-handed back to the store untried. So is what a receiver has no room for, until it is about to have it. So memory holds
-at most HELD, for one receiver at most HOST_HELD, and a long queue for one does not stand before the others' events.
+handed back to the store untried. So is what an app or a receiver has no room for. What is handed back comes again
+spread out (Turns), so a long queue for one is neither read again and again nor stands before the others' events.
+
+Nobody can take all of the room. An app may hold as many events, and have as many POSTs under way, as are still free
+for all others: half if it is alone, a third each if they are two. The same holds within an app for its hosts.
 """
 
 from __future__ import annotations
@@ -13,12 +16,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import itertools
 import logging
 import math
 import random
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -32,7 +34,7 @@ from broker.logs import log_event
 from broker.metrics import Metrics
 from broker.model import App, CallbackEvent
 from broker.store import Store, StoreError
-from broker.telling.callback_urls import CheckedResolver, Refused, check_literal
+from broker.telling.callback_urls import CALLER, CheckedResolver, Refused, check_literal
 
 log: Final = logging.getLogger(__name__)
 DAY: Final = 86_400.0
@@ -40,8 +42,8 @@ DAY: Final = 86_400.0
 PAUSE: Final = 1.0  # between looks at the store; also how long events gather
 BREATH: Final = 0.05  # between two looks while there is more: the writer is for pushes
 CLAIMED: Final = 2000  # events of one look
+BREATH_EVENTS: Final = 100  # of them taken in one go
 HELD: Final = 20_000  # weight of the events in memory, some 20 MB; the others stay in the store
-HOST_HELD: Final = 5000  # of this, for one receiving host: a slow one does not take the room of the others
 WEIGHED_DEVICES: Final = 50  # devices that weigh as much as an event
 BATCH_EVENTS: Final = 200  # of one POST
 BATCH_BYTES: Final = 256 << 10  # of one POST's body, by estimate
@@ -49,8 +51,8 @@ LANES: Final = (
     4096  # app and URL pairs remembered; past it the failures of the oldest idle ones are forgotten
 )
 LEASE: Final = 120.0  # what was claimed and not finished by then is due again
-CROWDED_LEAST, CROWDED_MOST = 0.5, 30.0  # seconds until events that found no room are looked at again
-FIRST_RATE: Final = 200.0  # events a second that a receiver is thought to take, until it is known
+CROWDED: Final = 0.5  # until events that found no room are looked at again, at least
+LEAST_RATE: Final = 500.0  # handed-back events that come again each second, however slow the receiver is
 COUNT_PAUSE: Final = 10.0  # between two counts of what waits, for the metrics
 ERROR_SIZE: Final = 200  # characters of an error that are kept
 EVENT_BYTES: Final = 160  # of an event's JSON, less params and ids
@@ -104,38 +106,83 @@ class Stats:
         """Called after each POST: was it taken, and its seconds."""
 
 
+@dataclass(slots=True)
+class Turns:
+    """When events that were handed back come again, one after the other: each look at the store moves few of them."""
+
+    booked: float = 0.0
+
+    def next(self, earliest: float, rate: float = LEAST_RATE) -> float:
+        """At most `rate` a second; in steps of a second, so that many come back at once."""
+        begin = max(self.booked, earliest)
+        self.booked = begin + 1 / rate
+        return max(earliest, math.floor(begin))
+
+
+@dataclass(slots=True, eq=False)
+class Share:
+    """What an app, or one of its hosts, has of the room."""
+
+    held: int = 0  # weight
+    sending: int = 0  # POSTs
+    rate: float = LEAST_RATE  # events a second that it takes
+    turns: Turns = field(default_factory=Turns)
+
+    def next_room(self, now: float) -> float:
+        """When there should be room for one event more."""
+        return self.turns.next(now + CROWDED, max(self.rate, LEAST_RATE))
+
+    def hold(self, weight: int) -> None:
+        self.held += weight
+        if not self.held:
+            self.turns = Turns()
+
+    def took(self, events: int, seconds: float) -> None:
+        self.rate += 0.3 * (events * self.sending / max(seconds, 1e-3) - self.rate)
+
+
+@dataclass(slots=True, eq=False)
+class Tenant(Share):
+    """What all lanes of one app share."""
+
+    hosts: dict[str, Host] = field(default_factory=dict)
+    # Those with lanes that wait for a connection, the one that had its turn last at the end.
+    waiting: dict[str, Host] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class Host(Share):
+    """What all lanes of one app to one host share. A host is a name: with many ports it is still one machine."""
+
+    queue: deque[Lane] = field(default_factory=deque)  # those that wait for a connection
+
+
 @dataclass(slots=True, eq=False)
 class Lane:
     """The events of one app for one URL that are in memory."""
 
     app_id: int
     url: str
+    name: str  # of the host
+    tenant: Tenant
     host: Host
     events: deque[tuple[float, CallbackEvent]] = field(default_factory=deque)  # claimed until
     busy: bool = False  # a POST is under way, or in the host's queue
     failures: int = 0  # in a row
     retry_at: float = 0.0
+    turns: Turns = field(default_factory=Turns)  # of what waits for the retry
     error: str = ""  # of the last failure
 
+    @property
+    def shares(self) -> tuple[Share, Share]:
+        return self.tenant, self.host
 
-@dataclass(slots=True, eq=False)
-class Host:
-    """What all lanes to one scheme, name and port share."""
+    def hold(self, weight: int) -> None:
+        for share in self.shares:
+            share.hold(weight)
 
-    queue: deque[Lane] = field(default_factory=deque)  # those that wait for a connection
-    held: int = 0  # weight
-    sending: int = 0  # POSTs
-    rate: float = FIRST_RATE  # events a second that it takes
-    booked: float = 0.0  # until then it is busy with what was handed back
-
-    def next_room(self, now: float) -> float:
-        """When there should be room for one event more; in steps, so that many come back at once."""
-        self.booked = max(self.booked, now) + 1 / self.rate
-        due = min(max(self.booked, now + CROWDED_LEAST), now + CROWDED_MOST)
-        return math.ceil(due / CROWDED_LEAST) * CROWDED_LEAST
-
-    def took(self, events: int, seconds: float) -> None:
-        self.rate += 0.3 * (events * self.sending / max(seconds, 1e-3) - self.rate)
+    def forget_failures(self) -> None:
+        self.failures, self.retry_at, self.turns, self.error = 0, 0.0, Turns(), ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,10 +210,10 @@ class Callbacks:
         self._pause = pause
         self._lanes: OrderedDict[tuple[int, str], Lane] = OrderedDict()  # least lately used first
         self._lanes_kept = LANES
-        self._hosts: dict[str, Host] = {}
-        self._queue: dict[
-            str, Host
-        ] = {}  # those with lanes that wait, the one that had its turn last at the end
+        self._tenants: dict[int, Tenant] = {}
+        # Those with lanes that wait for a connection, the one that had its turn last at the end.
+        self._waiting: dict[int, Tenant] = {}
+        self._connections: Counter[str] = Counter()  # POSTs under way, by host
         self._held = 0
         self._counted_at = -COUNT_PAUSE
         self._sending: set[asyncio.Task[None]] = set()
@@ -217,19 +264,23 @@ class Callbacks:
 
     async def turn(self) -> bool:
         """Claim what is due and start what may start. True: there may be more that is due. Raises StoreError."""
-        room = min(CLAIMED, HELD - self._held)
         now = self._clock()
-        claimed = await self._store.callbacks.claim(now, LEASE, room) if room > 0 else []
+        claimed = await self._store.callbacks.claim(now, LEASE, CLAIMED)
         later: dict[float, list[int]] = {}
         parked: dict[str, list[int]] = {}
-        for event in claimed:
+        for i, event in enumerate(claimed, 1):
             self._take(event, now, later, parked)
+            if not i % BREATH_EVENTS:
+                await asyncio.sleep(0)  # each may be of a new lane
         self._start()
-        for due, event_ids in later.items():
-            await self._store.callbacks.postpone(event_ids, due)
+        await self._postpone(later)
         for error, event_ids in parked.items():
             await self._park(event_ids, error)
-        return room > 0 and len(claimed) == room
+        return len(claimed) == CLAIMED
+
+    async def _postpone(self, later: dict[float, list[int]]) -> None:
+        for due, event_ids in later.items():
+            await self._store.callbacks.postpone(event_ids, due)
 
     def _take(
         self, event: CallbackEvent, now: float, later: dict[float, list[int]], parked: dict[str, list[int]]
@@ -240,32 +291,40 @@ class Callbacks:
             if now - event.at >= self._settings.max_age:
                 parked.setdefault(lane.error, []).append(event.event_id)
             else:
-                later.setdefault(lane.retry_at, []).append(event.event_id)
-        elif lane.host.held >= HOST_HELD:
-            later.setdefault(lane.host.next_room(now), []).append(event.event_id)
+                later.setdefault(lane.turns.next(lane.retry_at), []).append(event.event_id)
+        elif (crowded := self._crowded(lane)) is not None:
+            later.setdefault(crowded.next_room(now), []).append(event.event_id)
         else:
             lane.events.append((now + LEASE, event))
             self._hold(lane, _weight(event))
             self._enqueue(lane)
 
+    def _crowded(self, lane: Lane) -> Share | None:
+        """Whose share of the memory is used up. A host alone has a quarter of it, two of an app a sixth each."""
+        left = HELD - self._held - lane.tenant.held
+        if left <= 0:
+            return lane.tenant
+        return lane.host if 2 * lane.host.held >= left else None
+
     def _enqueue(self, lane: Lane) -> None:
         if lane.events and not lane.busy:
             lane.busy = True
             lane.host.queue.append(lane)
-            self._queue[_origin(lane.url)] = lane.host
+            lane.tenant.waiting[lane.name] = lane.host
+            self._waiting[lane.app_id] = lane.tenant
 
     def _hold(self, lane: Lane, weight: int) -> None:
-        lane.host.held += weight
+        lane.hold(weight)
         self._held += weight
-        if not lane.host.held:
-            lane.host.booked = 0.0
 
     def _lane(self, app_id: int, url: str) -> Lane:
         lane = self._lanes.get((app_id, url))
         if lane is None:
             self._forget_lanes()
-            host = self._hosts.setdefault(_origin(url), Host())
-            lane = self._lanes[app_id, url] = Lane(app_id, url, host)
+            name = URL(url).host or ""
+            tenant = self._tenants.setdefault(app_id, Tenant())
+            host = tenant.hosts.setdefault(name, Host())
+            lane = self._lanes[app_id, url] = Lane(app_id, url, name, tenant, host)
         self._lanes.move_to_end((app_id, url))
         return lane
 
@@ -276,22 +335,52 @@ class Callbacks:
         for key in idle[: LANES // 8]:
             del self._lanes[key]
         self._lanes_kept = max(LANES, len(self._lanes) + LANES // 8)  # not looked through for each new one
-        used = {id(lane.host) for lane in self._lanes.values()}
-        self._hosts = {origin: host for origin, host in self._hosts.items() if id(host) in used}
+        self._tenants = {}
+        for lane in self._lanes.values():
+            lane.tenant.hosts = {}
+        for lane in self._lanes.values():
+            self._tenants[lane.app_id] = lane.tenant
+            lane.tenant.hosts[lane.name] = lane.host
 
     def _start(self) -> None:
-        """One POST for each lane that waits, while there are connections."""
-        for origin, host in list(itertools.islice(self._queue.items(), self._settings.connections)):
-            while host.queue and host.sending < self._settings.connections_per_host:
-                if len(self._sending) >= self._settings.connections:
-                    return
-                host.sending += 1
-                task = asyncio.get_running_loop().create_task(self._serve(host.queue.popleft()))
-                self._sending.add(task)
-                task.add_done_callback(self._sending.discard)
-            del self._queue[origin]
-            if host.queue:
-                self._queue[origin] = host
+        """One POST for each lane that waits, while there are connections: apps in turn, of each its hosts in turn."""
+        turns = deque(self._waiting)
+        while turns and len(self._sending) < self._settings.connections:
+            app_id = turns.popleft()
+            tenant = self._waiting[app_id]
+            lane = self._next_lane(tenant)
+            if lane is None:
+                continue
+            del self._waiting[app_id]
+            if tenant.waiting:
+                self._waiting[app_id] = tenant
+                turns.append(app_id)
+            self._send(lane)
+
+    def _next_lane(self, tenant: Tenant) -> Lane | None:
+        if tenant.sending >= self._settings.connections - len(self._sending):
+            return None
+        for name, host in tenant.waiting.items():
+            if self._connections[name] < self._settings.connections_per_host:
+                del tenant.waiting[name]
+                lane = host.queue.popleft()
+                if host.queue:
+                    tenant.waiting[name] = host
+                return lane
+        return None
+
+    def _send(self, lane: Lane) -> None:
+        self._count_post(lane, 1)
+        task = asyncio.get_running_loop().create_task(self._serve(lane))
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
+
+    def _count_post(self, lane: Lane, change: int) -> None:
+        for share in lane.shares:
+            share.sending += change
+        self._connections[lane.name] += change
+        if not self._connections[lane.name]:
+            del self._connections[lane.name]
 
     async def _count(self) -> None:
         now = time.monotonic()
@@ -304,6 +393,7 @@ class Callbacks:
     async def _serve(self, lane: Lane) -> None:
         """Send the next batch of a lane, and write down what came of it."""
         batch = self._next_batch(lane)
+        CALLER.set(lane.app_id)
         try:
             if batch:
                 await self._tell(lane, batch)
@@ -313,7 +403,7 @@ class Callbacks:
             log.exception("callbacks of app %d", lane.app_id)
         finally:
             lane.busy = False
-            lane.host.sending -= 1
+            self._count_post(lane, -1)
             self._enqueue(lane)
             self._moved.set()
 
@@ -349,9 +439,10 @@ class Callbacks:
             return
         if lane.failures:
             log_event(log, logging.INFO, "callbacks arrive again", app=app.key, host=URL(lane.url).host)
-        lane.failures, lane.retry_at, lane.error = 0, 0.0, ""
+        lane.forget_failures()
         await self._store.callbacks.done(event_ids)
-        lane.host.took(len(batch), time.perf_counter() - started)
+        for share in lane.shares:
+            share.took(len(batch), time.perf_counter() - started)
         self.stats.told += len(batch)
 
     async def _find_app(self, app_id: int) -> App | None:
@@ -439,11 +530,12 @@ class Callbacks:
 
     async def _hand_back(self, lane: Lane) -> None:
         """What a failing lane still holds waits in the store, so that others have the room."""
-        event_ids = [event.event_id for _, event in lane.events]
+        later: dict[float, list[int]] = {}
+        for _, event in lane.events:
+            later.setdefault(lane.turns.next(lane.retry_at), []).append(event.event_id)
         self._hold(lane, -sum(_weight(event) for _, event in lane.events))
         lane.events.clear()
-        if event_ids:
-            await self._store.callbacks.postpone(event_ids, lane.retry_at)
+        await self._postpone(later)
 
     async def _park(self, event_ids: Sequence[int], error: str) -> None:
         await self._store.callbacks.failed(event_ids, None, error)
@@ -455,14 +547,10 @@ class Callbacks:
         """Try the parked ones again, at once: what their receivers did before is forgotten."""
         for lane in self._lanes.values():
             if lane.app_id == app.app_id:
-                lane.failures, lane.retry_at = 0, 0.0
+                lane.forget_failures()
         count = await self._store.callbacks.retry(app.app_id, self._clock())
         self.wake()
         return count
-
-
-def _origin(url: str) -> str:
-    return str(URL(url).origin())
 
 
 def _weight(event: CallbackEvent) -> int:

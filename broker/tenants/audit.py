@@ -33,6 +33,11 @@ class Deed:
     subject: str
 
 
+def printable(text: str) -> str:
+    """Names that callers choose are read on an operator's terminal, which obeys what is not printable."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
 class Audit:
     """Entries are written when the call is over. One that the store does not take is an error in the log: what was
     done is done."""
@@ -44,7 +49,7 @@ class Audit:
     async def record(
         self, app_id: int, actor: str, address: str, action: str, subject: str, outcome: str = "done"
     ) -> None:
-        texts = (text[:MAX_TEXT] for text in (actor, address, action, subject, outcome))
+        texts = (printable(text[:MAX_TEXT]) for text in (actor, address, action, subject, outcome))
         try:
             await self._store.record_audit([AuditEntry(self._clock(), app_id, *texts)])
         except StoreError as error:

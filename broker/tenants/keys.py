@@ -1,7 +1,8 @@
 """API keys: secrets beside the master secret, each for some scopes, from some networks, until some time.
 
-A secret is `hk_<id>_<192 random bits>`. Only HMAC-SHA256 of it is kept, under the app's signing key: what slow
-password hashes are for, guessing, does not work on 192 random bits, and a call must not wait for one.
+A secret is `hk<id><192 random bits>`, letters and digits only: some SDKs check that. Only HMAC-SHA256 of it is kept,
+under the app's signing key: what slow password hashes are for, guessing, does not work on 192 random bits, and a call
+must not wait for one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Clock = Callable[[], float]
 KIND: Final = "key"
 SCOPES: Final = ("push", "report", "device", "schedule", "file", "segment", "callback", "admin")
 MAX_NAME: Final = 200
-_SECRET: Final = re.compile(rb"hk_([0-9a-f]{16})_[A-Za-z0-9_-]{32}")
+_SECRET: Final = re.compile(rb"hk([0-9a-f]{16})[0-9a-f]{48}")
 
 
 class ApiKey(Struct, frozen=True):
@@ -96,7 +97,7 @@ class Keys:
         show again."""
         request = decode(_read_request, raw, ADMIN)
         key_id = secrets.token_hex(8)
-        secret = f"hk_{key_id}_{secrets.token_urlsafe(24)}"
+        secret = f"hk{key_id}{secrets.token_hex(24)}"
         key = ApiKey(
             key_id,
             _check_name(request.name),

@@ -6,13 +6,19 @@ import functools
 import ipaddress
 from collections.abc import Sequence
 
+MAPPED_BITS = 96  # of ::ffff:0:0/96, as which IPv6 has the IPv4 addresses
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 def read_network(text: str) -> str:
-    """As CIDR; an address alone is a network of one. Raises ValueError that says what is wrong."""
-    return str(ipaddress.ip_network(text.strip()))
+    """As CIDR; an address alone is a network of one; IPv4 written as IPv6 is IPv4, as in read_address. Raises
+    ValueError that says what is wrong."""
+    network = ipaddress.ip_network(text.strip())
+    mapped = network.network_address.ipv4_mapped if isinstance(network, ipaddress.IPv6Network) else None
+    if mapped is None or network.prefixlen < MAPPED_BITS:
+        return str(network)
+    return f"{mapped}/{network.prefixlen - MAPPED_BITS}"
 
 
 def read_address(text: str) -> Address | None:

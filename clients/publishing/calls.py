@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Self, TypeVar
 from urllib.parse import quote, urlencode
 
@@ -59,6 +59,7 @@ class _Failure(msgspec.Struct, frozen=True):
 class Answer:
     status: int
     raw: bytes
+    repeated: bool = False  # an attempt before it may have been carried out
 
     def check(self) -> Self:
         if self.status != 200:
@@ -130,14 +131,17 @@ class Calls:
         return (await self.call("PUT", path, _encode(body), safe=True)).check().read(shape)
 
     async def do(self, method: str, path: str, body: object = None, *, safe: bool = True) -> None:
-        """A call whose answer says no more than that it was done."""
+        """A call whose answer says no more than that it was done. What is gone when a deletion is repeated, was
+        deleted."""
         answer = await self.call(method, path, None if body is None else _encode(body), safe=safe)
-        answer.check()
+        if not (method == "DELETE" and answer.repeated and answer.status == 404):
+            answer.check()
 
     async def call(
         self, method: str, path: str, body: Body, *, safe: bool, content_type: str | None = None
     ) -> Answer:
         """`safe`: repeating the call does no harm. Raises PushError if there is no answer."""
+        repeated = False
         for attempt in range(self._retry.attempts):
             if attempt:
                 await asyncio.sleep(self._pause(attempt - 1))
@@ -150,9 +154,11 @@ class Calls:
             except (aiohttp.ClientError, TimeoutError) as error:
                 if last or not safe:
                     raise self._lost(error, safe) from error
+                repeated = True
             else:
                 if last or not (answer.status in UNDONE or (safe and answer.status in TRY_AGAIN)):
-                    return answer
+                    return replace(answer, repeated=repeated)
+                repeated = repeated or answer.status not in UNDONE
         raise AssertionError("at least one attempt")
 
     async def _call_once(self, method: str, path: str, body: Body, content_type: str | None) -> Answer:

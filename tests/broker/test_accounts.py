@@ -122,6 +122,20 @@ async def test_a_trace_tells_what_happened_in_order_with_times_and_nodes(service
     assert await _trace(service, msg_id, "dee") == ("expired", [*begun, ("expired", service.now, 0, None)])
 
 
+async def test_a_trace_is_as_exact_as_a_second_a_minute_or_an_hour(service: Any) -> None:
+    """Also where the push was accepted within that time."""
+    service.now += 0.456
+    at = service.now
+    numbers = await _devices(service)
+    msg_id = await _append(service, numbers.values())
+    for name, later in (("ann", 0.1), ("bob", 90.0), ("cid", 2 * HOUR)):
+        service.now = at + later
+        await _settle(service, msg_id, delivered=[numbers[name]])
+        (_, start, resolution, _) = (await _trace(service, msg_id, name))[1][-1]
+        assert resolution == {"ann": 1, "bob": 60, "cid": HOUR}[name]
+        assert at <= start <= service.now <= start + resolution
+
+
 async def test_a_trace_ends_with_how_a_copy_was_withdrawn_unless_it_came_all_the_same(service: Any) -> None:
     numbers = await _devices(service)
     at = service.now
@@ -171,7 +185,8 @@ async def test_a_push_in_parts_is_told_as_one(service: Any) -> None:
     report = await service.broker.accounts.push(service.app, str(whole))
     counts = [report[name] for name in ("target", "sent", "delivered", "pending", "parts")]
     assert counts == [5, 1, 1, 4, 1]
-    assert (report["state"], report["progress"]["released"]) == ("sending", 2)
+    # There is no plan of it (any more): the pacer says that all went.
+    assert (report["state"], report["progress"]["state"]) == ("sending", "done")
     steps = (await _trace(service, whole, "ann"))[1]
     assert [step[:2] for step in steps[1:3]] == [("matched", at), ("released", at + 60)]
     curve = await service.broker.accounts.curve(service.app, str(whole))

@@ -19,6 +19,7 @@ from broker.audiences.attributes import (
     check_attributes,
     number_code,
     read_question,
+    equals,
     split,
     term_changes,
     terms,
@@ -107,7 +108,7 @@ def questions(draw: st.DrawFn) -> Question:
     op = draw(st.sampled_from(["=", "!=", "in", "exists", *ORDER]))
     comparable = st.sampled_from(VERSIONS) if draw(st.booleans()) else numbers
     kind = comparable if op in ORDER else values
-    count = {"exists": 0, "between": 2, "in": draw(st.integers(1, 4))}.get(op, 1)
+    count = {"exists": 0, "between": 2, "in": draw(st.sampled_from([1, 2, 4, 20]))}.get(op, 1)
     return Question(draw(st.sampled_from(["a", "b"])), op, tuple(draw(kind) for _ in range(count)))
 
 
@@ -115,7 +116,9 @@ def questions(draw: st.DrawFn) -> Question:
 def test_an_answer_is_what_each_device_says(question: Question, of: list[dict[str, AttributeValue]]) -> None:
     lists = _lists(of, list(question.terms()))
     before = {term: bits.copy() for term, bits in lists.items()}
-    assert set(question.answer(lists)) == {n for n, device in enumerate(of) if _holds(question, device)}
+    wanted = {n for n, device in enumerate(of) if _holds(question, device)}
+    assert set(question.answer(lists)) == wanted
+    assert set(BitMap.union(*[part.answer(lists) for part in question.parts()])) == wanted
     assert lists == before, "posting lists belong to the store"
 
 
@@ -132,6 +135,7 @@ def test_a_split_is_a_partition(codes: list[int], bound: int) -> None:
     less, equal, more = split(BitMap(range(len(codes))), digits, bound)
     assert set(less) == {n for n, code in enumerate(codes) if code < bound}
     assert set(equal) == {n for n, code in enumerate(codes) if code == bound}
+    assert equals(BitMap(range(len(codes))), digits, bound) == equal
     assert set(more) == {n for n, code in enumerate(codes) if code > bound}
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from broker.admin import LocalActions
 from broker.errors import ApiError
+from broker.limits import Limits
 from broker.tenants.audit import MAX_TEXT, Audit
 
 
@@ -197,6 +198,12 @@ async def test_the_operator_sees_which_app(service: Any) -> None:
     assert [entry["action"] for entry in page["entries"]] == ["settings.set"]
     with pytest.raises(ApiError, match="there is no app nope"):
         await actions.list_audit("nope", None, None)
+
+
+async def test_a_row_does_not_tell_a_terminal_what_to_do(service: Any) -> None:
+    await service.call("DELETE", "/v3/tags/%1B%5B2Jred")
+    (entry,) = await _entries(service)
+    assert entry["subject"] == "\ufffd[2Jred"
 
 
 async def test_a_row_is_bounded(service: Any) -> None:

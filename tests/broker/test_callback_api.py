@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import threading
 from typing import Any
 
 import pytest
@@ -14,7 +16,9 @@ from yarl import URL
 from broker.errors import ApiError
 from broker.model import CALLBACK_EVENTS, Callback, NewMessage, Settled
 from broker.telling.callback_urls import (
+    CALLER,
     PARAMS_SIZE,
+    RESOLVING,
     URL_SIZE,
     CheckedResolver,
     Refused,
@@ -60,6 +64,7 @@ def test_callbacks_that_are_right(value: object, wanted: Callback) -> None:
         ({"url": "https://exa mple.com"}, "callback.url: must be a URL such as"),
         ({"url": "https://example.com/\r\nX: y"}, "callback.url: must be a URL such as"),
         ({"url": "https://[::1/"}, "callback.url: must be a URL such as"),
+        ({"url": "http://!][a@?_)"}, "callback.url: must be a URL such as"),
         ({"url": "https://me:secret@example.com"}, "callback.url: must not hold credentials"),
         ({"url": URL_ROW, "params": "x"}, "callback.params: must be an object"),
         ({"url": URL_ROW, "params": {"x": "y" * PARAMS_SIZE}}, "callback.params: is"),
@@ -114,6 +119,15 @@ def test_any_json_is_a_callback_or_refused(value: dict[str, object]) -> None:
         *("100.64.0.1", "192.0.0.1", "198.18.0.1", "224.0.0.1", "239.1.1.1", "255.255.255.255", "240.0.0.1"),
         *("::", "::1", "fe80::1", "fe80::1%eth0", "fc00::1", "fd12::1", "ff02::1", "2001:db8::1"),
         *("::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "2002:a00:1::1"),
+        *(
+            "192.0.0.192",
+            "192.88.99.1",
+            "168.63.129.16",
+            "fec0::2",
+            "3fff::1",
+            "5f00::1",
+            "::ffff:168.63.129.16",
+        ),
     ],
 )
 def test_addresses_that_are_not_called(address: str) -> None:
@@ -130,7 +144,9 @@ def test_addresses_that_are_called(address: str) -> None:
     check_literal(URL(f"http://[{address}]/" if ":" in address else f"http://{address}/"), private=False)
 
 
-@pytest.mark.parametrize("host", ["127.1", "2130706433", "0x7f000001", "1.2.3.0x4", "127.1."])
+@pytest.mark.parametrize(
+    "host", ["127.1", "2130706433", "0x7f000001", "1.2.3.0x4", "127.1.", "[1:,]", "[::1%25lo:]"]
+)
 def test_numbers_that_some_read_as_an_address_are_refused(host: str) -> None:
     with pytest.raises(Refused):
         check_literal(URL(f"http://{host}/"), private=False)
@@ -139,6 +155,40 @@ def test_numbers_that_some_read_as_an_address_are_refused(host: str) -> None:
 def test_names_are_for_the_resolver() -> None:
     for host in ("localhost", "example.com", "1.example.com", "0x7f.example"):
         check_literal(URL(f"http://{host}/"), private=False)
+
+
+async def test_names_that_are_never_found_do_not_stop_those_of_other_apps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And nobody waits for them at the end: their threads are daemons."""
+    release, look_up = threading.Event(), socket.getaddrinfo
+    threads: set[threading.Thread] = set()
+
+    def hang(host: str, *arguments: Any) -> Any:
+        if host == "localhost":
+            return look_up(host, *arguments)
+        threads.add(threading.current_thread())
+        release.wait(20)
+        raise socket.gaierror("no answer")
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    resolver = CheckedResolver(private=True)
+
+    async def resolve(app_id: int, host: str) -> Any:
+        CALLER.set(app_id)
+        return await resolver.resolve(host, 80)
+
+    waiting = [asyncio.create_task(resolve(1, f"{n}.slow.example")) for n in range(100)]
+    found = await asyncio.create_task(resolve(2, "localhost"))
+    assert [result["host"] for result in found] == ["127.0.0.1"]
+    refused = [task for task in waiting if task.done()]
+    assert len(refused) == 100 - RESOLVING // 2
+    with pytest.raises(OSError, match="too many names of this app"):
+        refused[0].result()
+    assert all(thread.daemon for thread in threads)
+    release.set()
+    assert len(await asyncio.gather(*waiting, return_exceptions=True)) == 100
+    assert (await asyncio.create_task(resolve(1, "localhost"))) == found  # there is room again
 
 
 async def test_the_resolver_hands_out_only_what_may_be_called() -> None:

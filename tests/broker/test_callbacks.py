@@ -6,9 +6,10 @@ import asyncio
 import hashlib
 import hmac
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from broker.model import App, Callback, NewDevice, NewMessage, Receipt, Settled
 from broker.store_sqlite import SqliteStore
 from broker.telling.callbacks import (
     BATCH_EVENTS,
-    CROWDED_LEAST,
-    CROWDED_MOST,
+    CROWDED,
     LEASE,
+    LEAST_RATE,
     CallbackMetrics,
     Callbacks,
     CallbackSettings,
     Host,
+    Turns,
     sign,
     signing_secret,
 )
@@ -82,7 +84,7 @@ async def receiving(**kept: Any) -> AsyncIterator[Receiver]:
     app.router.add_route("*", "/{path:.*}", receiver.handle)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    await web.TCPSite(runner, "0.0.0.0", 0).start()  # all of 127.0.0.0/8: as many hosts
     receiver.url = f"http://127.0.0.1:{runner.addresses[0][1]}/told"
     try:
         yield receiver
@@ -135,6 +137,22 @@ class World:
         msg_ids = [await self.push(app, callback) for _ in range(count)]
         await self.store.settle([Settled(app.app_id, m, False, (0,), at=self.clock.now) for m in msg_ids])
         return msg_ids
+
+    async def pushed_to(self, app: App, urls: Sequence[str]) -> None:
+        """A push to device 0 for each, delivered."""
+        now = self.clock.now
+        messages = [
+            NewMessage(app.app_id, b"{}", BitMap([0]), False, now, now + 1000, callback=Callback(url))
+            for url in urls
+        ]
+        appended = await self.store.append(messages)
+        await self.store.settle([Settled(app.app_id, a.msg_id, False, (0,), at=now) for a in appended])
+
+    async def run_until(self, moment: asyncio.Event) -> None:
+        while not moment.is_set():
+            self.callbacks._moved.clear()
+            if not await self.callbacks.turn():
+                await asyncio.wait_for(self.callbacks._moved.wait(), 5)
 
     async def send(self, callbacks: Callbacks | None = None) -> None:
         """Until nothing is due any more and nothing is under way."""
@@ -425,10 +443,10 @@ async def test_one_slow_receiver_does_not_hold_up_the_others(
 ) -> None:
     """Though more waits for it than memory holds for one, each for a URL of its own, and it was there first."""
     held = 300
-    monkeypatch.setattr("broker.telling.callbacks.HOST_HELD", held)
+    monkeypatch.setattr("broker.telling.callbacks.HELD", 4 * held)
     monkeypatch.setattr("broker.telling.callbacks.LANES", 100)
     await world.restart()
-    app, now = await world.make_app(), world.clock.now
+    app = await world.make_app()
     release = asyncio.Event()
 
     async def hang(_request: web.Request) -> web.Response:
@@ -436,40 +454,146 @@ async def test_one_slow_receiver_does_not_hold_up_the_others(
         return web.Response()
 
     async with receiving(answer=hang) as slow:
+        slow.url = slow.url.replace("127.0.0.1", "127.0.0.2")
         urls = [f"{slow.url}/{i % 350}" for i in range(500)]
-        messages = [
-            NewMessage(app.app_id, b"{}", BitMap([0]), False, now, now + 9, callback=Callback(url))
-            for url in urls
-        ]
-        appended = await world.store.append(messages)
-        await world.store.settle([Settled(app.app_id, a.msg_id, False, (0,), at=now) for a in appended])
+        await world.pushed_to(app, urls)
         [msg_id] = await world.pushed(app, Callback(receiver.url))
-        while not receiver.came.is_set():
-            world.callbacks._moved.clear()
-            if not await world.callbacks.turn():
-                await asyncio.wait_for(world.callbacks._moved.wait(), 5)
+        await world.run_until(receiver.came)
         assert receiver.told == [(str(msg_id), "delivered", ["device-0"])]
         assert 0 < len(slow.bodies) <= SETTINGS.connections_per_host
         assert world.callbacks._held <= held
         release.set()
         await world.send()
         while await world.store.callbacks.counts(0) != (0, 0):
-            world.clock.now += CROWDED_MOST
+            world.clock.now += 1
             await world.send()
         assert len({event["event_id"] for event in slow.events}) == len(slow.events) == len(urls)
+
+
+async def test_an_app_with_many_slow_receivers_does_not_hold_up_the_others(
+    world: World, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them alone is within its limits, and they were there first."""
+    monkeypatch.setattr("broker.telling.callbacks.HELD", 200)
+    bad, good = await world.make_app(), await world.make_app()
+    release = asyncio.Event()
+
+    async def hang(_request: web.Request) -> web.Response:
+        await release.wait()
+        return web.Response()
+
+    async with receiving(answer=hang) as slow:
+        hosts = [slow.url.replace("127.0.0.1", f"127.0.0.{n}") for n in range(2, 102)]
+        urls = [f"{host}/{i}" for i in range(5) for host in hosts]
+        await world.pushed_to(bad, urls)
+        await world.pushed(good, Callback(receiver.url))
+        await world.run_until(receiver.came)
+        assert world.callbacks._held <= 100
+        assert len(slow.bodies) <= SETTINGS.connections // 2
+        release.set()
+        while await world.store.callbacks.counts(0) != (0, 0):
+            world.clock.now += 1
+            await world.send()
+        assert len(slow.events) == len(urls)
+
+
+async def test_apps_take_turns_at_a_host_that_they_share(world: World) -> None:
+    one, two = await world.make_app(), await world.make_app()
+    release = asyncio.Semaphore(0)
+
+    async def wait(_request: web.Request) -> web.Response:
+        await release.acquire()
+        return web.Response()
+
+    async with receiving(answer=wait) as shared:
+        await world.pushed_to(one, [f"{shared.url}/one/{i}" for i in range(50)])
+        await world.pushed_to(two, [f"{shared.url}/two"])
+        world.settings = replace(SETTINGS, connections_per_host=1)
+        await world.restart()
+        for _ in range(100):
+            release.release()
+        await world.send()
+        assert len(shared.paths) == 51
+        assert shared.paths.index("/told/two") <= 1
+
+
+async def test_the_ports_of_a_host_share_its_connections(world: World) -> None:
+    app = await world.make_app()
+    release = asyncio.Event()
+    most = now = 0
+
+    async def hang(_request: web.Request) -> web.Response:
+        nonlocal most, now
+        now += 1
+        most = max(most, now)
+        if now == SETTINGS.connections_per_host:
+            release.set()
+        await release.wait()
+        now -= 1
+        return web.Response()
+
+    async with AsyncExitStack() as stack:
+        ports = [await stack.enter_async_context(receiving(answer=hang)) for _ in range(8)]
+        await world.pushed_to(app, [port.url for port in ports])
+        await world.send()
+        assert [len(port.bodies) for port in ports] == [1] * 8
+        assert most == SETTINGS.connections_per_host
+
+
+async def test_a_long_queue_for_a_dead_receiver_is_not_moved_at_each_attempt(
+    world: World, receiver: Receiver
+) -> None:
+    app = await world.make_app()
+    receiver.status = 500
+    count = 20 * int(LEAST_RATE)
+    await world.pushed_to(app, [receiver.url] * count)
+    await world.send()
+    moved = 0
+    postpone = world.store.callbacks.postpone
+
+    async def counted(event_ids: Sequence[int], due: float) -> None:
+        nonlocal moved
+        moved += len(event_ids)
+        await postpone(event_ids, due)
+
+    world.store.callbacks.postpone = counted  # type: ignore[method-assign]
+    for _ in range(30):
+        world.clock.now += 1
+        await world.send()
+    assert len(receiver.bodies) == 3  # at 0, 10 and 30 seconds
+    assert 0 < moved <= 31 * LEAST_RATE
+    receiver.status = 200
+    for _ in range(120):
+        world.clock.now += 1
+        await world.send()
+    assert await world.store.callbacks.counts(app.app_id) == (0, 0)
+    assert len({event["event_id"] for event in receiver.events}) == count
+
+
+def test_what_is_handed_back_comes_at_an_even_pace() -> None:
+    turns = Turns()
+    due = [turns.next(START + 10.25) for _ in range(5 * int(LEAST_RATE))]
+    assert due[: BATCH_EVENTS + 1] == [START + 10.25] * (BATCH_EVENTS + 1)  # the next batch, at once
+    assert due == sorted(due)
+    assert max(Counter(due).values()) <= 2 * LEAST_RATE
+    assert due[-1] == pytest.approx(START + 15, abs=1)
+    assert len(set(due)) <= 7  # each is a write
+    assert turns.next(START) >= due[-1]  # behind them, whatever the next attempt brings
+    assert turns.next(START + 100) == START + 100
 
 
 def test_a_receiver_gets_as_much_as_it_takes() -> None:
     host = Host(sending=2)
     for _ in range(50):
-        host.took(100, 0.5)
-    assert host.rate == pytest.approx(400, rel=0.01)
+        host.took(1000, 0.5)
+    assert host.rate == pytest.approx(4000, rel=0.01)
     due = [host.next_room(START) for _ in range(20_000)]
-    assert due == sorted(due)
-    assert due[0] == START + CROWDED_LEAST
-    assert due[4000] == pytest.approx(START + 10, abs=1)
-    assert due[-1] == START + CROWDED_MOST
-    assert len(set(due)) <= CROWDED_MOST / CROWDED_LEAST + 1
+    assert due[0] == START + CROWDED
+    assert due[-1] == pytest.approx(START + 5, abs=1)
+    for _ in range(50):
+        host.took(1, 5)
+    assert host.next_room(START + 100) == START + 100 + CROWDED
+    assert max(host.next_room(START) for _ in range(500)) == pytest.approx(START + 101, abs=1)
 
 
 # Given up, and taken up again

@@ -86,6 +86,8 @@ def test_lines_are_what_is_between_newlines(
         (b" \r\n\n", "the file has no lines"),
         (b"\n" * 5000, "the file has more than 9 lines"),
         (b"a\nb\xff\n", "line 2: is not valid UTF-8"),
+        (b"a\n\nb\0c\n", "line 3: has a NUL character"),
+        ("ab\n".encode("utf-16-le"), "line 1: has a NUL character"),
         (b"a\n\n\nb\n" + b"x" * 41, "line 5: is longer than 40 bytes"),
         (b"a\n" + b"x" * 41 + b"\nb\n", "line 2: is longer than 40 bytes"),
         (b"a\n" + b"x" * 5000 + b"\n\xff", "line 2: is longer than 40 bytes"),
@@ -197,6 +199,13 @@ async def test_what_is_refused_leaves_nothing(start: Any) -> None:
     assert "the app has 1 files already" in answer.message
 
 
+async def test_a_file_name_is_printable(service: Any) -> None:
+    form = _form(("filename", "x", b"a\n")).replace(b'="x"', b"*=UTF-8''a%1B%5B2J.txt")
+    assert (await service.call("POST", "/v3/files/alias", form, headers=FORM)).status == 200
+    (file,) = (await service.call("GET", "/v3/files")).json["files"]
+    assert file["file_name"] == "a\ufffd[2J.txt"
+
+
 async def test_uploads_at_once_make_no_more_files_than_the_limit(start: Any) -> None:
     service = await start(limits=Limits(max_files=2))
     going, file = asyncio.Event(), _form(("filename", "x.txt", b"a\n"))
@@ -259,7 +268,7 @@ async def test_an_upload_that_is_all_there_leaves_others_their_turn() -> None:
             await asyncio.sleep(0)
 
     counting = asyncio.create_task(count())
-    reader = MultipartReader(FORM, Body(content, 2_000_000))
+    reader = MultipartReader(FORM, Body(content, 2_000_000, 30.0))
     while part := await reader.next():
         assert isinstance(part, BodyPartReader)
     counting.cancel()

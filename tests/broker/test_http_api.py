@@ -14,6 +14,7 @@ import orjson
 import pytest
 
 from broker.limits import NO_LIMIT, Limits
+from broker.model import AppSettings
 
 HELLO: dict[str, Any] = {"platform": "all", "audience": "all", "notification": {"alert": "hi"}}
 ITEM: dict[str, Any] = {"platform": "all", "target": "a", "notification": {"alert": "hi"}}
@@ -187,6 +188,7 @@ async def test_a_body_may_come_in_pieces_or_compressed_but_not_without_end(start
         (b"no gzip", "gzip"),
         (packed[:-5], "deflate"),
         (packed, "br"),
+        (gzip.compress(raw) + gzip.compress(b" "), "gzip"),
         (raw, "gzip, gzip"),
     ):
         answer = await service.call("POST", "/v3/push", body, headers={"Content-Encoding": encoding})
@@ -204,6 +206,13 @@ async def test_nothing_is_inflated_for_a_caller_who_is_refused(service: Any) -> 
     again = await service.call("GET", "/v3/push/cid", auth=None)  # on the same connection
     assert again.status == 401
     assert time.process_time() - before < 0.1
+
+
+@pytest.mark.parametrize("path", ["/v3/push", "/v3/push/validate", "/v3/devices/status", "/v3/status/message"])
+async def test_an_app_may_have_a_body_limit_of_its_own(service: Any, path: str) -> None:
+    await service.apps.set_settings(service.app.key, AppSettings(limits={"max_body": 100}))
+    answer = await service.call("POST", path, b"{" + b" " * 100)
+    assert answer.status == 413
 
 
 async def test_a_chunked_body_is_cut_off_at_the_limit(start: Any) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,37 @@ async def test_names_are_used_once_and_codes_are_those_of_the_table(service: Any
         assert operation["summary"].endswith("."), operation["summary"]
         if operation.get("security") is None:
             assert operation["x-scope"] in SCOPES
+
+
+async def test_generators_of_clients_find_names_and_types(service: Any) -> None:
+    document = await _document(service)
+    assert document["servers"] == [{"url": "/"}]
+    operations = {
+        f"{method} {path}": row[method] for path, row in document["paths"].items() for method in row
+    }
+    names = {key: operation["operationId"] for key, operation in operations.items()}
+    assert all(re.fullmatch("[a-z][A-Za-z]+", name) for name in names.values())
+    assert names["post /v3/push"] == "push"
+    assert names["delete /v3/push/{msg_id}"] == "withdrawPush"
+    assert names["post /v3/push/batch/regid/single"] == "pushBatchByRegistrationId"
+    assert names["get /v3/push/schedules"] == names["get /v3/schedules"] + "OtherAddress"
+    schemas = document["components"]["schemas"]
+    assert all(name.isalnum() for name in schemas)
+    titles = [schema["title"] for schema in schemas.values() if "title" in schema]
+    assert len(titles) == len(set(titles))
+    parts = list(_parts(document))
+    assert all("items" in part for part in parts if part.get("type") == "array")
+    references = {part["$ref"] for part in parts if isinstance(part.get("$ref"), str)}
+    assert {name.removeprefix("#/components/schemas/") for name in references if "/schemas/" in name} <= set(
+        schemas
+    )
+
+
+def _parts(node: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(node, dict):
+        yield node
+    for part in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from _parts(part)
 
 
 async def test_it_needs_no_credentials_and_is_the_same_for_all(service: Any) -> None:

@@ -62,6 +62,11 @@ def test_networks_are_read() -> None:
         "192.0.2.1/32",
         "::1/128",
     ]
+    assert [read_network(text) for text in ("::ffff:192.0.2.7", "::ffff:10.0.0.0/104")] == [
+        "192.0.2.7/32",
+        "10.0.0.0/8",
+    ]
+    assert read_network("::/0") == "::/0"
     for text in ("", "10.0.0.1/8", "10/8/8", "x", "10.0.0.0/33"):
         with pytest.raises(ValueError):
             read_network(text)

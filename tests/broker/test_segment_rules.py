@@ -87,7 +87,7 @@ def test_a_rule_is_the_algebra_of_its_parts(
     before = {term: bits.copy() for term, bits in lists.items()}
     older = {float(time): count for time, count in TIMES.items()}
 
-    result = answer(read, Facts({term: lists[term] for term in terms(read)}, active, older))
+    result = answer(read, Facts({term: lists[term] for term in terms(read)}, {}, active, older))
 
     assert set(result) == _model(rule, has, {7: week, 30: month})
     result.clear()
@@ -143,7 +143,9 @@ WRONG: list[tuple[Any, str]] = [
     ({"registered": {"before": True}}, "rule.registered.before: must be a day"),
     (_nested(11), "rules may be nested 10 levels deep"),
     ({"or": [{"tag": "x"}] * 200}, "a rule has at most 200 conditions and values"),
-    ({"attribute": "a", "op": "in", "value": list(range(200))}, "a rule has at most 200 conditions and values"),
+    ({"attribute": "a", "op": "in", "value": list(range(192))}, "a rule has at most 200 conditions and values"),
+    ({"or": [{"attribute": "a", "op": "<", "value": 1}] * 20}, "a rule has at most 200 conditions and values"),
+    ({"or": [{"attribute": "a", "op": "<", "value": "1.2"}] * 20}, "a rule has at most 200 conditions and values"),
     ({"or": [{"last_active": {"within": 1}}] * 11}, "at most 10 of these"),
 ]  # fmt: skip
 
@@ -158,7 +160,9 @@ def test_a_wrong_rule_is_told_where_and_why(rule: Any, message: str) -> None:
 def test_rules_at_the_limits() -> None:
     read_rule(_nested(10), LIMITS)
     read_rule({"or": [{"tag": "x"}] * 199}, LIMITS)
-    read_rule({"attribute": "a", "op": "in", "value": list(range(199))}, LIMITS)
+    read_rule({"attribute": "a", "op": "in", "value": list(range(191))}, LIMITS)
+    read_rule({"attribute": "a", "op": "in", "value": [str(n) for n in range(199)]}, LIMITS)
+    read_rule({"or": [{"attribute": "a", "op": "<", "value": 1}] * 19}, LIMITS)
 
 
 def test_a_day_is_midnight_utc() -> None:

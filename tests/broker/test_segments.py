@@ -6,9 +6,12 @@ import asyncio
 from typing import Any
 
 import pytest
+from pyroaring import BitMap
 
+from broker.audiences.attributes import VALUES_AT_ONCE
+from broker.audiences.segment_rules import read_rule, resolve_rules
 from broker.limits import Limits
-from broker.model import Claim, Device
+from broker.model import Claim, Device, TermKey
 
 PUSH = {"platform": "all", "notification": {"alert": "x"}}
 
@@ -79,6 +82,44 @@ async def test_estimates_of_rules_and_audiences(service: Any) -> None:
     for what, body, wanted in rows:
         answer = await service.call("POST", f"/v1/{what}/estimate", body)
         assert (answer.status, answer.json) == (200, wanted), body
+
+
+async def test_true_and_one_in_one_rule_are_two_questions(service: Any) -> None:
+    await service.register("a", attributes={"vip": True})
+    await service.register("b", attributes={"vip": 1})
+    await service.register("c", attributes={"vip": 2})
+    one, yes = ({"attribute": "vip", "op": "=", "value": value} for value in (1, True))
+    for rule, wanted in (
+        ({"or": [one, yes]}, 2),
+        ({"and": [yes, {"not": one}]}, 1),
+        ({"attribute": "vip", "op": "in", "value": [True, 1, 2]}, 3),
+        ({"attribute": "vip", "op": "in", "value": [3] * 20 + [2]}, 1),
+    ):
+        answer = await service.call("POST", "/v1/segments/estimate", {"rule": rule})
+        assert answer.json["registered"] == wanted, rule
+
+
+async def test_a_dear_rule_leaves_others_their_turn(service: Any) -> None:
+    """A millisecond for each value, with a million devices."""
+    await service.register("a", attributes={"n": 7})
+    numbers = {"attribute": "n", "op": "in", "value": list(range(100))}
+    rule = read_rule({"or": [{"attribute": "n", "op": ">", "value": 9}] * 5 + [numbers]}, service.limits)
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def postings(app_id: int, keys: list[TermKey]) -> list[BitMap]:
+        return [BitMap() for _ in keys]  # cached: no turn comes from the store
+
+    service.store.postings = postings
+    counting = asyncio.create_task(count())
+    await resolve_rules(service.store, service.app.app_id, [rule], service.now)
+    counting.cancel()
+    assert turns >= 5 + 100 // VALUES_AT_ONCE
 
 
 async def test_when_a_device_was_there(service: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -18,7 +19,9 @@ from click.testing import CliRunner, Result
 
 from clients.command_listen import listen
 from clients.command_push import push, status, withdraw
+from clients.command_shared import print_fields, print_table
 from clients.local_server import LocalServer
+from clients.publisher import Publisher
 
 
 @pytest.fixture
@@ -109,6 +112,26 @@ def test_listen_says_what_takes_the_place_of_what_and_what_was_withdrawn(
         assert recall["recall"] == second
 
 
+def test_listen_is_a_device_of_a_platform(server: LocalServer, environment: dict[str, str]) -> None:
+    words = ("--tag", "listens", "--platform", "ios", "--dry-run", "x")
+    assert run_push(environment, *words).exit_code == 1
+    with listening(server, "--id", "cli-8", "--platform", "ios"):
+        tell(environment, "cli-8", {"tags": ["listens"]})
+        deadline = time.monotonic() + 10
+        while (result := run_push(environment, *words)).exit_code and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert json.loads(result.stdout) == {"valid": True, "registered": 1, "online": 1}
+
+
+def tell(environment: dict[str, str], device: str, change: dict[str, Any]) -> None:
+    async def run() -> None:
+        keys = (environment["HOLDFAST_APP_KEY"], environment["HOLDFAST_MASTER_SECRET"])
+        async with Publisher(*keys, environment["HOLDFAST_URL"]) as publisher:
+            await publisher.update_device(device, **change)
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_listen_ends_clean_on_a_signal(server: LocalServer, number: signal.Signals) -> None:
     with listening(server, "--id", "cli-2") as process:
@@ -147,6 +170,8 @@ def test_listen_with_wrong_credentials_says_so(server: LocalServer) -> None:
         ((), "give --device-key or --token"),
         (("--token", "t"), "give its --id"),
         (("--device-key", "k", "--url", "http://x"), "--url needs --journal"),
+        (("--device-key", "k", "--url", "x", "--journal", "j"), "must be an http or https address"),
+        (("--device-key", "k", "--platform", "palm"), "palm"),
     ],
 )
 def test_wrong_usage_of_listen(arguments: tuple[str, ...], told: str) -> None:
@@ -181,9 +206,9 @@ def test_push_reads_json(server: LocalServer, environment: dict[str, str], tmp_p
         body = {"platform": "all", "audience": "all", "notification": {"alert": "from a file"}}
         (tmp_path / "push.json").write_text(json.dumps(body))
         file = str(tmp_path / "push.json")
-        msg_id = pushed(run_push(environment, "--json", file, "--registration-id", "cli-5"))
+        msg_id = pushed(run_push(environment, "--body", file, "--registration-id", "cli-5"))
         assert read(process) == {"msg_id": msg_id, "notification": {"alert": "from a file"}}
-        pushed(run_push(environment, "--json", "-", "Other words", stdin=json.dumps(body)))
+        pushed(run_push(environment, "--body", "-", "Other words", stdin=json.dumps(body)))
         assert read(process)["notification"] == {"alert": "Other words"}
 
 
@@ -200,7 +225,7 @@ def test_a_cid_is_sent(environment: dict[str, str], server: LocalServer) -> None
         (("--all",), "say what to push"),
         (("--all", "--tag", "a", "x"), "--all stands alone"),
         (("--all", "--title", "x"), "--title needs"),
-        (("--all", "--json", "-"), "not valid JSON"),
+        (("--all", "--body", "-"), "not valid JSON"),
         (("--all", "--platform", "palm", "x"), "palm"),
     ],
 )
@@ -222,4 +247,13 @@ def test_refusals_and_absence_end_with_1(environment: dict[str, str]) -> None:
     unknown = CliRunner().invoke(status, ["1"], env=environment)
     assert (unknown.exit_code, "not a message" in unknown.stderr) == (1, True)
     nowhere = run_push(environment | {"HOLDFAST_URL": "no address"}, "--all", "x")
-    assert (nowhere.exit_code, nowhere.exception.__class__) == (1, SystemExit)
+    assert (nowhere.exit_code, "must be an http or https address" in nowhere.stderr) == (2, True)
+
+
+def test_names_of_others_do_not_tell_the_terminal_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(("name",), [["a\x1b[2Jb"], ["日本"], [None]])
+    print_fields({"name": "a\x1b[2Jb"})
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert out.count("a\ufffd[2Jb") == 2
+    assert "日本" in out

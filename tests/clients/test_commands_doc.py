@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import entry_points
@@ -108,6 +109,8 @@ def test_the_examples_work_in_order(
     monkeypatch.chdir(tmp_path)
     Path("rule.json").write_text('{"attribute": "level", "op": ">=", "value": 3}')
     Path("names.txt").write_text("phone-1\nphone-2\n")
+    csv = PAGE[PAGE.index("    registration_id,platform") :].partition("\n\n")[0]
+    Path("devices.csv").write_text(textwrap.dedent(csv))
     Path("settings.json").write_text('{"frequency_caps": [{"count": 5}]}')
     story = Story(
         {

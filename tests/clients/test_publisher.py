@@ -71,7 +71,7 @@ async def test_push_and_what_became_of_it(publisher: Publisher) -> None:
     accepted = await publisher.push(PushRequest(Audience(alias=["anna"]), HELLO, options=Options(sendno=77)))
     assert accepted.sendno == "77"
     states = await publisher.status(accepted.msg_id, ["p1", "nobody"])
-    assert states == {"p1": Delivery.NOT_DELIVERED, "nobody": Delivery.NOT_A_DEVICE}
+    assert states == {"p1": Delivery.PENDING, "nobody": Delivery.NOT_A_DEVICE}
     report, unknown = await publisher.received_detail([accepted.msg_id, 1])
     assert (report.target, report.pending, report.adds_up) == (1, 1, True)
     assert not unknown.known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import pty
@@ -17,7 +18,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from clients.command import main
+from clients.command_app import start_of_last
+from clients.command_pushes import Lines, _within, is_over
 from clients.local_server import AppKeys, LocalServer
+from clients.publisher import RECEIPTS, STATES, Progress, PushReport, TraceStep
 
 SOON = (datetime.now(UTC) + timedelta(days=2)).strftime("%Y-%m-%d %H:%M:%S")
 LATER = (datetime.now(UTC) + timedelta(days=90)).strftime("%Y-%m-%d %H:%M:%S")
@@ -51,10 +55,12 @@ class Shell:
         assert (result.exit_code, result.stdout) == (status, ""), result.output
         return result.stderr
 
-    def on_a_terminal(self, *words: str) -> str:
+    def on_a_terminal(self, *words: str, columns: int = 200) -> str:
         """What a person sees; standard output and error are a terminal."""
         front, back = pty.openpty()
-        environment = os.environ | self.environment | {"TERM": "xterm", "COLUMNS": "200", "NO_COLOR": "1"}
+        environment = (
+            os.environ | self.environment | {"TERM": "xterm", "COLUMNS": f"{columns}", "NO_COLOR": "1"}
+        )
         command = [sys.executable, "-m", "clients.command", *words]
         with subprocess.Popen(command, stdin=back, stdout=back, stderr=back, env=environment) as process:
             os.close(back)
@@ -105,8 +111,30 @@ def test_push_with_all_its_options(shell: Shell, tmp_path: Path) -> None:
     file_id = shell.json("file", "upload", str(tmp_path / "list"))["file_id"]
     assert report(shell, push_to(shell, "--file", file_id))["target"] == 2
     assert report(shell, push_to(shell, "--file", file_id, "--tag-not", "red"))["target"] == 1
-    assert shell.json("push", "--all", "--dry-run", "Hello") == {"valid": True}
+    assert shell.json("push", "--all", "--json", "Hello").keys() == {"msg_id"}
     assert "no target" in shell.refused("push", "--tag", "none", "--dry-run", "Hello")
+
+
+async def test_a_dry_run_says_for_how_many_it_would_be(shell: Shell, phone: Any, tmp_path: Path) -> None:
+    (tmp_path / "push").write_text('{"audience": {"registration_id": ["d"]}, "platform": ["android"]}')
+    (tmp_path / "list").write_text("a\nc\n")
+
+    def check() -> None:
+        assert found("--all") == (4, 1)
+        assert found("--all", "--platform", "ios") == (2, 0)
+        assert found("--tag", "red", "--tag-not", "none") == (2, 0)
+        assert found("--body", str(tmp_path / "push")) == (1, 1)
+        segment = shell.json("segment", "create", "red", "--rule", "-", stdin='{"tag": "red"}')["id"]
+        file_id = shell.json("file", "upload", str(tmp_path / "list"))["file_id"]
+        assert found("--segment", segment, "--file", file_id) == (1, 0)
+
+    def found(*words: str) -> tuple[int, int]:
+        answer = shell.json("push", *words, "--dry-run", "Hello")
+        assert answer.pop("valid") is True
+        return answer["registered"], answer["online"]
+
+    async with phone("d"):
+        await asyncio.to_thread(check)
 
 
 def test_withdraw(shell: Shell) -> None:
@@ -115,7 +143,17 @@ def test_withdraw(shell: Shell) -> None:
     assert shell.text("status", msg_id).startswith(
         f"message {msg_id}, for 3 devices: 0 delivered, 0 pending, 0 expired, 0 evicted, 3 recalled;"
     )
-    assert "HTTP 404" in shell.refused("withdraw", "1")
+    assert "a  recalled" in shell.text("status", msg_id, "a")
+    for words in (("withdraw", "1"), ("status", "1"), ("pushes", "show", "1")):
+        assert "HTTP 404" in shell.refused(*words)
+
+
+def test_status_says_why_a_device_does_not_have_it(shell: Shell) -> None:
+    first, second = push_to(shell, "--all", "--ttl", "0"), push_to(shell, "--tag", "red")
+    assert shell.json("status", first, "a", "nobody", "--json")["devices"] == {
+        "a": "expired", "nobody": "not a device",
+    }  # fmt: skip
+    assert shell.text("status", second, "a", "c").splitlines()[1:] == ["a  pending", "c  not a target"]
 
 
 def test_a_slow_push_is_controlled(shell: Shell) -> None:
@@ -126,6 +164,7 @@ def test_a_slow_push_is_controlled(shell: Shell) -> None:
     assert "code 1003" in shell.refused("pushes", "pause", msg_id)
     watched = shell.json("pushes", "watch", msg_id, "--json")
     assert (watched["msg_id"], watched["recalled"]) == (msg_id, 3)
+    assert "stopped: 0 delivered, let go" in shell.text("pushes", "watch", msg_id)
 
 
 def test_the_account_of_a_push_for_people(shell: Shell) -> None:
@@ -148,13 +187,89 @@ def test_watch_ends_when_nobody_is_to_get_it(shell: Shell) -> None:
     msg_id = push_to(shell, "--all", "--ttl", "1")
     seen = shell.text("pushes", "watch", msg_id, "--every", "0.1")
     assert "expired     3" in seen
+    at_first, at_last, account = seen.split("\n", 2)
+    assert at_first[22:] == "sending: 0 delivered, 3 pending, of 3"
+    assert at_last[22:] == "done: 0 delivered, 0 pending, of 3"
+    assert account.startswith("state       done\n")
+
+
+def test_watch_ends_when_all_was_let_go_where_one_wants_that(shell: Shell) -> None:
+    msg_id = push_to(shell, "--all")
+    assert "pending     3" in shell.text("pushes", "watch", msg_id, "--until", "released")
+
+
+def paced(state: str | None, pending: int) -> PushReport:
+    counts = dict.fromkeys(("online", "sent", *STATES, *RECEIPTS), 0) | {"target": 3, "pending": pending}
+    progress = None if state is None else Progress(3, 1, None, state)
+    facts: dict[str, Any] = {"sendno": "0", "state": "sending", "accepted_at": 0, "expires_at": 9, "parts": 1}
+    return PushReport(msg_id=1, broadcast=True, progress=progress, **facts, **counts)
+
+
+@pytest.mark.parametrize(
+    ("state", "pending", "released", "settled", "by_default"),
+    [
+        (None, 3, True, False, False),
+        (None, 0, True, True, True),
+        ("waiting", 3, False, False, False),
+        ("sending", 3, False, False, False),
+        ("paused", 3, False, False, False),
+        ("done", 3, True, False, True),
+        ("expired", 3, True, False, True),
+        ("stopped", 0, True, True, True),
+    ],
+)
+def test_when_a_push_is_over(
+    state: str | None, pending: int, released: bool, settled: bool, by_default: bool
+) -> None:
+    report = paced(state, pending)
+    found = is_over(report, "released"), is_over(report, "settled"), is_over(report, None)
+    assert found == (released, settled, by_default)
+
+
+def test_a_line_for_each_change(capsys: pytest.CaptureFixture[str]) -> None:
+    show = Lines(lambda: "now")
+    for report in (paced("sending", 3), paced("sending", 3), paced("sending", 2), paced("done", 2)):
+        show(report)
+    said = "now  sending: 0 delivered, let go 1"
+    assert capsys.readouterr().out.splitlines() == [f"{said}, 3 pending, of 3", f"{said}, 2 pending, of 3"]
+
+
+def test_a_watch_whose_reader_goes_away_ends_without_noise(shell: Shell) -> None:
+    msg_id = push_to(shell, "--all")
+    command = [sys.executable, "-m", "clients.command", "pushes", "watch", msg_id, "--every", "0.05"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, env=os.environ | shell.environment) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert b"3 pending" in process.stdout.readline()
+        process.stdout.close()
+        shell.text("withdraw", msg_id)
+        assert (process.wait(PATIENCE), process.stderr.read()) == (1, b"")
+
+
+@pytest.mark.parametrize(
+    ("resolution", "said"),
+    [
+        (None, ""),
+        (0, ""),
+        (0.54, "1 s"),
+        (1, "1 s"),
+        (2, "1 min"),
+        (60, "1 min"),
+        (3600, "1 h"),
+        (7200, "7200 s"),
+    ],
+)
+def test_how_exact_a_step_is(resolution: float | None, said: str) -> None:
+    assert _within(TraceStep("sent", 1.0, resolution)) == said
 
 
 def test_a_group(server: LocalServer, app: AppKeys, shell: Shell) -> None:
     other = server.create_app("empty")
     key, secret = server.create_group("both", app.app_key, other.app_key)
-    words = ("push", "--group", "--app", key, "--secret", secret, "--all", "Hello")
-    result = shell.run(*words)
+    words = ("push", "--group", "--secret", secret, "--cid", "once", "--all", "Hello")
+    result = shell.run(*words, "--app", key)
+    assert shell.run(*words, "--app", f"group-{key}").stdout == result.stdout
     answer = json.loads(result.stdout)
     assert (result.exit_code, answer[other.app_key]["error"]["code"]) == (1, 1011)
     assert report(shell, answer[app.app_key]["msg_id"])["target"] == 3
@@ -247,6 +362,24 @@ def test_the_users_report(shell: Shell) -> None:
     assert "start" in shell.refused("report", "users", "--from", "yesterday")
 
 
+@pytest.mark.parametrize(
+    ("count", "unit", "start"),
+    [
+        (1, "hour", "2027-03-01 00"),
+        (3, "hour", "2027-02-28 22"),
+        (1, "day", "2027-03-01"),
+        (7, "day", "2027-02-23"),
+        (1, "month", "2027-03"),
+        (3, "month", "2027-01"),
+        (4, "month", "2026-12"),
+        (16, "month", "2025-12"),
+        (1000, "month", "1943-12"),
+    ],
+)
+def test_the_last_hours_days_or_months_end_now(count: int, unit: str, start: str) -> None:
+    assert start_of_last(count, unit, datetime(2027, 3, 1, 0, 30, tzinfo=UTC)) == start
+
+
 def once(true: Callable[[], Any]) -> Any:
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
@@ -259,7 +392,7 @@ def once(true: Callable[[], Any]) -> Any:
 def test_callbacks(shell: Shell) -> None:
     assert shell.text("callbacks", "parked") == "nothing was given up\n"
     body = {"callback": {"url": "http://127.0.0.1:9/", "events": ["recalled"]}}
-    result = shell.json("push", "--all", "--json", "-", "Hello", stdin=json.dumps(body))
+    result = shell.json("push", "--all", "--body", "-", "Hello", stdin=json.dumps(body))
     shell.text("withdraw", result["msg_id"])
     once(lambda: shell.json("callbacks", "show", "--json")["parked"])
     [event] = shell.json("callbacks", "parked", "--json")
@@ -271,8 +404,9 @@ def test_callbacks(shell: Shell) -> None:
     assert [line.split()[0] for line in shell.text("callbacks", "show").splitlines()] == [
         "waiting",
         "parked",
-        "signing",
     ]
+    assert shell.json("callbacks", "show", "--json") == {"waiting": 0, "parked": 0}
+    assert shell.json("callbacks", "secret").keys() == {"signing_secret"}
 
 
 def test_keys(shell: Shell) -> None:
@@ -316,16 +450,39 @@ def test_settings_and_their_audit(shell: Shell) -> None:
         (("segment", "create", "x", "--rule", "/dev/null"), "not valid JSON"),
         (("key", "create", "x", "--scope", "everything"), "everything"),
         (("settings", "set", "/dev/null"), "not valid JSON"),
-        (("pushes", "show", "0"), "0 is not in the range"),
+        (("pushes", "show", "0"), "must be a positive whole number, as `holdfast push` prints it; got 0"),
+        (("pushes", "show", "abc"), "got abc"),
+        (("status", "9" * 19), "must be a positive whole number"),
+        (("withdraw", "²"), "must be a positive whole number"),
+        (("push", "--all", "--override", "x", "x"), "must be a positive whole number"),
+        (("push", "--all", "--url", "htp:/foo", "x"), "'--url'"),
+        (("push", "--all", "--url", "htp:/foo", "x"), "must be an http or https address"),
+        (("report", "users", "--count", "1001"), "1001"),
+        (("pushes", "watch", "1", "--until", "later"), "later"),
     ],
 )
 def test_wrong_usage_ends_with_2(shell: Shell, words: tuple[str, ...], told: str) -> None:
     assert told in shell.refused(*words, status=2)
 
 
-def test_settings_of_another_shape_are_wrong_usage(shell: Shell) -> None:
-    result = shell.run("settings", "set", "-", stdin='{"quiet_hours": 5}')
-    assert (result.exit_code, "quiet_hours" in result.stderr) == (2, True)
+@pytest.mark.parametrize(
+    ("wanted", "told"),
+    [
+        ({"quiet_hour": None}, "quiet_hour"),
+        ({"quiet_hours": 5}, "quiet_hours"),
+        ({"quiet_hours": {"start": "22:00", "end": "07:00", "acton": "delay"}}, "acton"),
+        ({"frequency_caps": [{"count": 5, "per": "week"}]}, "hour, day"),
+    ],
+)
+def test_wrong_settings_are_refused_and_change_nothing(
+    shell: Shell, wanted: dict[str, object], told: str
+) -> None:
+    """A misspelt key, above all, which would reset what it was meant to change."""
+    kept = shell.json("settings", "set", "-", stdin='{"frequency_caps": [{"count": 5}]}')
+    result = shell.run("settings", "set", "-", stdin=json.dumps(wanted))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert told in result.stderr
+    assert shell.json("settings", "show") == kept
 
 
 def test_refusals_say_code_and_status(shell: Shell) -> None:
@@ -338,6 +495,16 @@ def test_people_get_a_ruled_table_and_names_are_no_markup(shell: Shell) -> None:
     seen = shell.on_a_terminal("key", "list")
     assert "───" in seen
     assert "[bold]fox[/bold]" in seen
+
+
+def test_ids_and_times_are_whole_on_a_narrow_terminal(shell: Shell) -> None:
+    words = ("--at", SOON, "--zone", "UTC", "--name", "the news of the week and of the day after it")
+    schedule_id = shell.json("schedule", "create", "--all", *words, "Hello")["schedule_id"]
+    seen = shell.on_a_terminal("schedule", "list", columns=60)
+    assert schedule_id in seen
+    assert SOON in seen
+    assert "…" not in seen
+    assert words[-1] not in seen  # a name is broken instead
 
 
 def test_people_see_the_progress_of_an_upload(shell: Shell, tmp_path: Path) -> None:

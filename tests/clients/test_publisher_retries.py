@@ -30,8 +30,9 @@ RULE = {"tag": "red"}
 class Deaf:
     """Does what it is asked for and breaks the connection instead of the first answer; `answer` is the second."""
 
-    def __init__(self, answer: object) -> None:
-        self._answer = b"" if answer is None else orjson.dumps(answer)
+    def __init__(self, answer: object, status: int = 200, body: bytes = b"") -> None:
+        self._answer = body if answer is None else orjson.dumps(answer)
+        self._status = status
         self.calls: list[str] = []
 
     async def take(self, request: web.Request) -> web.Response:
@@ -40,7 +41,7 @@ class Deaf:
         if len(self.calls) == 1:
             assert request.transport is not None
             request.transport.abort()
-        return web.Response(body=self._answer)
+        return web.Response(status=self._status, body=self._answer)
 
     async def ask(self, call: Callable[[Publisher], Awaitable[Any]]) -> Any:
         application = web.Application()
@@ -95,6 +96,22 @@ async def test_calls_that_may_be_repeated_are(
     server = Deaf(answer)
     await server.ask(call)
     assert server.calls == [path, path]
+
+
+GONE = b'{"error": {"code": 1003, "message": "there is no key k"}}'
+
+
+async def test_what_is_gone_when_a_deletion_is_repeated_was_deleted() -> None:
+    server = Deaf(None, status=404, body=GONE)
+    await server.ask(lambda p: p.keys.delete("k"))
+    assert server.calls == ["DELETE /v1/keys/k"] * 2
+
+
+async def test_what_was_never_there_is_an_error() -> None:
+    with pytest.raises(PushError, match="there is no key k"):
+        await ask(lambda _: web.Response(status=404, body=GONE), lambda p: p.keys.delete("k"))
+    with pytest.raises(PushError, match="there is no key k"):
+        await Deaf(None, status=404, body=GONE).ask(lambda p: p.segments.get("k"))
 
 
 @pytest.mark.parametrize(("path", "call"), HARMFUL, ids=[row[0] for row in HARMFUL])
