@@ -86,9 +86,9 @@ class App:
     app_id: int
     key: str  # public name, 24 hex digits: the user name of devices and publishers
     name: str
-    master_secret: str  # publishers
-    device_key: str  # shared by the app's installations: may register a device, nothing else
-    signing_key: bytes  # signs device tokens; 32 bytes, never leaves the server
+    master_secret: str = field(repr=False)  # publishers
+    device_key: str = field(repr=False)  # shared by the app's installations: may register a device, nothing else
+    signing_key: bytes = field(repr=False)  # signs device tokens; 32 bytes, never leaves the server
     open: bool  # any client id may connect with the device key, and all ordinary topics are, where no rule says else
     created_at: float
     offline_limit: int = 100  # newest-N rule: pushes kept for a device that stays away
@@ -375,7 +375,7 @@ class AuditEntry(Struct, frozen=True, gc=False):
 
     at: float
     app_id: int  # 0: of the installation
-    actor: str  # "master", "key <name>", "admin", "local" (a command beside the store)
+    actor: str  # "master", "key <id> <name>", "admin", "local" (a command beside the store)
     address: str  # of the caller; "" if none
     action: str  # "app.create", "key.delete", …
     subject: str  # what it was done to

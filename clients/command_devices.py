@@ -229,7 +229,11 @@ def _open_tokens(out: Path | None) -> Iterator[BinaryIO]:
     except OSError as error:
         raise click.UsageError(f"--out: {out}: {error.strerror}") from error
     with os.fdopen(descriptor, "wb") as tokens:
-        yield tokens
+        try:
+            yield tokens
+        finally:
+            if not tokens.tell():  # or the next attempt would be refused
+                out.unlink()
 
 
 def _size(file: BinaryIO) -> int | None:

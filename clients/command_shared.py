@@ -165,7 +165,7 @@ def _printable(cell: object) -> str:
 
 
 def _draw_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Wider than the terminal where it must be: what the next command needs is never cut."""
+    """Each row as fields where the terminal is too narrow: what the next command needs is never cut."""
     from rich import box  # loaded where somebody sees it: a script need not wait for it
     from rich.console import Console
     from rich.measure import Measurement
@@ -175,13 +175,19 @@ def _draw_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     for header, column in zip(headers, zip(*rows, strict=True), strict=True):
         whole = all(map(_is_one_word, column))
-        table.add_column(header, no_wrap=whole, min_width=max(map(len, column)) if whole else None)
+        width = max(map(len, column)) if whole else None
+        table.add_column(header, no_wrap=whole, overflow="fold", min_width=width)
     for row in rows:
         table.add_row(*map(Text, row))  # names of others are no markup
     console = Console()
     least = Measurement.get(console, console.options.update(max_width=MAX_WIDTH), table).minimum
-    console.width = max(console.width, least)
-    console.print(table)
+    if least <= console.width:
+        console.print(table)
+        return
+    for number, row in enumerate(rows):
+        if number:
+            click.echo()
+        print_fields(dict(zip(headers, row, strict=True)))
 
 
 def _is_one_word(cell: str) -> bool:

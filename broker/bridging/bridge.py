@@ -6,9 +6,9 @@ broker's own window stops the flow. Acknowledgements go out in the order in whic
 
 What the broker sends again (DUP), because an acknowledgement was lost with its connection, is known by packet id and
 contents, and not pushed again. But a broker may give the id anew once it has the acknowledgement, to an equal message
-of its own right; so only what was not acknowledged, or in the connection's last ACK_DOUBT, is taken for a repeat. A
-crash of ours, or an acknowledgement that was lost earlier than that, makes a second push, unless the message carries a
-cid: by the rule's `cid`, or by a user property of that name.
+of its own right; so only what was not acknowledged, or in the connection's last ACK_DOUBT, is taken for a repeat. An
+acknowledgement that was lost earlier than that, and a crash of ours before it, make a second push, unless the message
+carries a cid: by the rule's `cid`, or by a user property of that name.
 
 aiomqtt acknowledges a message before it hands it out, and has no setting for that. So the paho client underneath is
 told not to, and gives its messages to us: `_take_over` is the only place that knows.
@@ -243,6 +243,7 @@ class Bridge:
         connection = _Connection(client, paho.ack, paho.disconnect)
         paho.manual_ack_set(True)
         connected: Any = paho.on_connect
+        published: Any = paho.on_publish
 
         def on_message(paho: Any, _userdata: Any, message: MQTTMessage) -> None:
             if len(message.payload) > MAX_PACKET:
@@ -262,6 +263,12 @@ class Bridge:
             connection.max_packet = getattr(properties, "MaximumPacketSize", math.inf)
             connected(paho, userdata, flags, reason, properties)
 
+        def on_publish(paho: Any, userdata: Any, mid: int, reason: Any, properties: Any) -> None:
+            if reason.is_failure:  # aiomqtt does not look at it
+                self._stop_burying(str(reason))
+            published(paho, userdata, mid, reason, properties)
+
+        paho.on_publish = on_publish
         paho.on_message = on_message
         paho.on_connect = on_connect
         return connection
@@ -288,9 +295,10 @@ class Bridge:
         stopped = asyncio.create_task(self._stop.wait())
         try:
             await asyncio.wait([lost, stopped, pushing], return_when=asyncio.FIRST_COMPLETED)
-            for task in (lost, pushing):
-                if task.done():
-                    task.result()
+            if pushing.done():
+                pushing.result()
+            if lost.done():
+                lost.result()
         finally:
             for task in (lost, stopped):
                 task.cancel()
@@ -302,16 +310,16 @@ class Bridge:
         """Start what arrives, at most a window at once, and have it acknowledged in order."""
         room = asyncio.Semaphore(self._settings.window)
         started: _Started = asyncio.Queue()
-        acknowledging = asyncio.create_task(self._acknowledge(connection, started, room))
-        while (message := await connection.arrived.get()) is not None:
-            connection.waiting_bytes -= len(message.payload)
-            await room.acquire()
-            if connection.ended.is_set():
-                break
-            self.stats.received += 1
-            started.put_nowait((message, asyncio.create_task(self._handle(message, connection))))
-        started.put_nowait(None)
-        await acknowledging
+        async with asyncio.TaskGroup() as group:  # if one of the two fails, the connection ends
+            group.create_task(self._acknowledge(connection, started, room))
+            while (message := await connection.arrived.get()) is not None:
+                connection.waiting_bytes -= len(message.payload)
+                await room.acquire()
+                if connection.ended.is_set():
+                    break
+                self.stats.received += 1
+                started.put_nowait((message, asyncio.create_task(self._handle(message, connection))))
+            started.put_nowait(None)
 
     async def _acknowledge(self, connection: _Connection, started: _Started, room: asyncio.Semaphore) -> None:
         refused = False  # one that must come again: later ones are acknowledged after it (MQTT5-4.6.0-2)
@@ -427,8 +435,7 @@ class Bridge:
                 topic, message.payload, qos=1, properties=self._letter_properties(message.topic, reason)
             )
         except aiomqtt.MqttError as error:
-            log_event(log, logging.ERROR, "bridge cannot publish", topic=topic, reason=str(error))
-            self._note_unburied(connection)
+            self._note_unburied(connection, str(error))
             return False
         self._burials_failed = 0
         return True
@@ -440,16 +447,20 @@ class Bridge:
         properties.UserProperty = [("topic", topic), ("reason", reason)]
         return properties
 
-    def _note_unburied(self, connection: _Connection) -> None:
+    def _note_unburied(self, connection: _Connection, reason: str) -> None:
         """Later messages must not be acknowledged before this one: so its connection ends."""
         if not connection.unburied:
             connection.unburied = True
             self._burials_failed += 1
             if self._burials_failed >= BURIALS:
                 self._burials_failed = 0
-                self._bury_at = time.monotonic() + UNBURIED
+                self._stop_burying(reason)
         connection.ended.set()
         connection.end()
+
+    def _stop_burying(self, reason: str) -> None:
+        self._bury_at = time.monotonic() + UNBURIED
+        log_event(log, logging.ERROR, "bridge buries nothing", topic=self._settings.dead_topic, reason=reason)
 
 
 async def _drain(client: aiomqtt.Client) -> None:

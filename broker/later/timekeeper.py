@@ -12,6 +12,7 @@ others. `due` is therefore only when to look; a handler keeps in the record's va
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections import OrderedDict
@@ -106,11 +107,18 @@ class Timekeeper:
 
     async def _handle_some(self) -> bool:
         """Whether there may be more. Raises StoreError."""
-        records = await self._records.due(list(self._handlers), self._clock(), AT_ONCE)
+        records = await self._look()
         results = await asyncio.gather(*map(self._handle, records))
         if records and not any(results):
             raise StoreError("none of the records that are due could be handled")
         return bool(records)
+
+    async def _look(self) -> list[Record]:
+        """AT_ONCE of what is due, the kinds in turn: many of one kind at once do not hold up those of another."""
+        now = self._clock()
+        looks = (self._records.due([kind], now, AT_ONCE) for kind in self._handlers)
+        turns = itertools.zip_longest(*await asyncio.gather(*looks))
+        return [record for turn in turns for record in turn if record is not None][:AT_ONCE]
 
     async def _handle(self, record: Record) -> bool:
         """False: the store does not take anything."""

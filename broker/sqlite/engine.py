@@ -270,6 +270,8 @@ def connect(path: Path, *, cache_size: int) -> sqlite3.Connection:
     )
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute(f"PRAGMA cache_size = -{cache_size // 1024}")
+    # Debian's default writes each freed page once more, as zeros: on a full disk nothing could be removed.
+    connection.execute("PRAGMA secure_delete = FAST")
     connection.execute("PRAGMA wal_autocheckpoint = 0")  # the checkpointer does it, away from commits
     return connection
 

@@ -1,5 +1,6 @@
 """Bytes that are too many for one record, in rows of up to PIECE bytes, each a write of its own: nothing is held, and
-other writes go between. A crash half-way leaves pieces that belong to no record; opening the store removes them."""
+other writes go between. A crash half-way leaves pieces that belong to no record; opening the store removes them.
+Upkeep removes what a full disk did not let go."""
 
 from __future__ import annotations
 
@@ -10,10 +11,11 @@ from typing import Any, Final
 
 from broker.sqlite.engine import Row, delete_rows, write_rows
 from broker.sqlite.threads import Handler
-from broker.store import PIECE, StoreError
+from broker.store import PIECE, StoreError, StoreFull
 
 KIND: Final = "file"  # of the record that makes a file exist
-SLICE_PIECES: Final = 64  # removed in one transaction: 4 MB
+SLICE_PIECES: Final = 8  # removed in one transaction: a full disk has little room for its log
+RESERVE: Final = 64 << 20  # bytes of the disk that uploads leave to pushes
 
 Submit = Callable[[str, Any, int], Awaitable[Any]]
 """Runs a handler in the writer or a reader: its name, its argument, about how many rows."""
@@ -88,12 +90,16 @@ class FileReads:
 
 
 class SqliteFiles:
-    """`store.files`."""
+    """`store.files`. `free`: bytes of the disk that are free beyond what uploads leave to pushes."""
 
-    def __init__(self, write: Submit, read: Submit, check_app: Callable[[int], None]) -> None:
+    def __init__(
+        self, write: Submit, read: Submit, check_app: Callable[[int], None], free: Callable[[], int]
+    ) -> None:
         self._write = write
         self._read = read
         self._check_app = check_app
+        self._free = free
+        self._leaving: set[tuple[int, str]] = set()  # their pieces are being removed, or could not be
 
     async def write(self, app_id: int, file_id: str, pieces: AsyncIterable[bytes]) -> int:
         size = number = 0
@@ -102,11 +108,13 @@ class SqliteFiles:
                 if len(piece) > PIECE:
                     raise StoreError(f"a piece has at most {PIECE} bytes, not {len(piece)}")
                 self._check_app(app_id)
+                if self._free() < PIECE:
+                    raise StoreFull("no room for files: the rest of the disk is left to pushes")
                 await self._write("write_pieces", (app_id, file_id, number, piece), 1)
                 number += 1
                 size += len(piece)
         except BaseException:
-            with suppress(StoreError):  # what is left now, goes when the store is opened again
+            with suppress(StoreError):  # upkeep tries again
                 await self.remove(app_id, file_id)
             raise
         return size
@@ -118,5 +126,18 @@ class SqliteFiles:
             number += 1
 
     async def remove(self, app_id: int, file_id: str) -> None:
-        while await self._write("remove_pieces", (app_id, file_id), SLICE_PIECES):
+        self._leaving.add((app_id, file_id))
+        while await self._remove_slice(app_id, file_id):
             pass
+
+    async def remove_again(self) -> int:
+        """A slice of what could not be removed before; returns how many pieces went. For upkeep."""
+        for key in self._leaving:
+            return await self._remove_slice(*key)
+        return 0
+
+    async def _remove_slice(self, app_id: int, file_id: str) -> int:
+        gone: int = await self._write("remove_pieces", (app_id, file_id), SLICE_PIECES)
+        if not gone:
+            self._leaving.discard((app_id, file_id))
+        return gone

@@ -69,7 +69,7 @@ def _read_url(value: object) -> str:
         raise _wrong("callback.url", f"must be text of at most {URL_SIZE} bytes")
     try:
         url = URL(value)
-        right = url.scheme in ("http", "https") and bool(url.host) and url.port != 0
+        right = url.scheme in ("http", "https") and url.port != 0 and _is_host(url.raw_host or "")
     except (ValueError, IndexError):  # yarl has both for a host that it cannot read
         right = False
     if not right or not value.isprintable() or " " in value:
@@ -77,6 +77,17 @@ def _read_url(value: object) -> str:
     if url.user is not None or url.password is not None:
         raise _wrong("callback.url", "must not hold credentials; check the signature instead")
     return value
+
+
+def _is_host(text: str) -> bool:
+    """A name as it is asked for (IDNA), or an address."""
+    if ":" in text:
+        ipaddress.ip_address(text)  # raises ValueError
+        return True
+    return _NAME.fullmatch(text) is not None
+
+
+_NAME: Final = re.compile(r"[A-Za-z0-9_.-]+")
 
 
 def _read_params(value: object) -> Mapping[str, Any] | None:

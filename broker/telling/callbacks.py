@@ -50,7 +50,7 @@ BATCH_BYTES: Final = 256 << 10  # of one POST's body, by estimate
 LANES: Final = (
     4096  # app and URL pairs remembered; past it the failures of the oldest idle ones are forgotten
 )
-LEASE: Final = 120.0  # what was claimed and not finished by then is due again
+LEASE: Final = 120.0  # what was claimed and not begun by then is due again
 CROWDED: Final = 0.5  # until events that found no room are looked at again, at least
 LEAST_RATE: Final = 500.0  # handed-back events that come again each second, however slow the receiver is
 COUNT_PAUSE: Final = 10.0  # between two counts of what waits, for the metrics
@@ -205,6 +205,7 @@ class Callbacks:
         self.stats = Stats()
         self._store = store
         self._settings = settings or CallbackSettings()
+        self._lease = LEASE + self._settings.timeout  # that a POST takes
         self._clock = clock
         self._chance = chance
         self._pause = pause
@@ -265,11 +266,15 @@ class Callbacks:
     async def turn(self) -> bool:
         """Claim what is due and start what may start. True: there may be more that is due. Raises StoreError."""
         now = self._clock()
-        claimed = await self._store.callbacks.claim(now, LEASE, CLAIMED)
+        claimed = await self._store.callbacks.claim(now, self._lease, CLAIMED)
         later: dict[float, list[int]] = {}
         parked: dict[str, list[int]] = {}
         for i, event in enumerate(claimed, 1):
-            self._take(event, now, later, parked)
+            try:
+                self._take(event, now, later, parked)
+            except (ValueError, IndexError):  # its URL: one that was stored must not stop those of others
+                log.exception("callbacks of app %d", event.app_id)
+                parked.setdefault("the URL cannot be read", []).append(event.event_id)
             if not i % BREATH_EVENTS:
                 await asyncio.sleep(0)  # each may be of a new lane
         self._start()
@@ -287,7 +292,7 @@ class Callbacks:
     ) -> None:
         """Put a claimed event into its lane, or say when it is to come again, or that it is given up."""
         lane = self._lane(event.app_id, event.callback.url)
-        if lane.retry_at > now:
+        if now < lane.retry_at <= now + self._settings.max_pause:  # else the clock was put back
             if now - event.at >= self._settings.max_age:
                 parked.setdefault(lane.error, []).append(event.event_id)
             else:
@@ -295,7 +300,7 @@ class Callbacks:
         elif (crowded := self._crowded(lane)) is not None:
             later.setdefault(crowded.next_room(now), []).append(event.event_id)
         else:
-            lane.events.append((now + LEASE, event))
+            lane.events.append((now + self._lease, event))
             self._hold(lane, _weight(event))
             self._enqueue(lane)
 

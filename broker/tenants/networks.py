@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import ipaddress
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from typing import Final
 
+CACHED_LISTS: Final = 256  # that are kept ready, also of keys that are gone: 0.2 MB each at most
 MAPPED_BITS = 96  # of ::ffff:0:0/96, as which IPv6 has the IPv4 addresses
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -34,9 +37,32 @@ def read_address(text: str) -> Address | None:
 def is_within(address: str, networks: Sequence[str]) -> bool:
     """Whether the address is in one of the networks (as read_network gave them). What is no address is in none."""
     found = read_address(address)
-    return found is not None and any(found in network for network in _parsed(tuple(networks)))
+    return found is not None and _parsed(tuple(networks)).covers(found)
 
 
-@functools.lru_cache(maxsize=4096)
-def _parsed(networks: tuple[str, ...]) -> tuple[Network, ...]:
-    return tuple(ipaddress.ip_network(network) for network in networks)
+class _Ranges:
+    """Of addresses, disjoint and sorted: a look-up is ten comparisons in a list of a thousand."""
+
+    __slots__ = ("_firsts", "_lasts")
+
+    def __init__(self, networks: Iterable[Network]) -> None:
+        self._firsts: dict[int, list[int]] = {4: [], 6: []}  # by version
+        self._lasts: dict[int, list[int]] = {4: [], 6: []}
+        ranges = [(n.version, int(n.network_address), -int(n.broadcast_address)) for n in networks]
+        for version, first, last in sorted(ranges):  # the largest of one beginning first
+            lasts = self._lasts[version]
+            if (
+                not lasts or first > lasts[-1]
+            ):  # else it is within the one before: networks never overlap by half
+                self._firsts[version].append(first)
+                lasts.append(-last)
+
+    def covers(self, address: Address) -> bool:
+        number = int(address)
+        before = bisect_right(self._firsts[address.version], number)
+        return before > 0 and number <= self._lasts[address.version][before - 1]
+
+
+@functools.lru_cache(maxsize=CACHED_LISTS)
+def _parsed(networks: tuple[str, ...]) -> _Ranges:
+    return _Ranges(map(ipaddress.ip_network, networks))

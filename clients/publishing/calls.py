@@ -107,7 +107,10 @@ class Calls:
         self._http: aiohttp.ClientSession | None = None
 
     def open(self) -> None:
+        tracing = aiohttp.TraceConfig()
+        tracing.on_request_headers_sent.append(_count_sent)
         self._http = aiohttp.ClientSession(
+            trace_configs=[tracing],
             connector=aiohttp.TCPConnector(limit=self._connections),
             headers=self._headers,
             timeout=aiohttp.ClientTimeout(total=self._retry.timeout),
@@ -157,19 +160,20 @@ class Calls:
                 repeated = True
             else:
                 if last or not (answer.status in UNDONE or (safe and answer.status in TRY_AGAIN)):
-                    return replace(answer, repeated=repeated)
+                    return replace(answer, repeated=repeated or answer.repeated)
                 repeated = repeated or answer.status not in UNDONE
         raise AssertionError("at least one attempt")
 
     async def _call_once(self, method: str, path: str, body: Body, content_type: str | None) -> Answer:
         assert self._http is not None, "use `async with Publisher(…)`"
-        options: dict[str, Any] = {"data": body() if callable(body) else body}
+        sent = {"times": 0}
+        options: dict[str, Any] = {"data": body() if callable(body) else body, "trace_request_ctx": sent}
         if callable(body):
             options["timeout"] = aiohttp.ClientTimeout(total=None, sock_read=self._retry.timeout)
         if content_type is not None:
             options["headers"] = {"Content-Type": content_type}
         async with self._http.request(method, self._url + path, **options) as response:
-            return Answer(response.status, await response.read())
+            return Answer(response.status, await response.read(), repeated=sent["times"] > 1)
 
     def _pause(self, n: int) -> float:
         return self._jitter() * min(self._retry.cap, self._retry.base * 2.0**n)
@@ -181,6 +185,11 @@ class Calls:
         what = "" if safe else "; it may have been accepted: look before you try again, or give a push a cid"
         why = str(error) or "no answer in time"
         return PushError(NO_ANSWER, NO_ANSWER, f"{self._url}: the answer was lost: {why}{what}")
+
+
+async def _count_sent(_: aiohttp.ClientSession, context: Any, __: object) -> None:
+    """aiohttp itself sends again what it takes for harmless, a DELETE among it, when the connection breaks."""
+    context.trace_request_ctx["times"] += 1
 
 
 def quoted(name: object) -> str:

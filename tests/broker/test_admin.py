@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import io
 import logging
 import shutil
 import stat
 import subprocess
+import time
 from base64 import b64encode
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -408,3 +410,14 @@ def test_levels_below_the_set_one_cost_nothing_and_say_nothing(lines: Any) -> No
     read = lines("text")
     log_event(LOG, logging.DEBUG, "packet")
     assert read() == []
+
+
+async def test_nothing_is_inflated_for_anybody(server: Server) -> None:
+    """aiohttp reads the rest of a refused body, for up to ten seconds."""
+    bomb = io.BytesIO(gzip.compress(b" " * (200 << 20), 9))
+    headers = {"Content-Encoding": "gzip", "Authorization": "Bearer wrong"}
+    before = time.process_time()
+    async with server.session.post("/v1/app", data=bomb, headers=headers) as answer:
+        assert answer.status == 401
+    assert (await server.call("GET", "/v1/apps"))[0] == 200
+    assert time.process_time() - before < 0.1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import shutil
 import socket
 import subprocess
@@ -20,7 +21,7 @@ import pytest
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from broker.bridging.bridge import Bridge, BridgeMetrics, BridgeSettings
+from broker.bridging.bridge import ACK_DOUBT, Bridge, BridgeMetrics, BridgeSettings
 from broker.bridging.bridge_rules import read_rules
 from broker.metrics import Metrics
 from broker.store import StoreUnavailable
@@ -233,12 +234,18 @@ async def publish(broker: ForeignBroker, *messages: tuple[str, object], **proper
 
 @needs_mosquitto
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
-async def test_messages_become_pushes(bridged: Bridged, mosquitto: ForeignBroker, protocol: str) -> None:
+async def test_messages_become_pushes(
+    bridged: Bridged, mosquitto: ForeignBroker, protocol: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "broker.bridging.bridge")
     async with bridged.run(protocol=protocol) as bridge:
         whole = {"platform": "all", "audience": "all", "message": {"msg_content": "whole"}}
         await publish(mosquitto, ("orders/ann/shipped", {"text": "one"}), ("push/x", whole))
         assert {await bridged.next(), await bridged.next()} == {"one", "whole"}
         await until(lambda: bridge.stats.pushed == 2)
+        lines = [line for line in caplog.messages if line.startswith("bridge pushed")]
+        assert len(lines) == 2
+        assert all("'msg_id': " in line for line in lines)  # for whoever wants a report
         assert bridged.sample("holdfast_bridge_connected") == 1
     assert bridged.sample("holdfast_bridge_connected") == 0
     assert bridged.sample("holdfast_bridge_received_total") == 2
@@ -410,6 +417,143 @@ async def test_what_cannot_be_pushed_is_counted_and_buried(
         assert any(told["reason"].startswith(reason) for p, told in found if p == payload), (topic, reason)
     assert bridged.sample('holdfast_bridge_refused_total{reason="unfit"}') == 2
     assert bridged.sample('holdfast_bridge_refused_total{reason="1011"}') == 1
+
+
+GOOD: Final = [("orders/ann/shipped", {"text": str(i)}) for i in range(100)]
+
+
+@needs_mosquitto
+async def test_a_refusal_of_any_length_does_not_stop_the_others(
+    bridged: Bridged, mosquitto: ForeignBroker
+) -> None:
+    """MQTT has no text of more than 65,535 bytes: the reason is cut."""
+    bad = {"platform": "all", "audience": {"x" * 70_000: ["a"]}, "message": {"msg_content": "x"}}
+    async with bridged.run(dead_topic="dead/letters") as bridge:
+        await publish(mosquitto, *(("push/x", bad) for _ in range(bridged.settings.window)), *GOOD)
+        assert {await bridged.next() for _ in GOOD} == {str(i) for i in range(100)}
+    async with bridged.run() as bridge:  # all were acknowledged
+        await publish(mosquitto, ("orders/ann/shipped", {"text": "last"}))
+        assert await bridged.next() == "last"
+        assert bridge.stats.received == 1
+
+
+@needs_mosquitto
+async def test_a_message_that_breaks_us_does_not_come_again(
+    bridged: Bridged,
+    mosquitto: ForeignBroker,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken(_topic: str) -> None:
+        raise LookupError("a mistake of ours")
+
+    async with bridged.run() as bridge:
+        with monkeypatch.context() as patch:
+            patch.setattr(bridge, "_matches", broken)
+            await publish(mosquitto, ("orders/ann/shipped", {"text": "first"}))
+            await until(lambda: bridged.sample('holdfast_bridge_refused_total{reason="error"}') == 1)
+        await publish(mosquitto, *GOOD)
+        assert await bridged.next() == "0"
+    assert "a mistake of ours" in caplog.text
+
+
+@needs_mosquitto
+@pytest.mark.parametrize(
+    ("line", "bad"), [("acl_file {}/acl", b"no json"), ("max_packet_size 2000", b"x" * 1950)]
+)
+async def test_dead_letters_that_nobody_takes_do_not_stop_the_others(
+    start: Start, tmp_path: Path, line: str, bad: bytes
+) -> None:
+    service = await start()
+    await service.register("phone-1", alias="ann")
+    (tmp_path / "acl").write_text("pattern readwrite orders/#\npattern read push/#\n")
+    broker = make_mosquitto(tmp_path, line.format(tmp_path))
+    broker.start()
+    bridged = Bridged(service, tmp_path, broker)
+    try:
+        async with bridged.run(dead_topic="dead/letters") as bridge:
+            await publish(broker, ("orders/ann/shipped", bad), *GOOD)
+            seen: set[str] = set()
+            while len(seen) < len(GOOD):
+                seen.add(await bridged.next())
+            await until(lambda: bridged.sample('holdfast_bridge_refused_total{reason="unburied"}') > 0)
+            assert bridge.stats.connected
+    finally:
+        broker.stop()
+
+
+@needs_mosquitto
+async def test_messages_that_obey_no_window_do_not_fill_our_memory(
+    bridged: Bridged, mosquitto: ForeignBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("broker.bridging.bridge.ARRIVED_BYTES", 50_000)
+    store = AwayStore(bridged.service.store)
+    sender = paho.Client(paho.CallbackAPIVersion.VERSION2, protocol=paho.MQTTv5)
+    async with bridged.run() as bridge:
+        sender.connect(*mosquitto.address)
+        sender.loop_start()
+        for i in range(200):
+            sender.publish("orders/ann/shipped", orjson.dumps({"text": str(i), "pad": "x" * 1000}), 0)
+        await until(lambda: bridged.sample('holdfast_bridge_refused_total{reason="crowded"}') >= 110)
+        assert bridge.stats.received <= bridged.settings.window + 1
+        store.away = False
+        assert int(await bridged.next()) < 100
+    sender.disconnect()
+    sender.loop_stop()
+
+
+async def test_a_broker_that_answers_nonsense_is_asked_again(start: Start, tmp_path: Path) -> None:
+    service = await start()
+    subscribed = 0
+    again = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal subscribed
+        await reader.read(1000)
+        writer.write(bytes.fromhex("20 03 00 00 00"))
+        subscribe = await reader.read(1000)
+        writer.write(bytes([0x90, 4, *subscribe[2:4], 0, 1]))  # one answer, to two subscriptions
+        subscribed += 1
+        if subscribed == 2:
+            again.set()
+        await reader.read(1000)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    foreign = ForeignBroker(tmp_path, [])
+    foreign.address = server.sockets[0].getsockname()
+    bridge = Bridge(
+        Bridged(service, tmp_path, foreign).settings, service.apps, service.pushes, first_pause=0.01
+    )
+    await bridge.open()
+    await asyncio.wait_for(again.wait(), PATIENCE)
+    await bridge.close()
+    server.close()
+
+
+@pytest.mark.parametrize(
+    ("acked", "lost", "repeat"),
+    [
+        (math.inf, 100.0, True),  # not acknowledged
+        (99.0, 100.0, True),  # perhaps on a connection that was dead already
+        (100.0 - ACK_DOUBT, 100.0, False),  # the broker had it: this is another message under the same id
+    ],
+)
+async def test_an_equal_message_under_an_id_that_was_free_is_a_new_one(
+    start: Start, tmp_path: Path, acked: float, lost: float, repeat: bool
+) -> None:
+    service = await start()
+    settings = Bridged(service, tmp_path, ForeignBroker(tmp_path, [])).settings
+    bridge = Bridge(settings, service.apps, service.pushes)
+    message = paho.MQTTMessage(1, b"door")
+    message.qos, message.payload = 1, b"opened"
+    bridge._pushed_by(message).add(1)
+    bridge._pushed[1].acked_at, bridge._lost_at = acked, lost
+    message.dup = True
+    assert bridge._pushed_by(message) == ({1} if repeat else set())
+    bridge._pushed_by(message).add(2)
+    message.payload = b"closed"
+    assert bridge._pushed_by(message) == set()
 
 
 @needs_mosquitto

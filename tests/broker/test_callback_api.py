@@ -41,6 +41,8 @@ URL_ROW = "https://example.com/told"
         ({"url": URL_ROW, "type": 3}, Callback(URL_ROW, ("delivered", "clicked"))),
         ({"url": URL_ROW, "events": list(CALLBACK_EVENTS)}, Callback(URL_ROW, CALLBACK_EVENTS)),
         ({"url": URL_ROW, "events": ["shown", "delivered", "shown"]}, Callback(URL_ROW, ("delivered", "shown"))),
+        ({"url": "https://exämple.com/"}, Callback("https://exämple.com/")),
+        ({"url": "https://a_b.xn--exmple-cua.com./"}, Callback("https://a_b.xn--exmple-cua.com./")),
         ({"url": "http://[2001:db8::1]:8080/x?y=%20"}, Callback("http://[2001:db8::1]:8080/x?y=%20")),
     ],
 )  # fmt: skip
@@ -65,6 +67,9 @@ def test_callbacks_that_are_right(value: object, wanted: Callback) -> None:
         ({"url": "https://example.com/\r\nX: y"}, "callback.url: must be a URL such as"),
         ({"url": "https://[::1/"}, "callback.url: must be a URL such as"),
         ({"url": "http://!][a@?_)"}, "callback.url: must be a URL such as"),
+        ({"url": 'http://[~:"+c:]/x'}, "callback.url: must be a URL such as"),
+        ({"url": "https://[:(){}]"}, "callback.url: must be a URL such as"),
+        ({"url": "https://exa(mple.com/"}, "callback.url: must be a URL such as"),
         ({"url": "https://me:secret@example.com"}, "callback.url: must not hold credentials"),
         ({"url": URL_ROW, "params": "x"}, "callback.params: must be an object"),
         ({"url": URL_ROW, "params": {"x": "y" * PARAMS_SIZE}}, "callback.params: is"),

@@ -652,6 +652,40 @@ async def test_private_addresses_are_not_called(world: World, receiver: Receiver
     assert "not a public address" in parked.error
 
 
+async def test_a_url_that_cannot_be_read_does_not_stop_the_others(world: World, receiver: Receiver) -> None:
+    """One that was stored before it was refused."""
+    app, other = await world.make_app(), await world.make_app()
+    await world.pushed_to(app, ["http://!][a@?_)", "http://[::1/x"])
+    await world.pushed(other, Callback(receiver.url))
+    await world.send()
+    assert len(receiver.events) == 1
+    assert await world.store.callbacks.counts(app.app_id) == (0, 2)
+
+
+async def test_a_receiver_may_have_any_time(world: World, receiver: Receiver) -> None:
+    """Also more than a lease is long."""
+    world.settings = replace(SETTINGS, timeout=2 * LEASE)
+    await world.restart()
+    await world.pushed(await world.make_app(), Callback(receiver.url))
+    await world.send()
+    assert len(receiver.events) == 1
+
+
+async def test_a_clock_that_is_put_back_does_not_stop_a_receiver_that_failed(
+    world: World, receiver: Receiver
+) -> None:
+    app = await world.make_app()
+    world.clock.now += 86_400
+    receiver.status = 500
+    await world.pushed(app, Callback(receiver.url))
+    await world.send()
+    world.clock.now -= 86_400
+    receiver.status = 200
+    await world.pushed(app, Callback(receiver.url), 2)
+    await world.send()
+    assert len(receiver.bodies[-1]["events"]) == 2
+
+
 # Restarts, and two servers
 
 
@@ -697,7 +731,7 @@ async def test_a_stop_in_the_middle_hands_back_what_was_not_sent(world: World, r
     receiver.answer = None
     await world.send()
     assert len(receiver.bodies[-1]["events"]) == 1  # the others are leased
-    world.clock.now += LEASE
+    world.clock.now += LEASE + SETTINGS.timeout
     await world.send()
     assert len({event["event_id"] for event in receiver.events}) == BATCH_EVENTS + 1
 

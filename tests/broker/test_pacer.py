@@ -117,6 +117,20 @@ def test_pauses_count_as_no_time(total: int, minutes: int, steps: list[tuple[int
             pace = pace.resumed(now) if paused else msgspec.structs.replace(pace, paused_at=now)
 
 
+@given(st.integers(1, 100), st.floats(0, 40_000), st.floats(0, 40_000))
+def test_a_pause_in_quiet_hours_costs_only_what_is_beyond_them(
+    part: int, paused: float, longer: float
+) -> None:
+    """However much had gone before them."""
+    morning = START + 36_000.0
+    held = msgspec.structs.replace(_pace(1000, 6000.0), part=min(part, 99)).held_until(morning)
+    resumed = msgspec.structs.replace(held, paused_at=START + paused).resumed(START + paused + longer)
+    gap = 6000.0 / held.parts
+    goes_on = resumed.begins(resumed.part)
+    beyond = max(0.0, paused + longer - max(36_000.0, paused))
+    assert -1e-3 <= goes_on - morning - beyond <= gap + 1e-3
+
+
 def test_a_held_push_goes_at_once_when_it_starts() -> None:
     pace = _pace(5, 0.0)
     assert (pace.parts, pace.due) == (1, START)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from broker.api.peers import Peers
 from broker.limits import Limits
-from broker.tenants.networks import is_within, read_network
+from broker.tenants.networks import CACHED_LISTS, is_within, read_network
 
 ADDRESSES: list[tuple[tuple[str, ...], str, list[str], str]] = [
     # trusted, peer, X-Forwarded-For, caller
@@ -72,6 +76,39 @@ def test_networks_are_read() -> None:
             read_network(text)
     assert not is_within("unknown", ("0.0.0.0/0", "::/0"))
     assert is_within("::ffff:10.1.2.3", ("10.0.0.0/8",))
+
+
+NETWORKS = st.lists(
+    st.one_of(
+        st.tuples(st.integers(0, 2**8 - 1), st.integers(24, 32)).map(
+            lambda pair: str(IPv4Network(pair, strict=False))
+        ),
+        st.tuples(st.integers(0, 2**8 - 1), st.integers(120, 128)).map(
+            lambda pair: str(IPv6Network(pair, strict=False))
+        ),
+    ),
+    max_size=8,
+)
+
+
+@given(NETWORKS, st.one_of(st.integers(0, 2**9).map(IPv4Address), st.integers(0, 2**9).map(IPv6Address)))
+def test_an_address_is_within_a_list_if_it_is_in_one_of_its_networks(
+    networks: list[str], address: IPv4Address | IPv6Address
+) -> None:
+    assert is_within(str(address), networks) == any(address in ip_network(network) for network in networks)
+
+
+def test_a_list_that_was_used_once_takes_little_memory() -> None:
+    """A key with such a list may be made, used and deleted again and again."""
+    lists = [[f"2001:db8:{i:x}:{n:x}::/64" for n in range(0, 2000, 2)] for i in range(5)]
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        assert not any(is_within("203.0.113.1", networks) for networks in lists)
+        each = (tracemalloc.get_traced_memory()[0] - before) / len(lists)
+    finally:
+        tracemalloc.stop()
+    assert each * CACHED_LISTS < 50 << 20
 
 
 # Over HTTP

@@ -9,20 +9,24 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from msgspec.structs import replace
 from pyroaring import BitMap
 
-from broker.model import App, NewDevice, NewMessage, SessionItem, Settled, Term
+from broker.model import App, DeviceChange, NewDevice, NewMessage, SessionItem, Settled, Term
 from broker.sqlite.engine import APPLICATION_ID, encode_bits
 from broker.sqlite.messages import ID_EPOCH
-from broker.store import Store, StoreError, StoreFull, StoreUnavailable
-from broker.store_sqlite import SqliteStore
+from broker.store import PIECE, Store, StoreError, StoreFull, StoreUnavailable
+from broker.store_sqlite import LOAD_SLICE, SqliteStore
+from broker.store_sqlite import _Posting as Posting
+from broker.store_sqlite import _Postings as Postings
 from tests.broker.activity_contract import ActivityContract
 from tests.broker.message_contract import MessageContract
 from tests.broker.store_contract import (
@@ -256,6 +260,48 @@ async def test_a_full_disk_recovers_once_there_is_room(small_disk: Path) -> None
     await store.close()
 
 
+def _pieces(store: SqliteStore) -> int:
+    connection = sqlite3.connect(store._path)
+    try:
+        return int(connection.execute("SELECT count(*) FROM files").fetchone()[0])
+    finally:
+        connection.close()
+
+
+async def _endless() -> AsyncIterator[bytes]:
+    while True:
+        yield b"x" * PIECE
+
+
+async def test_what_an_upload_left_on_a_full_disk_goes_once_there_is_room(small_disk: Path) -> None:
+    store = SqliteStore(
+        small_disk / "holdfast.db", clock=Clock(), file_reserve=-1 << 30
+    )  # the last byte, too
+    await store.open()
+    app = await store.create_app("full")
+    ballast = small_disk / "ballast"
+    await asyncio.to_thread(ballast.write_bytes, bytes(1 << 20))
+    with pytest.raises(StoreFull):
+        await store.files.write(app.app_id, "f", _endless())
+    assert _pieces(store)
+    await asyncio.to_thread(ballast.unlink)
+    await expire_all(store, START)
+    assert not _pieces(store)
+    await store.close()
+
+
+async def test_uploads_leave_room_to_pushes(path: Path) -> None:
+    disk = os.statvfs(path.parent)
+    store = SqliteStore(path, clock=Clock(), file_reserve=disk.f_blocks * disk.f_frsize)
+    await store.open()
+    app = await store.create_app("room")
+    with pytest.raises(StoreFull, match="left to pushes"):
+        await store.files.write(app.app_id, "f", _endless())
+    assert not _pieces(store)
+    await store.append([push(app, [0])])
+    await store.close()
+
+
 def _ballast(directory: Path) -> Path:
     ballast = directory / "ballast"
     with pytest.raises(OSError, match="No space"):
@@ -382,6 +428,99 @@ async def test_cached_postings_cost_no_thread_and_are_bounded(path: Path) -> Non
         store.postings(app.app_id, terms[-1:]).send(None)
     assert store.stats.commits == commits
     await store.close()
+
+
+async def test_only_missing_postings_are_loaded_and_in_slices(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SqliteStore(path, clock=Clock())
+    await store.open()
+    app = await store.create_app("slices")
+    terms = [(Term.TAG, f"t{n}") for n in range(2 * LOAD_SLICE + 2)]
+    await store.postings(app.app_id, terms[:2])
+    loaded: list[int] = []
+    write = store._write
+
+    def spy(kind: str, argument: Any, rows: int = 1) -> asyncio.Future[Any]:
+        loaded.extend([len(argument[1])] if kind == "load_postings" else [])
+        return write(kind, argument, rows)
+
+    monkeypatch.setattr(store, "_write", spy)
+    for _ in range(2):
+        assert not any(await store.postings(app.app_id, terms))
+    assert loaded == [LOAD_SLICE, LOAD_SLICE]
+    await store.close()
+
+
+async def test_postings_loaded_in_slices_are_of_one_moment(path: Path) -> None:
+    store = SqliteStore(path, clock=Clock(), posting_bytes=1)  # none of them stays
+    await store.open()
+    app = await store.create_app("moment")
+    names = [f"d{n}" for n in range(50)]
+    await store.register(app.app_id, [NewDevice(name, tags=frozenset({"left"})) for name in names])
+    terms = [(Term.TAG, "left"), *((Term.TAG, f"t{n}") for n in range(3 * LOAD_SLICE)), (Term.TAG, "right")]
+    left, right = frozenset({"left"}), frozenset({"right"})
+
+    async def move() -> None:
+        for name in names:
+            await store.change_devices(app.app_id, {name: DeviceChange(add_tags=right, remove_tags=left)})
+
+    moving, sizes = asyncio.create_task(move()), set()
+    while not moving.done():
+        lists = await store.postings(app.app_id, terms)
+        assert lists[0] ^ lists[-1] == BitMap(range(50))
+        sizes.add(len(lists[0]))
+    assert len(sizes) > 1, "some moved between the slices"
+    await store.close()
+
+
+KEYS: Final = [(1, "tag", name) for name in "abc"]
+SOME: Final = st.dictionaries(st.integers(0, 300), st.booleans(), min_size=1)
+OPERATIONS: Final = st.one_of(
+    st.tuples(st.just("hold"), st.sampled_from(KEYS), st.none()),
+    st.tuples(st.just("forget"), st.sampled_from(KEYS), st.none()),
+    st.tuples(st.just("change"), st.sampled_from(KEYS), SOME),
+)
+
+
+@given(st.lists(OPERATIONS), st.sampled_from([1, 1_000, 100_000]))
+def test_what_is_held_follows_every_change_and_results_stay(
+    operations: list[tuple[str, tuple[int, str, str], dict[int, bool] | None]], limit: int
+) -> None:
+    cache = Postings(limit)
+    truth = {key: BitMap(range(n * 100)) for n, key in enumerate(KEYS)}
+    held: dict[tuple[int, str, str], Posting] = {}
+    results: list[tuple[BitMap, BitMap]] = []
+    for operation, key, devnos in operations:
+        match operation:
+            case "hold":
+                held[key] = cache.hold(key)
+                if held[key].bits is None:
+                    cache.put(key, truth[key])
+                results.append((held[key].read(), truth[key]))
+            case "forget":
+                held.pop(key, None)
+            case _:
+                assert devnos is not None
+                on = BitMap([devno for devno, has in devnos.items() if has])
+                truth[key] = (truth[key] - BitMap(devnos)) | on
+                cache.change(key, devnos)
+        assert cache._size <= limit or len(cache._recent) == 1
+        assert cache._size == sum(size for _, size in cache._recent.values())
+    assert all(posting.read() == truth[key] for key, posting in held.items())
+    assert all(result == then for result, then in results)
+
+
+def test_changes_of_a_long_list_are_gathered() -> None:
+    cache = Postings(1 << 20)
+    cache.put(KEYS[0], BitMap(range(0, 1 << 20, 2)))
+    held = cache.hold(KEYS[0])
+    before = held.bits
+    for devno in range(1, 1_001, 2):
+        cache.change(KEYS[0], {devno: True})
+    assert held.bits is before, "no copy for each change"
+    assert len(held.read()) == (1 << 19) + 500
+    assert held.size < 150_000
 
 
 async def test_a_million_acknowledgements_rewrite_a_broadcast_rarely(path: Path) -> None:

@@ -75,6 +75,28 @@ async def test_a_crowd_that_is_due_is_handled_in_one_round(world: World) -> None
     assert len(set(alarms.rung)) == len(alarms.rung) == 2 * AT_ONCE + 1
 
 
+@pytest.mark.parametrize("crowded", ["alarm", "part"])
+async def test_a_crowd_of_one_kind_does_not_hold_up_another(world: World, crowded: str) -> None:
+    """Also where the crowd was due before the other, as schedules of one second are before a slow push's next part."""
+    alarms, order, again = Alarms(world), [], 3
+
+    async def handle(record: Record) -> None:
+        nonlocal again
+        order.append(record.kind)
+        await alarms.ring(record)
+        if record.kind != crowded and (again := again - 1):
+            await _set(world, str(again), START, record.kind)
+
+    alarms.keeper.register({"alarm": handle, "part": handle})
+    other = {"alarm": "part", "part": "alarm"}[crowded]
+    for n in range(4 * AT_ONCE):
+        await _set(world, str(n), START - 100, crowded)
+    await _set(world, "a", START, other)
+    await alarms.keeper.run_due()
+    assert sorted(order) == sorted([crowded] * 4 * AT_ONCE + [other] * 3)
+    assert [n // AT_ONCE for n, kind in enumerate(order) if kind == other] == [0, 1, 2]  # each in its round
+
+
 async def test_a_record_may_come_again(world: World) -> None:
     alarms = Alarms(world, every=3.0)
     await _set(world, "a", START)

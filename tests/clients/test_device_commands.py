@@ -159,7 +159,8 @@ def test_devices_are_imported(shell: Shell, tmp_path: Path) -> None:
     assert (found["alias"], found["tags"], found["attributes"]) == ("ann", ["blue", "red"], {"level": 3})
     (tmp_path / "more").write_text(lines({"registration_id": "a", "alias": "eve"}, {"registration_id": "c"}))
     out = tmp_path / "tokens"
-    assert json.loads(shell.text("import", str(tmp_path / "more"), "--out", str(out))) == {"imported": 2}
+    done = shell.run("import", str(tmp_path / "more"), "--out", str(out))
+    assert (json.loads(done.stdout), done.stderr) == ({"imported": 2}, "")
     assert [json.loads(line)["registration_id"] for line in out.read_text().splitlines()] == ["a", "c"]
     assert stat.S_IMODE(out.stat().st_mode) == 0o600
     found = shell.json("show", "a")
@@ -173,6 +174,12 @@ def test_a_file_of_tokens_is_not_written_over(shell: Shell, tmp_path: Path) -> N
     assert "exists" in shell.refused("import", "-", "--out", str(out), stdin=text, status=2)
     assert out.read_text() == "precious"
     assert "code 7002" in shell.refused("show", "a")
+
+
+def test_an_import_that_did_nothing_leaves_no_file(shell: Shell, tmp_path: Path) -> None:
+    out = str(tmp_path / "tokens")
+    shell.refused("import", "-", "--out", out, stdin="x\n", status=2)
+    assert json.loads(shell.text("import", "-", "--out", out, stdin=fine(1))) == {"imported": 1}
 
 
 def fine(count: int) -> str:

@@ -500,11 +500,13 @@ def test_people_get_a_ruled_table_and_names_are_no_markup(shell: Shell) -> None:
 def test_ids_and_times_are_whole_on_a_narrow_terminal(shell: Shell) -> None:
     words = ("--at", SOON, "--zone", "UTC", "--name", "the news of the week and of the day after it")
     schedule_id = shell.json("schedule", "create", "--all", *words, "Hello")["schedule_id"]
-    seen = shell.on_a_terminal("schedule", "list", columns=60)
-    assert schedule_id in seen
-    assert SOON in seen
-    assert "…" not in seen
-    assert words[-1] not in seen  # a name is broken instead
+    for columns in (120, 80, 40):
+        seen = shell.on_a_terminal("schedule", "list", columns=columns)
+        assert schedule_id in seen
+        assert SOON in seen
+        assert "…" not in seen
+        assert ("───" in seen) == (columns == 120)  # else fields
+        assert (words[-1] in seen) == (columns != 120)  # there a name is broken instead
 
 
 def test_people_see_the_progress_of_an_upload(shell: Shell, tmp_path: Path) -> None:
