@@ -38,7 +38,9 @@ class Limits:
     max_segments: int = 1000  # of one app
     segment_name_size: int = 255
     max_rule_depth: int = 10  # of a segment's rule, which is read recursively
-    max_rule_parts: int = 200  # its conditions, and the values they name; a question about numbers counts for 8 more
+    max_rule_parts: int = (
+        200  # its conditions, and the values they name; a question about numbers counts for 8 more
+    )
     max_rule_times: int = 10  # its last_active conditions; each unites the bitmaps of many hours
 
     max_files: int = 20  # of one app at a time

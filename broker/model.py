@@ -87,7 +87,9 @@ class App:
     key: str  # public name, 24 hex digits: the user name of devices and publishers
     name: str
     master_secret: str = field(repr=False)  # publishers
-    device_key: str = field(repr=False)  # shared by the app's installations: may register a device, nothing else
+    device_key: str = field(
+        repr=False
+    )  # shared by the app's installations: may register a device, nothing else
     signing_key: bytes = field(repr=False)  # signs device tokens; 32 bytes, never leaves the server
     open: bool  # any client id may connect with the device key, and all ordinary topics are, where no rule says else
     created_at: float

@@ -25,7 +25,7 @@ from broker.tenants.audit import Audit
 from broker.tenants.groups import Group, Groups
 from broker.tenants.keys import ApiKey
 from broker.tenants.networks import is_within
-from broker.tenants.rates import MINUTE, RateLimits, Who, is_over
+from broker.tenants.rates import MINUTE, RateLimits, Who, is_over, over_rate
 
 log: Final = logging.getLogger(__name__)
 DONE: Final = b""  # the vendor answers changes with an empty body
@@ -184,7 +184,8 @@ class Guard:
             headers = answer.headers = self._rates.spend(endpoint.area, *self._purse(caller))
             if is_over(headers):
                 headers["X-Rate-Limit-Remaining"] = "0"
-                raise ApiError(2002)
+                headers["Retry-After"] = headers["X-Rate-Limit-Reset"]  # RFC 9110, 10.2.3
+                raise over_rate(endpoint.area, headers)
             answer.call = call
             if isinstance(caller, Login):
                 if caller.key is not None:

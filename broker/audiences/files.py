@@ -124,7 +124,9 @@ class Files:
             if stored >= limits.max_files:
                 raise _too_many(limits)
             if stored + self._coming[app.app_id] > limits.max_files:
-                raise ApiError(1003, f"the app has {limits.max_files} files with those that are being uploaded")
+                raise ApiError(
+                    1003, f"the app has {limits.max_files} files with those that are being uploaded"
+                )
             return await self._write(app, by, name, chunks, limits)
         except BaseException:
             self._coming[app.app_id] -= 1

@@ -204,7 +204,7 @@ class Pushes:
         """Of pushes that have targets."""
         if not batch:
             return []
-        spent = await self._spend(app, targets) if self._quotas.applies(app) else (0, 0)
+        spent = await self._spend(app, targets) if self._quotas.applies(app) else NOTHING
         messages: list[NewMessage] = []
         plans: list[RecordChange] = []
         ruled = has_rules(app)
@@ -220,15 +220,15 @@ class Pushes:
         repeated = [i for i, one in enumerate(appended) if one.repeated]
         if repeated:
             await self._undo(app, [messages[i] for i in repeated])
-            if any(spent):
-                self._quotas.refund(app, len(repeated), self._wide([targets[i] for i in repeated]))
+            if spent != NOTHING:
+                self._quotas.refund(app, spent[0], len(repeated), self._wide([targets[i] for i in repeated]))
         return [Accepted(one.msg_id, one.sendno) for one in appended]
 
-    async def _spend(self, app: App, targets: Sequence[BitMap]) -> tuple[int, int]:
-        """Count against the app's plan; returns how many pushes and broadcasts. Raises ApiError."""
-        spent = len(targets), self._wide(targets)
-        await self._quotas.spend(app, *spent)
-        return spent
+    async def _spend(self, app: App, targets: Sequence[BitMap]) -> tuple[str, int, int]:
+        """Count against the app's plan; returns for which day, and how many pushes and broadcasts. Raises
+        ApiError."""
+        pushes, broadcasts = len(targets), self._wide(targets)
+        return await self._quotas.spend(app, pushes, broadcasts), pushes, broadcasts
 
     def _wide(self, targets: Sequence[BitMap]) -> int:
         """How many are over the fan-out limit."""

@@ -97,25 +97,28 @@ class Quotas:
             and limits.max_targets is None
         )
 
-    async def spend(self, app: App, pushes: int = 1, broadcasts: int = 0) -> None:
-        """Count pushes that are about to be stored (`broadcasts` of them for more than fanout_limit devices). Raises
-        ApiError 2003, 2006, 2007 or 2008 and then has counted nothing; lets StoreError pass."""
+    async def spend(self, app: App, pushes: int = 1, broadcasts: int = 0) -> str:
+        """Count pushes that are about to be stored (`broadcasts` of them for more than fanout_limit devices), and
+        return the day they count for. Raises ApiError 2003, 2006, 2007 or 2008 and then has counted nothing; lets
+        StoreError pass."""
         self.check_restricted(app)
         limits = limits_of(self._limits, app)
         count = self._counts.get(app.app_id) or await self._load(app.app_id)
-        now = count.saved.plus(count.fresh).on(self._day())
+        day = self._day()
+        now = count.saved.plus(count.fresh).on(day)
         _check(2006, "daily_pushes", "pushes a day", now.pushes, pushes, limits.daily_pushes)
         _check(2007, "monthly_pushes", "pushes a month", now.month_pushes, pushes, limits.monthly_pushes)
         _check(
             2008, "daily_broadcasts", "broadcasts a day", now.broadcasts, broadcasts, limits.daily_broadcasts
         )
-        self._add(count, pushes, broadcasts)
+        self._add(count, day, pushes, broadcasts)
+        return day
 
-    def refund(self, app: App, pushes: int = 1, broadcasts: int = 0) -> None:
-        """Take back what `spend` counted."""
+    def refund(self, app: App, day: str, pushes: int = 1, broadcasts: int = 0) -> None:
+        """Take back what `spend` counted for the day that it returned: no other gets more for it."""
         count = self._counts.get(app.app_id)
         if count is not None:
-            self._add(count, -pushes, -broadcasts)
+            self._add(count, day, -pushes, -broadcasts)
 
     def check_restricted(self, app: App) -> None:
         """Raises ApiError 2003."""
@@ -156,8 +159,8 @@ class Quotas:
         record = await self._store.records.find(app_id, KIND, KEY)
         return (Spent(self._day()), 0) if record is None else (_read(record.value), record.version)
 
-    def _add(self, count: _Count, pushes: int, broadcasts: int) -> None:
-        count.fresh = count.fresh.plus(Spent(self._day(), pushes, broadcasts, pushes))
+    def _add(self, count: _Count, day: str, pushes: int, broadcasts: int) -> None:
+        count.fresh = count.fresh.plus(Spent(day, pushes, broadcasts, pushes))
         if self._saver is None or self._saver.done():
             self._saver = asyncio.get_running_loop().create_task(self._save_later())
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import Final, TypeAlias
 
-from broker.errors import Area
+from broker.errors import ApiError, Area
 from broker.limits import NO_LIMIT, Limits
 
 MINUTE: Final = 60
@@ -49,6 +49,14 @@ class RateLimits:
 
 def is_over(headers: Mapping[str, str]) -> bool:
     return headers["X-Rate-Limit-Remaining"] == "-1"
+
+
+def over_rate(area: Area, headers: Mapping[str, str]) -> ApiError:
+    """What the refused caller is told."""
+    quota, reset = headers["X-Rate-Limit-Quota"], headers["X-Rate-Limit-Reset"]
+    return ApiError(
+        2002, f"over the rate limit: {quota} {area.rate} calls a minute; try again in {reset} seconds"
+    )
 
 
 _QUOTA: Final[Mapping[str, Callable[[Limits], int | None]]] = {

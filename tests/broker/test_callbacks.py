@@ -6,9 +6,10 @@ import asyncio
 import hashlib
 import hmac
 import socket
+import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -684,6 +685,15 @@ async def test_a_clock_that_is_put_back_does_not_stop_a_receiver_that_failed(
     await world.pushed(app, Callback(receiver.url), 2)
     await world.send()
     assert len(receiver.bodies[-1]["events"]) == 2
+
+
+async def test_parked_ones_are_found_without_passing_over_those_that_wait(world: World) -> None:
+    """Each slice of `retry` and `drop_parked` is the writer's, and pushes wait for it."""
+    with closing(sqlite3.connect(world.path / "data.db")) as connection:
+        plan = connection.execute(
+            "EXPLAIN QUERY PLAN SELECT id FROM callback_events WHERE app = 1 AND due IS NULL ORDER BY id"
+        ).fetchall()
+    assert ["callback_events_parked" in row[3] for row in plan] == [True]
 
 
 # Restarts, and two servers

@@ -77,7 +77,7 @@ async def test_a_crowd_that_is_due_is_handled_in_one_round(world: World) -> None
 
 @pytest.mark.parametrize("crowded", ["alarm", "part"])
 async def test_a_crowd_of_one_kind_does_not_hold_up_another(world: World, crowded: str) -> None:
-    """Also where the crowd was due before the other, as schedules of one second are before a slow push's next part."""
+    """Also where the crowd was due before the other, as schedules are before the next part of a slow push."""
     alarms, order, again = Alarms(world), [], 3
 
     async def handle(record: Record) -> None:

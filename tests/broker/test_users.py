@@ -107,6 +107,28 @@ async def test_by_day_and_month_a_device_counts_once(march: Any) -> None:
     assert await _report(march, "MONTH", "2026-03") == month
 
 
+async def test_others_have_their_turn_between_the_days(march: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each day costs the intersections of all platforms."""
+    turn = 0
+    counted_in: list[int] = []
+
+    def counted(*_: object) -> dict[str, int]:
+        counted_in.append(turn)
+        return {}
+
+    async def others() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr("broker.telling.users._counted", counted)
+    working = asyncio.create_task(others())
+    await march.broker.users.report(march.app, "DAY", "2026-03-01", "28")
+    working.cancel()
+    assert len(set(counted_in)) == 28
+
+
 async def test_months_across_a_year_and_a_leap_day(start: Any) -> None:
     service = await start()
     service.now = datetime(2028, 2, 29, 23, tzinfo=UTC).timestamp()
