@@ -301,6 +301,8 @@ class MessageRecord:
     paced: bool = False
     parts: int = 0  # so many were released
     released: BitMap = field(default_factory=BitMap)  # targets of the parts so far
+    withdrawn_at: float | None = None  # by its publisher, as a whole
+    replaced_by: int | None = None  # msg_id of the first push that overrode it
 
     def sets(self, now: float) -> dict[DeliveryState, BitMap]:
         """The devnos in each state: a partition of `targets`."""

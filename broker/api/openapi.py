@@ -241,6 +241,7 @@ def _failures(endpoint: Endpoint, row: Described) -> Mapping[int, Mapping[int, s
         add(area.bad_credentials, 403, f"the API key has not the scope {endpoint.needs}")
     if endpoint.max_body or row.upload:
         add(area.too_large, 413, "the body is too large")
+        add(area.invalid, 408, "the body did not come in time")
     return found
 
 

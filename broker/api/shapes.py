@@ -272,6 +272,8 @@ class PushReport(Shape, frozen=True):
     shown: Count
     clicked: Count
     dismissed: Count
+    withdrawn_at: float | None
+    replaced_by: Number | None
     parts: Count
     progress: Progress | None
 

@@ -55,9 +55,11 @@ ARRIVED_BYTES: Final = 64 << 20  # of their payloads
 ACK_DOUBT: Final = 5.0  # an acknowledgement sent so shortly before the connection ended may not have arrived
 REASON_SIZE: Final = 500  # characters of why a message was refused, logged and sent along
 ENVELOPE: Final = 64  # of a dead letter besides payload, topics and reason, at most
-BURIALS: Final = 2  # connections in a row that took no dead letter: then for UNBURIED none is tried
-UNBURIED: Final = 60.0  # longer than MAX_PAUSE, so that what comes again after a reconnect is acknowledged
-CLOSE_LIMIT: Final = 8.0  # for what is under way, a connection being made included
+UNBURIED: Final = (
+    60.0  # after two connections within it ended by a dead letter, none is tried for so long: longer
+)
+# than MAX_PAUSE, so that what comes again after a reconnect is acknowledged
+CLOSE_LIMIT: Final = 8.0  # for what is under way
 CID: Final = "cid"  # the user property
 GOODBYE: Final = "holdfast/goodbye"  # nobody subscribes to it
 
@@ -156,9 +158,10 @@ class Bridge:
         self._first_pause = first_pause
         self._pushed: dict[int, _Known] = {}  # by packet id (16 bits)
         self._lost_at = -math.inf  # when the last connection ended
-        self._burials_failed = 0  # connections in a row
+        self._unburied_at = -math.inf  # when a dead letter ended a connection last
         self._bury_at = 0.0  # not before
         self._stop = asyncio.Event()
+        self._subscribed = False  # messages may be under way: worth waiting for
         self._run: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -167,7 +170,7 @@ class Bridge:
     async def close(self) -> None:
         self._stop.set()
         if self._run is not None:
-            await asyncio.wait([self._run], timeout=CLOSE_LIMIT)
+            await asyncio.wait([self._run], timeout=CLOSE_LIMIT if self._subscribed else 0)
             self._run.cancel()
             await asyncio.wait([self._run])
 
@@ -182,6 +185,7 @@ class Bridge:
                 log_event(log, level, "bridge not connected", host=self._settings.host, reason=str(error))
             except Exception:  # a broker that answers what nobody expects must not end the bridge
                 log.exception("bridge")
+            self._subscribed = False
             failures = 0 if time.monotonic() - began > MAX_PAUSE else failures + 1
             await _wait(self._stop, self._pause(failures))
 
@@ -195,10 +199,16 @@ class Bridge:
         """Work until the connection ends (raises MqttError) or we are to stop."""
         client = self._make_client()
         connection = self._take_over(client)
+        try:
+            await self._work(client, connection)
+        finally:
+            connection.end()  # aiomqtt leaves one open that was not answered yet
+
+    async def _work(self, client: aiomqtt.Client, connection: _Connection) -> None:
         async with client:
             await self._subscribe(client)
             log_event(log, logging.INFO, "bridge connected", host=self._settings.host)
-            self.stats.connected = True
+            self.stats.connected = self._subscribed = True
             pushing = asyncio.create_task(self._push_all(connection))
             try:
                 await self._until_end(client, pushing)
@@ -437,7 +447,6 @@ class Bridge:
         except aiomqtt.MqttError as error:
             self._note_unburied(connection, str(error))
             return False
-        self._burials_failed = 0
         return True
 
     def _letter_properties(self, topic: str, reason: str) -> Properties | None:
@@ -451,9 +460,8 @@ class Bridge:
         """Later messages must not be acknowledged before this one: so its connection ends."""
         if not connection.unburied:
             connection.unburied = True
-            self._burials_failed += 1
-            if self._burials_failed >= BURIALS:
-                self._burials_failed = 0
+            before, self._unburied_at = self._unburied_at, time.monotonic()
+            if self._unburied_at < before + UNBURIED:
                 self._stop_burying(reason)
         connection.ended.set()
         connection.end()

@@ -37,6 +37,7 @@ from broker.tenants.quotas import Quotas
 Clock = Callable[[], float]
 MINUTE: Final = 60
 NO_SETTINGS: Final = AppSettings()
+NOTHING: Final = ("", 0, 0)  # that was counted against a plan
 
 
 class Accepted(msgspec.Struct, frozen=True, gc=False):

@@ -116,6 +116,7 @@ CREATE TABLE messages (
     collapse TEXT, replaces INTEGER, part_of INTEGER,
     paced INTEGER NOT NULL DEFAULT 0,  -- a whole that is delivered in parts
     callback TEXT,  -- as JSON
+    withdrawn_at REAL, replaced_by INTEGER,  -- as a whole: by its publisher, by the first that overrode it
     done_at REAL, sent_at REAL, node INTEGER);  -- of a single target: when it was delivered (evicted, recalled)
 CREATE INDEX messages_by_expiry ON messages (expires_at) WHERE body IS NOT NULL;
 CREATE INDEX live_broadcasts ON messages (app, msg_id) WHERE broadcast AND body IS NOT NULL;
@@ -188,6 +189,8 @@ ALTER TABLE messages ADD COLUMN replaces INTEGER;
 ALTER TABLE messages ADD COLUMN part_of INTEGER;
 ALTER TABLE messages ADD COLUMN paced INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE messages ADD COLUMN callback TEXT;
+ALTER TABLE messages ADD COLUMN withdrawn_at REAL;
+ALTER TABLE messages ADD COLUMN replaced_by INTEGER;
 ALTER TABLE messages ADD COLUMN done_at REAL;
 ALTER TABLE messages ADD COLUMN sent_at REAL;
 ALTER TABLE messages ADD COLUMN node INTEGER;

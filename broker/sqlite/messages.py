@@ -204,7 +204,8 @@ class MessageWrites:
             if appended.repeated:
                 continue
             if message.replaces and not message.paced:  # its parts do
-                gone += settling.recall(message.app_id, [message.replaces], now, message.targets)
+                public_id = message.part_of or appended.msg_id
+                gone += settling.replace(message.app_id, message.replaces, public_id, now, message.targets)
             if message.collapse:
                 age = message.part_of or appended.msg_id
                 gone += settling.collapse(

@@ -64,6 +64,8 @@ class _Stored(NamedTuple):
     online: int
     paced: int
     part_of: int
+    withdrawn_at: float | None
+    replaced_by: int | None
 
     def expired(self, now: float) -> BitMap:
         return self.states.waiting if now >= self.expires_at else BitMap()
@@ -99,6 +101,8 @@ def _record(
         bool(stored.paced),
         len(parts),
         released,
+        stored.withdrawn_at,
+        stored.replaced_by,
     )
 
 
@@ -271,7 +275,7 @@ class Reads:
         rows = read_rows(
             self._connection,
             f"SELECT {STATE_COLUMNS}, m.app, m.broadcast, m.created_at, m.expires_at, m.sendno, m.suppressed,"
-            " m.online, m.paced, coalesce(m.part_of, 0) FROM ({values}) v"
+            " m.online, m.paced, coalesce(m.part_of, 0), m.withdrawn_at, m.replaced_by FROM ({values}) v"
             f" CROSS JOIN messages m ON {join} WHERE m.app = ?",
             wanted,
             (app_id,),

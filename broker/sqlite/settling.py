@@ -207,7 +207,7 @@ class SettleWrites:
         self.handlers: dict[str, Handler] = {
             "settle": self._settle,
             "fold": self._fold_all,
-            "recall": lambda calls: [self.recall(*call) for call in calls],
+            "recall": lambda calls: [self._recall_whole(*call) for call in calls],
             "receipts": self._receipts,
         }
 
@@ -340,6 +340,25 @@ class SettleWrites:
         delete_rows(self._connection, "settled", keys)
 
     # Withdrawing
+
+    def _recall_whole(self, app_id: int, msg_ids: Sequence[int], now: float) -> list[Withdrawn]:
+        """And note that its publisher wanted it so."""
+        write_rows(
+            self._connection,
+            "UPDATE messages SET withdrawn_at = coalesce(withdrawn_at, v.column2) FROM ({values}) v"
+            " WHERE messages.msg_id = v.column1 AND messages.app = ?",
+            [(msg_id, now) for msg_id in msg_ids],
+            (app_id,),
+        )
+        return self.recall(app_id, msg_ids, now)
+
+    def replace(self, app_id: int, msg_id: int, by: int, now: float, only: BitMap) -> list[Withdrawn]:
+        """For these devices another push has its place."""
+        self._connection.execute(
+            "UPDATE messages SET replaced_by = coalesce(replaced_by, ?) WHERE msg_id = ? AND app = ?",
+            (by, msg_id, app_id),
+        )
+        return self.recall(app_id, [msg_id], now, only)
 
     def recall(
         self, app_id: int, msg_ids: Sequence[int], now: float, only: BitMap | None = None

@@ -37,11 +37,13 @@ class Accounts:
         return {
             "msg_id": str(record.msg_id),
             "sendno": record.sendno or "0",  # as the push was answered
-            "state": _state(counts, progress),
+            "state": "withdrawn" if record.withdrawn_at else _state(counts, progress),
             "accepted_at": record.created_at,
             "expires_at": record.expires_at,
             "broadcast": record.broadcast,
             **counts,
+            "withdrawn_at": record.withdrawn_at,
+            "replaced_by": None if record.replaced_by is None else str(record.replaced_by),
             "parts": record.parts,
             "progress": None if progress is None else msgspec.structs.asdict(progress),
         }
@@ -156,6 +158,8 @@ def _trace(
             yield _between("acknowledged" if name == DELIVERED else name, own[name], record.created_at)
     if state is DeliveryState.EXPIRED:
         yield _exactly("expired", record.expires_at)
+    if state is DeliveryState.DELIVERED and record.withdrawn_at is not None:  # it is told to remove it
+        yield _exactly("withdrawn", record.withdrawn_at)
 
 
 def _exactly(name: str, at: float) -> dict[str, object]:

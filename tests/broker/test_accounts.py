@@ -61,11 +61,11 @@ async def test_the_counts_of_a_push_add_up(service: Any) -> None:
         "msg_id": str(msg_id), "sendno": "0", "state": "sending", "accepted_at": at, "expires_at": at + 100_000.0,
         "broadcast": True, "target": 4, "online": 0, "sent": 2, "delivered": 1, "pending": 2, "expired": 0,
         "evicted": 0, "recalled": 0, "suppressed": 1, "shown": 0, "clicked": 1, "dismissed": 0, "parts": 0,
-        "progress": None,
+        "progress": None, "withdrawn_at": None, "replaced_by": None,
     }  # fmt: skip
     await service.store.recall(service.app.app_id, [msg_id], service.now)
     report = await service.broker.accounts.push(service.app, str(msg_id))
-    assert (report["state"], report["recalled"], report["pending"]) == ("done", 2, 0)
+    assert (report["state"], report["recalled"], report["pending"]) == ("withdrawn", 2, 0)
 
 
 async def test_the_curve_has_each_device_once_in_the_hour_since_the_push(service: Any) -> None:
@@ -152,8 +152,18 @@ async def test_a_trace_ends_with_how_a_copy_was_withdrawn_unless_it_came_all_the
     status, steps = await _trace(service, msg_id, "bob")
     assert (status, [step[0] for step in steps]) == (
         "delivered",
-        ["accepted", "matched", "sent", "acknowledged"],
+        ["accepted", "matched", "sent", "acknowledged", "withdrawn"],
     )
+
+
+async def test_a_push_tells_which_one_replaced_it(service: Any) -> None:
+    await _devices(service)
+    body: dict[str, Any] = {"platform": "all", "audience": "all", "notification": {"alert": "hi"}}
+    old = (await service.call("POST", "/v3/push", body)).json["msg_id"]
+    body["options"] = {"override_msg_id": int(old)}
+    new = (await service.call("POST", "/v3/push", body)).json["msg_id"]
+    report = (await service.call("GET", f"/v1/pushes/{old}")).json
+    assert (report["replaced_by"], report["withdrawn_at"], report["state"]) == (new, None, "done")
 
 
 async def test_the_push_of_one_device_has_exact_times(service: Any) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from aiohttp import web
 
 from broker.api.door import Door
@@ -61,7 +62,16 @@ async def _status(reader: asyncio.StreamReader) -> bytes:
     return (await asyncio.wait_for(reader.readuntil(b"\r\n"), 10)).split()[1]
 
 
-async def test_connections_over_the_limit_are_reset_and_counted_until_one_leaves() -> None:
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_connections_over_the_limit_are_reset_and_counted_until_one_leaves(
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    """On the loop of `serve`, too: its transports are others."""
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(_come_and_go())
+
+
+async def _come_and_go() -> None:
     door = Door(2, NEVER)
     async with _listening(door) as connect:
         (first, writer), _ = await connect(), await connect()
