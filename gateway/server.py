@@ -221,12 +221,12 @@ class Service:
         """Drain: accept nothing new, tell the devices, record what they acknowledged, then let go."""
         self.health.state = "draining"
         log_event(log, logging.INFO, "draining", connections=self.node.live)
-        if self._bridge is not None:
-            await self._bridge.close()
         for server in self._servers:
             server.close()
         for site in list(self._api.sites):
             await site.stop()
+        if self._bridge is not None:
+            await self._bridge.close()
         await self.node.drain(self._config.server.drain_limit / 2)
         await self._api.cleanup()
         if self._upkeep is not None:

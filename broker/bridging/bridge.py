@@ -199,12 +199,6 @@ class Bridge:
         """Work until the connection ends (raises MqttError) or we are to stop."""
         client = self._make_client()
         connection = self._take_over(client)
-        try:
-            await self._work(client, connection)
-        finally:
-            connection.end()  # aiomqtt leaves one open that was not answered yet
-
-    async def _work(self, client: aiomqtt.Client, connection: _Connection) -> None:
         async with client:
             await self._subscribe(client)
             log_event(log, logging.INFO, "bridge connected", host=self._settings.host)

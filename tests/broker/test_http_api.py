@@ -208,7 +208,9 @@ async def test_nothing_is_inflated_for_a_caller_who_is_refused(service: Any) -> 
     assert time.process_time() - before < 0.1
 
 
-@pytest.mark.parametrize("path", ["/v3/push", "/v3/push/validate", "/v3/devices/status", "/v3/status/message"])
+@pytest.mark.parametrize(
+    "path", ["/v3/push", "/v3/push/validate", "/v3/devices/status", "/v3/status/message"]
+)
 async def test_an_app_may_have_a_body_limit_of_its_own(service: Any, path: str) -> None:
     await service.apps.set_settings(service.app.key, AppSettings(limits={"max_body": 100}))
     answer = await service.call("POST", path, b"{" + b" " * 100)
