@@ -49,6 +49,13 @@ STATUS: Final[dict[int, tuple[int, str]]] = {
 }
 
 
+MAX_MESSAGE: Final = 1000  # characters: messages name what the caller sent, which may be a key of a megabyte
+
+
+def _cut(message: str) -> str:
+    return message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "…"
+
+
 class ApiError(Exception):
     """A refused call. `http_status` is the table's unless given (413, 404 and 405 keep the area's code)."""
 
@@ -58,7 +65,7 @@ class ApiError(Exception):
         status, meaning = STATUS[code]
         self.code = code
         self.http_status = http_status or status
-        self.message = message or meaning
+        self.message = _cut(message or meaning)
         self.sendno = sendno  # of the refused push, where it could be read
         super().__init__(code, self.http_status, self.message)
 

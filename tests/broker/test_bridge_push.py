@@ -13,15 +13,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
+import aiomqtt
 import orjson
 import paho.mqtt.client as paho
 import pytest
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from broker.bridging.bridge import ACK_DOUBT, CLOSE_LIMIT, Bridge, BridgeMetrics, BridgeSettings
+from broker.bridging.bridge import ACK_DOUBT, CLOSE_LIMIT, Bridge, BridgeMetrics, BridgeSettings, _Connection
 from broker.bridging.bridge_rules import read_rules
 from broker.metrics import Metrics
 from broker.store import StoreUnavailable
@@ -552,6 +553,27 @@ async def test_a_stop_does_not_wait_for_a_broker_that_does_not_answer(start: Sta
     closed.set()
     server.close()
     await server.wait_closed()
+
+
+async def test_a_letter_that_is_taken_does_not_hide_one_that_is_not(start: Start, tmp_path: Path) -> None:
+    """Each connection takes the small one and ends by the large one: they must not come again for ever."""
+
+    class Client:
+        async def publish(self, _topic: str, payload: bytes, **_: object) -> None:
+            if len(payload) > 10:
+                raise aiomqtt.MqttError("too large")
+
+    service = await start()
+    settings = Bridged(service, tmp_path, ForeignBroker(tmp_path, [])).settings
+    bridge = Bridge(replace(settings, dead_topic="dead"), service.apps, service.pushes)
+    taken = []
+    for _ in range(3):
+        connection: Any = _Connection(cast("Any", Client()), lambda *_: None, lambda: None)
+        for payload in (b"small", b"larger than small"):
+            message = paho.MQTTMessage(1, b"t")
+            message.payload = payload
+            taken.append(await bridge._bury(message, "unfit", connection))
+    assert taken == [True, False, True, False, True, True]
 
 
 @pytest.mark.parametrize(

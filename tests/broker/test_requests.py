@@ -152,6 +152,11 @@ def test_a_wrong_push_is_told_its_field_and_what_is_allowed(raw: bytes, code: in
     assert message in error.message
 
 
+def test_a_huge_key_is_named_in_part() -> None:
+    error = _refused(_push(notification={"k" * 70_000: 1}))
+    assert (error.code, len(error.message)) == (1009, 1001)
+
+
 ACCEPTED: list[dict[str, Any]] = [
     {"platform": ["android", "ios", "quickapp", "hmos", "winphone"]},
     {"audience": {"tag": ["深圳", "a_b", "@!#$&*+=.|￥"]}},
