@@ -132,6 +132,7 @@ class Load:
         self.app: AppKeys = server.app
         self.random = Random(seed)
         self.ledger = Ledger()
+        self.recorded = asyncio.Event()  # the server has every acknowledgement on record
         self.names = [f"device-{n}" for n in range(DEVICES)]
         self.tokens: dict[str, bytes] = {}
         self.tags: dict[str, set[str]] = {}
@@ -370,21 +371,21 @@ class Device:
         return last, ids
 
     async def _stay(self) -> None:
-        """Take everything, until the ledger is complete and the server has our acknowledgements."""
+        """Take everything and acknowledge it, until the server has that on record."""
         wire = await Wire.open(self._load.server.addresses.mqtt, self._connect(steady=True))
-        complete = asyncio.create_task(self._load.ledger.complete.wait())
+        recorded = asyncio.create_task(self._load.recorded.wait())
         last = 0
         try:
-            complete.add_done_callback(lambda _: wire.send(Pingreq()))
+            recorded.add_done_callback(lambda _: wire.send(Pingreq()))
             while True:
                 packets = wire.waiting()
                 last, ids = self._take(packets, last)
                 wire.send(*map(Puback, ids))
                 if any(isinstance(packet, Pingresp) for packet in packets):
-                    return  # whatever we sent before PINGREQ was taken
+                    return
                 await wire.fill()
         finally:
-            complete.cancel()
+            recorded.cancel()
             wire.abort()
 
 

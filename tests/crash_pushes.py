@@ -146,7 +146,6 @@ class Ledger:
         self.wrong: list[str] = []
         self.copies = 0
         self.looks = 0  # at reports
-        self.complete = asyncio.Event()
         self.on_answer: Callable[[], None] | None = None  # called once, at the next answer
         self.on_call: Callable[[], None] | None = None  # called once, when the next call of that kind begins
         self.on_kind = ""  # in "METHOD /path"
@@ -189,6 +188,7 @@ class World:
         self.server = load.server
         self.ledger = load.ledger
         self.draining = load.draining
+        self.recorded = load.recorded
         self.names = [f"{name}-{n}" for n in range(FLEETS[name])]
         self.tokens: dict[str, bytes] = {}
         self.tags = {device: set(load.random.sample(TAGS, 2)) for device in self.names}

@@ -87,7 +87,7 @@ async def test_every_push_is_whole_once_and_accounted_for_across_kills(
             await finish_what_is_slow(load)
             load.draining.set()
             await calm(load)
-            load.ledger.complete.set()
+            load.recorded.set()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(NOTICE_LIMIT):
                     await asyncio.gather(*devices)

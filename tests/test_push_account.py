@@ -153,7 +153,7 @@ async def test_a_withdrawn_push_says_so(backend: Backend) -> None:
     msg_id = await backend.push("gone")
     await backend.call("DELETE", f"/v3/push/{msg_id}")
     report = await backend.becomes(msg_id, recalled=1)
-    assert report["state"] == "done"
+    assert report["state"] == "withdrawn"
     trace = await backend.call("GET", f"/v1/pushes/{msg_id}/devices/gone")
     assert [step["step"] for step in trace["steps"]] == ["accepted", "matched", "recalled"]
 

@@ -37,7 +37,7 @@ class Accounts:
         return {
             "msg_id": str(record.msg_id),
             "sendno": record.sendno or "0",  # as the push was answered
-            "state": "withdrawn" if record.withdrawn_at else _state(counts, progress),
+            "state": _state(record, counts, progress),
             "accepted_at": record.created_at,
             "expires_at": record.expires_at,
             "broadcast": record.broadcast,
@@ -95,10 +95,12 @@ class Accounts:
         return record
 
 
-def _state(counts: Mapping[str, int], progress: Progress | None) -> str:
+def _state(record: MessageRecord, counts: Mapping[str, int], progress: Progress | None) -> str:
     """waiting, paused, stopped: of a push that goes in parts. sending: somebody may still get it; done: nobody."""
     if progress is not None and progress.state in {"waiting", "paused", "stopped"}:
         return progress.state
+    if record.withdrawn_at is not None:
+        return "withdrawn"
     return "sending" if counts["pending"] else "done"
 
 

@@ -59,7 +59,7 @@ async def test_withdrawn_pushes_no_longer_wait(publisher: Publisher) -> None:
     await publisher.withdraw(msg_id)
     await publisher.withdraw(msg_id)
     report = await publisher.reports.push(msg_id)
-    assert (report.recalled, report.pending, report.state, report.adds_up) == (3, 0, "done", True)
+    assert (report.recalled, report.pending, report.state, report.adds_up) == (3, 0, "withdrawn", True)
     with pytest.raises(PushError) as caught:
         await publisher.withdraw(1)
     assert caught.value.http_status == 404
