@@ -70,6 +70,8 @@ async def page(
     await publisher.register_device(
         "phone-1", platform="android", alias="ann", tags=["red"], attributes={"app_version": "2.9"}
     )
+    for name in ("phone-2", "phone-3", "phone-4"):  # a slow push to one device is over at once
+        await publisher.register_device(name)
     return Page(server, app)
 
 
