@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, cast
@@ -130,7 +130,9 @@ class Publisher:
             wanted = Properties(PacketTypes.PUBLISH)
             wanted.UserProperty = list(properties.items())
         body = payload if isinstance(payload, bytes) else orjson.dumps(payload)
-        self._paho.publish(topic, body, 1, retain, wanted).wait_for_publish(PATIENCE)
+        sent = self._paho.publish(topic, body, 1, retain, wanted)
+        with suppress(RuntimeError):  # not connected: paho keeps it, and sends it when it is
+            sent.wait_for_publish(PATIENCE)
 
     def stream(self, topic: str, count: int) -> None:
         """One after the other, over the broker's restarts too."""
