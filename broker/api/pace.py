@@ -9,6 +9,7 @@ import msgspec
 from broker.api.call import Call, Endpoint
 from broker.errors import PUSH, ApiError
 from broker.later.pacer import Pacer, Progress
+from broker.pushing.requests import parse_msg_id
 
 
 def pace_endpoints(pacer: Pacer) -> list[Endpoint]:
@@ -27,6 +28,7 @@ def pace_endpoints(pacer: Pacer) -> list[Endpoint]:
 
 def _msg_id(call: Call) -> int:
     text = call.path("msg_id")
-    if not (text.isascii() and text.isdigit()) or len(text) > 19 or int(text) >= 2**63:
+    msg_id = parse_msg_id(text)
+    if msg_id is None:
         raise ApiError(1003, "msg_id: must be a positive integer", http_status=404)
-    return int(text)
+    return msg_id

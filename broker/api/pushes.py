@@ -10,6 +10,7 @@ import orjson
 from broker.api.call import BATCH_BODY, BODY, DONE, Call, Endpoint
 from broker.errors import PUSH, ApiError
 from broker.pushing.pushes import Accepted, Pushes
+from broker.pushing.requests import parse_msg_id
 from broker.pushing.withdrawals import Withdrawals
 
 MAX_CIDS: Final = 1000
@@ -55,9 +56,10 @@ def accepted_row(accepted: Accepted) -> dict[str, str]:
 
 
 def _read_msg_id(text: str) -> int:
-    if not (text.isascii() and text.isdigit()) or len(text) > 19 or int(text) >= 2**63:
+    msg_id = parse_msg_id(text)
+    if msg_id is None:
         raise ApiError(1003, f"msg_id: must be a positive integer, got {text[:40]}")
-    return int(text)
+    return msg_id
 
 
 def _batch_results(results: dict[str, Accepted | ApiError]) -> bytes:

@@ -23,7 +23,6 @@ from broker.limits import Limits, limits_of
 from broker.model import (
     App,
     Appended,
-    AppSettings,
     NewMessage,
     RecordChange,
     StoredBroadcast,
@@ -36,7 +35,6 @@ from broker.tenants.quotas import Quotas
 
 Clock = Callable[[], float]
 MINUTE: Final = 60
-NO_SETTINGS: Final = AppSettings()
 NOTHING: Final = ("", 0, 0)  # that was counted against a plan
 
 

@@ -489,12 +489,19 @@ def _wishes_anything(options: Options) -> bool:
     )
 
 
+def parse_msg_id(text: str) -> int | None:
+    """None: this can be no msg_id."""
+    right = text.isascii() and text.isdigit() and len(text) <= 19
+    return int(text) if right and int(text) < 2**63 else None
+
+
 def _read_replaces(value: int | str | None) -> int:
     # Some SDKs send 0 for "not set" in this and the next.
     text = str(value or 0)
-    if not (text.isascii() and text.isdigit()) or len(text) > 19 or int(text) >= 2**63:
+    msg_id = parse_msg_id(text)
+    if msg_id is None:
         raise ApiError(1003, f"options.override_msg_id: must be the msg_id of a push, got {text[:40]}")
-    return int(text)
+    return msg_id
 
 
 def _read_slow(minutes: int | None, limits: Limits) -> int:

@@ -14,7 +14,7 @@ from pyroaring import BitMap
 from broker.errors import REPORT, ApiError
 from broker.limits import Limits, limits_of
 from broker.model import App, BehaviourEvent, DeliveryState, MessageRecord, Receipt, Term
-from broker.pushing.requests import PUSH_PLATFORMS, decode
+from broker.pushing.requests import PUSH_PLATFORMS, decode, parse_msg_id
 from broker.store import Store
 
 Clock = Callable[[], float]
@@ -144,9 +144,10 @@ class Reports:
 
 def read_msg_id(value: int | str) -> int:
     text = str(value).strip()
-    if not (text.isascii() and text.isdigit()) or len(text) > 19 or int(text) >= 2**63:
+    msg_id = parse_msg_id(text)
+    if msg_id is None:
         raise ApiError(3004, f"msg_id: must be a positive integer, got {text[:40]}")
-    return int(text)
+    return msg_id
 
 
 def read_int(name: str, text: str | None, default: int, least: int, most: int) -> int:
