@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
-from broker.bus import Broadcast, Doorbell, Subscriber
+from broker.bus import Broadcast, Doorbell, Missed, Subscriber
 from broker.model import StoredBroadcast
 
 log = logging.getLogger(__name__)
@@ -30,9 +30,16 @@ class LocalBus:
             asyncio.get_running_loop().call_soon(self._deliver)
         self._waiting.append(doorbells)
 
-    def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
+    def subscribe(self, subscriber: Subscriber, missed: Missed | None = None) -> Callable[[], None]:
         self._subscribers = [*self._subscribers, subscriber]
         return lambda: self._unsubscribe(subscriber)
+
+    async def catch_up(self) -> None:
+        if self._waiting:
+            self._deliver()  # the turn of the loop that was meant for it finds nothing
+
+    async def close(self) -> None:
+        await self.catch_up()
 
     def _unsubscribe(self, subscriber: Subscriber) -> None:
         self._subscribers = [other for other in self._subscribers if other is not subscriber]

@@ -198,6 +198,7 @@ class Appended(Struct, frozen=True, gc=False):
     repeated: bool  # the cid was used before: nothing was stored, msg_id is the first push's
     sendno: str  # of the push that was stored
     withdrawn: tuple[Withdrawn, ...] = ()  # by `replaces` and `collapse`
+    rung: bool = False  # the store rings the doorbells of this append itself
 
 
 class StoredMessage(Struct, frozen=True, eq=False, gc=False):
@@ -211,6 +212,9 @@ class StoredMessage(Struct, frozen=True, eq=False, gc=False):
     part_of: int = 0  # the id that publishers and devices know it by, if not its own
     replaces: int = 0
     high: bool = False
+    after: int = (
+        0  # msg_id of a broadcast of the app that a device must be offered before this (G3); 0: not known
+    )
 
     @property
     def public_id(self) -> int:
@@ -435,3 +439,44 @@ class Claim(Struct, frozen=True, gc=False):
 
     epoch: int  # grows with every claim of this device
     may_owe: bool  # False only if the inbox is certainly empty: then there is no need to fetch
+    former: str = ""  # the other node that had the device, to be told (doorbell Taken)
+
+
+class RouteCheck(Struct, frozen=True, eq=False, gc=False):
+    """What the store says of routes that a node believes to have."""
+
+    lost: BitMap  # devnos that another claim was made for
+    owing: BitMap  # devnos whose inboxes are perhaps not empty
+
+
+# Nodes: the processes of one installation
+
+
+class NodeInfo(Struct, frozen=True):
+    """What a process tells of itself."""
+
+    name: str  # unique among those that live
+    role: str = "all"  # gateway | broker | all
+    address: str = ""  # where devices reach it, host:port; "" if it has no such listener
+    admin: str = ""  # where metrics, health and the admin API are, host:port
+    pid: int = 0
+    started_at: float = 0.0
+    connections: int = 0
+    draining: bool = False
+
+
+class NodeEntry(Struct, frozen=True):
+    """A process as the others see it."""
+
+    info: NodeInfo
+    number: int  # of this life of the process; grows, is never used again
+    beaten_at: float  # its last beat
+    live: bool  # its lease has not run out
+    wish: str = ""  # what the operator asked of it last: drain | resume | ""
+
+
+class Beat(Struct, frozen=True):
+    """The answer to a beat."""
+
+    lapsed: bool  # the lease had run out: pushes may have been stored without a doorbell, devices have moved
+    wish: str = ""  # drain | resume | ""

@@ -17,8 +17,10 @@ S7  Apps do not see each other: no call reaches a row of another app_id.
 S8  Appending to an inbox applies the newest-N rule (`App.offline_limit`) to targets without a route: the oldest
     rows go, recorded as evicted. A routed device's rows are never evicted by an append.
 S9  A claim makes the device routed under a new, larger epoch. A release with any epoch but the newest does
-    nothing (G5). Routes do not outlive the node that holds them.
-S10 Read-your-writes: what an awaited write stored is seen by every read that starts after it returned.
+    nothing (G5). Routes do not outlive the lease of the node that holds them, and are there again when it comes back
+    before another claim.
+S10 Read-your-writes: what an awaited write stored is seen by every read that starts after it returned. Inbox rows of
+    an append are seen once its doorbells ring, where another process is about to spread them.
 S11 A session item has the value that was saved last: calls count in the order they were made, and the items of
     one call in theirs. A call is stored as a whole or not at all.
 S12 A record changes only from the version that the change names; the changes of one call happen all or none, and
@@ -41,6 +43,7 @@ from broker.model import (
     Appended,
     AppSettings,
     AuditEntry,
+    Beat,
     BehaviourEvent,
     CallbackEvent,
     Claim,
@@ -49,11 +52,14 @@ from broker.model import (
     MessageRecord,
     NewDevice,
     NewMessage,
+    NodeEntry,
+    NodeInfo,
     OwedRequest,
     Receipt,
     Record,
     RecordChange,
     Retained,
+    RouteCheck,
     SessionItem,
     Settled,
     Step,
@@ -174,6 +180,30 @@ class Callbacks(Protocol):
         """How many wait, and how many are parked; app_id 0: of all apps."""
 
 
+class Nodes(Protocol):
+    """The processes of this installation. Each joins once, then beats."""
+
+    @property
+    def lease(self) -> float:
+        """Seconds after its last beat in which a node is taken to live."""
+
+    async def join(self, info: NodeInfo) -> None:
+        """This process is that node from now on: routes are claimed in its name. Raises Conflict if a live one has
+        the name."""
+
+    async def beat(self, info: NodeInfo) -> Beat:
+        """Renew the lease, and say how things are."""
+
+    async def leave(self) -> None:
+        """Its routes end."""
+
+    async def list(self) -> list[NodeEntry]:
+        """By name; those that left are not among them, those that died are for an hour."""
+
+    async def wish(self, name: str, wish: str) -> bool:
+        """Have the node's next beat answer this: drain | resume | "". False: there is no such node."""
+
+
 class Store(Protocol):
     """See the module's guarantees. `app_id`s come from `create_app`/`find_app`."""
 
@@ -185,6 +215,9 @@ class Store(Protocol):
 
     @property
     def callbacks(self) -> Callbacks: ...
+
+    @property
+    def nodes(self) -> Nodes: ...
 
     @property
     def stats(self) -> StoreStats:
@@ -359,6 +392,9 @@ class Store(Protocol):
 
     def release_route(self, app_id: int, devno: int, epoch: int, now: float) -> None:
         """Give the route up and note when the device was last online; stale epochs do nothing (S9)."""
+
+    async def inspect_routes(self, app_id: int, routes: Mapping[int, int]) -> RouteCheck:
+        """Whether these (devno -> epoch) still are this node's newest claims, and who may be owed something."""
 
     async def online(self, app_id: int, devnos: BitMap | None = None) -> BitMap:
         """Those of `devnos` (None: of all the app's devices) that have a route now."""

@@ -43,6 +43,7 @@ from broker.model import (
     Receipt,
     RecordChange,
     Retained,
+    RouteCheck,
     SessionItem,
     Settled,
     Step,
@@ -52,6 +53,7 @@ from broker.model import (
     TermKey,
     Withdrawn,
 )
+from broker.nodes_local import OneNode
 from broker.sqlite.activity import ActivityReads, ActivityWrites, Attendance, Bits, Stretch, add_fresh
 from broker.sqlite.audit import AuditReads, AuditWrites
 from broker.sqlite.callbacks import CallbackReads, CallbackWrites, SqliteCallbacks
@@ -251,6 +253,7 @@ class SqliteStore:
         self.records = SqliteRecords(self._write, self._list, self._check_app)
         self.files = SqliteFiles(self._write, self._list, self._check_app, self._free)
         self.callbacks = SqliteCallbacks(self._write, self._list)
+        self.nodes = OneNode(clock)
 
     # Life
 
@@ -722,6 +725,9 @@ class SqliteStore:
         self._writing_last_online = {
             key: at for key, at in self._writing_last_online.items() if times.get(key) != at
         }
+
+    async def inspect_routes(self, app_id: int, routes: Mapping[int, int]) -> RouteCheck:
+        return self._states[app_id].inspect(routes)
 
     async def online(self, app_id: int, devnos: BitMap | None = None) -> BitMap:
         routed = self._states[app_id].routed

@@ -27,8 +27,8 @@ import msgspec
 import orjson
 import pytest
 
+from broker.bitmaps import decode_bits
 from broker.later.paces import SLOW, decode, encode
-from broker.sqlite.engine import decode_bits
 from clients.local_server import LocalServer
 from tests.crash_pushes import (
     CAP,

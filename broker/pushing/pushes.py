@@ -319,10 +319,10 @@ def _limited(pace: RecordChange, most: int | None) -> RecordChange:
 
 
 def doorbells(messages: Sequence[NewMessage], appended: Sequence[Appended]) -> list[Doorbell]:
-    """What the nodes are told of an append: first what waits no longer because of it."""
+    """What the nodes are told of an append, unless the store tells them: first what waits no longer because of it."""
     bells: list[Doorbell] = []
     for message, answer in zip(messages, appended, strict=True):
-        if answer.repeated:
+        if answer.repeated or answer.rung:
             continue
         if answer.withdrawn:
             bells.append(Recalled(answer.withdrawn))

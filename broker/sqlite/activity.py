@@ -21,8 +21,9 @@ from typing import Any, Final
 
 from pyroaring import BitMap
 
+from broker.bitmaps import decode_bits, encode_bits
 from broker.model import Activity
-from broker.sqlite.engine import Row, decode_bits, delete_rows, encode_bits, read_rows, write_rows
+from broker.sqlite.engine import Row, delete_rows, read_rows, write_rows
 from broker.sqlite.threads import Handler
 from broker.telling.calendar import HOUR, Calendar
 

@@ -15,8 +15,9 @@ from typing import Any, Final, Protocol
 import msgspec
 from pyroaring import BitMap
 
+from broker.bitmaps import decode_bits, encode_bits
 from broker.model import Callback, CallbackEvent
-from broker.sqlite.engine import Row, decode_bits, delete_rows, encode_bits, read_rows, write_rows
+from broker.sqlite.engine import Row, delete_rows, read_rows, write_rows
 from broker.sqlite.threads import Handler
 
 EVENT_DEVICES: Final = (

@@ -17,8 +17,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from pyroaring import BitMap
-
 from broker.store import StoreError, StoreFull, StoreUnavailable
 
 SCHEMA_VERSION: Final = 3
@@ -408,20 +406,3 @@ def read_rows(
 def delete_rows(connection: sqlite3.Connection, table: str, keys: Sequence[Row]) -> None:
     """Delete by the key columns of DELETED_KEYS. The writer's connection only."""
     write_rows(connection, f"INSERT INTO delete_{table} {{values}}", keys)
-
-
-# Bitmaps in columns
-
-
-def encode_bits(bits: BitMap) -> bytes:
-    bits.run_optimize()
-    return bytes(bits.serialize())
-
-
-def decode_bits(column: int | bytes | None) -> BitMap:
-    """A bitmap column of `messages`: nothing, one devno, or a bitmap."""
-    if column is None:
-        return BitMap()
-    if isinstance(column, int):
-        return BitMap((column,))
-    return BitMap.deserialize(column)

@@ -15,8 +15,9 @@ from pyroaring import BitMap
 from broker.audiences.attributes import changed as changed_attributes
 from broker.audiences.attributes import term_changes as attribute_changes
 from broker.audiences.attributes import terms as attribute_terms
+from broker.bitmaps import decode_bits, encode_bits
 from broker.model import AccessRule, App, AppSettings, Device, DeviceChange, NewDevice, Term, TermKey
-from broker.sqlite.engine import Row, decode_bits, delete_rows, encode_bits, read_rows, write_rows
+from broker.sqlite.engine import Row, delete_rows, read_rows, write_rows
 from broker.sqlite.threads import Effects, Handler
 from broker.store import StoreError, TooMany, UnknownDevice
 from broker.tenants.tokens import new_secret

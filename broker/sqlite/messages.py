@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 import msgspec
 from pyroaring import BitMap
 
+from broker.bitmaps import encode_bits
 from broker.model import (
     Appended,
     BehaviourEvent,
@@ -25,7 +26,7 @@ from broker.model import (
     Withdrawn,
 )
 from broker.sqlite.callbacks import CallbackWrites
-from broker.sqlite.engine import Row, delete_rows, encode_bits, read_rows, write_rows
+from broker.sqlite.engine import Row, delete_rows, read_rows, write_rows
 from broker.sqlite.records import RecordWrites
 from broker.sqlite.routes import AppStates
 from broker.sqlite.settling import SettleWrites

@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 
 from pyroaring import BitMap
 
+from broker.bitmaps import decode_bits
 from broker.model import (
     App,
     Appended,
@@ -23,7 +24,7 @@ from broker.model import (
     StoredBroadcast,
     StoredMessage,
 )
-from broker.sqlite.engine import Row, decode_bits, read_rows
+from broker.sqlite.engine import Row, read_rows
 from broker.sqlite.index import APP_COLUMNS, DEVICES_BY_RID, app_from_row, device_from_row
 from broker.sqlite.settling import STATE_COLUMNS, STATES, States, merged, unfold
 from broker.sqlite.threads import Handler

@@ -9,6 +9,8 @@ from typing import Final
 
 from pyroaring import BitMap
 
+from broker.model import RouteCheck
+
 MIN_EPOCHS: Final = 16  # most apps of a large installation have few devices
 
 
@@ -31,6 +33,14 @@ class AppState:
         self._epochs[devno] = epoch
         self.routed.add(devno)
         return devno in self.may_owe
+
+    def inspect(self, routes: Mapping[int, int]) -> RouteCheck:
+        """`routes`: devno -> epoch of its newest claim, as somebody believes."""
+        known = len(self._epochs)
+        lost = BitMap(
+            [devno for devno, epoch in routes.items() if devno >= known or self._epochs[devno] != epoch]
+        )
+        return RouteCheck(lost, BitMap(list(routes)) & self.may_owe)
 
     def release(self, devno: int, epoch: int) -> bool:
         """False: the epoch is not the newest, or was released before (S9)."""

@@ -17,10 +17,11 @@ from typing import Final, NamedTuple
 
 from pyroaring import BitMap
 
+from broker.bitmaps import decode_bits, encode_bits
 from broker.later.paces import HELD, SLOW
 from broker.model import Receipt, Settled, Withdrawn
 from broker.sqlite.callbacks import CallbackWrites
-from broker.sqlite.engine import Row, decode_bits, delete_rows, encode_bits, read_rows, write_rows
+from broker.sqlite.engine import Row, delete_rows, read_rows, write_rows
 from broker.sqlite.threads import Handler
 
 FOLD_AFTER: Final = 64  # rows of `settled` for one message; reading one costs about a microsecond

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from pyroaring import BitMap
 
+from broker.bitmaps import encode_bits
 from broker.model import App, DeviceChange, NewDevice, NewMessage, SessionItem, Settled, Term
-from broker.sqlite.engine import APPLICATION_ID, encode_bits
+from broker.sqlite.engine import APPLICATION_ID
 from broker.sqlite.messages import ID_EPOCH
 from broker.store import PIECE, Store, StoreError, StoreFull, StoreUnavailable
 from broker.store_sqlite import LOAD_SLICE, SqliteStore

@@ -1,0 +1,19 @@
+"""Bitmaps over devnos as bytes: the portable format of roaring bitmaps."""
+
+from __future__ import annotations
+
+from pyroaring import BitMap
+
+
+def encode_bits(bits: BitMap) -> bytes:
+    bits.run_optimize()
+    return bytes(bits.serialize())
+
+
+def decode_bits(column: int | bytes | None) -> BitMap:
+    """What is kept of a set of devices: nothing, one devno, or a bitmap."""
+    if column is None:
+        return BitMap()
+    if isinstance(column, int):
+        return BitMap((column,))
+    return BitMap.deserialize(column)
