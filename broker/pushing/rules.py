@@ -29,6 +29,7 @@ log: Final = logging.getLogger(__name__)
 Clock = Callable[[], float]
 KIND: Final = "frequency"
 SAVE_DELAY: Final = 2.0
+SAVE_ATTEMPTS: Final = 5  # against other brokers; the rest goes the next time
 MAX_WINDOWS: Final = 10_000  # kept ready; one takes up to ten bitmaps
 
 
@@ -75,19 +76,32 @@ class Counts:
     def __init__(self, digits: Sequence[BitMap] = ()) -> None:
         self.digits = list(digits)
 
-    def add(self, devnos: BitMap) -> None:
-        carry, place = devnos, 0
+    def add(self, devnos: BitMap, place: int = 0) -> None:
+        """2**place to each of them."""
+        carry = devnos
         while carry:
-            if place == len(self.digits):
+            while place >= len(self.digits):
                 self.digits.append(BitMap())
             self.digits[place], carry = self.digits[place] ^ carry, self.digits[place] & carry
             place += 1
 
-    def subtract(self, devnos: BitMap) -> None:
-        """Of devnos whose count is above 0."""
-        borrow = devnos & BitMap.union(BitMap(), *self.digits)
-        for place, digit in enumerate(self.digits):
-            self.digits[place], borrow = digit ^ borrow, borrow - digit
+    def subtract(self, devnos: BitMap, place: int = 0) -> None:
+        """2**place of those whose count is at least that."""
+        borrow = devnos & BitMap.union(BitMap(), *self.digits[place:])
+        for i in range(place, len(self.digits)):
+            digit = self.digits[i]
+            self.digits[i], borrow = digit ^ borrow, borrow - digit
+
+    def copy(self) -> Counts:
+        return Counts([digit.copy() for digit in self.digits])
+
+    def add_all(self, other: Counts) -> None:
+        for place, digit in enumerate(other.digits):
+            self.add(digit, place)
+
+    def subtract_all(self, other: Counts) -> None:
+        for place, digit in enumerate(other.digits):
+            self.subtract(digit, place)
 
     def at_least(self, count: int, among: BitMap) -> BitMap:
         """Those with `count` or more, which is above 0."""
@@ -105,15 +119,47 @@ class Counts:
 
 
 class _Window:
-    """What one cap of an app counts in the hour or day that it is."""
+    """What one cap of an app counts in the hour or day that it is. What is not saved yet is also counted apart, so
+    that several brokers can each add theirs to the one record."""
 
-    __slots__ = ("changed", "counts", "start", "version")
+    __slots__ = ("added", "counts", "start", "taken", "version")
 
     def __init__(self, start: float, counts: Counts, version: int) -> None:
+        self.begin(start, counts)
+        self.version = version  # of its record
+
+    def begin(self, start: float, counts: Counts) -> None:
         self.start = start
         self.counts = counts
-        self.version = version  # of its record
-        self.changed = False
+        self.added, self.taken = Counts(), Counts()  # since it was saved
+
+    @property
+    def changed(self) -> bool:
+        return bool(self.added.digits or self.taken.digits)
+
+    def add(self, devnos: BitMap) -> None:
+        self.counts.add(devnos)
+        self.added.add(devnos)
+
+    def take(self, devnos: BitMap) -> None:
+        self.counts.subtract(devnos)
+        self.taken.add(devnos)
+
+    def saved(self, added: Counts, taken: Counts) -> None:
+        """These are in the record now."""
+        self.added.subtract_all(added)
+        self.taken.subtract_all(taken)
+        for counts in (self.added, self.taken):
+            if not any(counts.digits):
+                counts.digits.clear()
+
+    def merge(self, saved: _Window) -> None:
+        """Another broker wrote the record."""
+        self.version = saved.version
+        counts = saved.counts if saved.start == self.start else Counts()
+        counts.add_all(self.added)
+        counts.subtract_all(self.taken)
+        self.counts = counts
 
 
 class _Saved(msgspec.Struct):
@@ -160,20 +206,19 @@ class Rules:
         windows = [await self._window(app, cap) for cap in settings.frequency_caps]
         for cap, window in zip(settings.frequency_caps, windows, strict=True):
             over |= window.counts.at_least(cap.count, targets)
-        self._count(windows, targets - over, Counts.add)
+        self._count(windows, targets - over, _Window.add)
         return over
 
     async def forget(self, app: App, devnos: BitMap) -> None:
         """They did not get it after all."""
         windows = [await self._window(app, cap) for cap in app.settings.frequency_caps]
-        self._count(windows, devnos, Counts.subtract)
+        self._count(windows, devnos, _Window.take)
 
     def _count(
-        self, windows: Sequence[_Window], devnos: BitMap, change: Callable[[Counts, BitMap], None]
+        self, windows: Sequence[_Window], devnos: BitMap, change: Callable[[_Window, BitMap], None]
     ) -> None:
         for window in {id(window): window for window in windows}.values():
-            change(window.counts, devnos)
-            window.changed = True
+            change(window, devnos)
         if windows and self._saver is None:
             self._saver = asyncio.get_running_loop().create_task(self._save_soon())
 
@@ -181,15 +226,15 @@ class Rules:
         key = (app.app_id, _key(cap))
         window = self._windows.get(key)
         if window is None:
-            loaded = await self._load(app.app_id, cap)
+            loaded = await self._load(*key)
             window = self._windows.setdefault(key, loaded)  # another call may have been faster
         start = window_start(cap, self._clock())
         if window.start != start:
-            window.start, window.counts = start, Counts()
+            window.begin(start, Counts())
         return window
 
-    async def _load(self, app_id: int, cap: FrequencyCap) -> _Window:
-        record = await self._store.records.find(app_id, KIND, _key(cap))
+    async def _load(self, app_id: int, key: str) -> _Window:
+        record = await self._store.records.find(app_id, KIND, key)
         if record is None:
             return _Window(0.0, Counts(), 0)
         saved = _decode(record.value)
@@ -208,22 +253,29 @@ class Rules:
         for (app_id, key), window in list(self._windows.items()):
             if not window.changed:
                 continue
-            window.changed = False
-            digits = [bytes(digit.serialize()) for digit in window.counts.digits]
-            value = _encode(_Saved(window.start, digits))
             try:
-                (window.version,) = await self._store.records.save(
-                    [RecordChange(app_id, KIND, key, value, window.version)]
-                )
-            except Conflict:  # another broker's counts; ours are as good
-                record = await self._store.records.find(app_id, KIND, key)
-                window.version, window.changed = record.version if record else 0, True
+                await self._save(app_id, key, window)
             except (StoreFull, StoreUnavailable) as error:
-                window.changed = True
                 log.warning("frequency counts not saved, trying again: %s", error)
             except StoreError:  # the app was deleted
                 del self._windows[app_id, key]
         self._forget_old()
+
+    async def _save(self, app_id: int, key: str, window: _Window) -> None:
+        for _ in range(SAVE_ATTEMPTS):
+            start, added, taken = window.start, window.added.copy(), window.taken.copy()
+            digits = [bytes(digit.serialize()) for digit in window.counts.digits]
+            value = _encode(_Saved(start, digits))
+            try:
+                (window.version,) = await self._store.records.save(
+                    [RecordChange(app_id, KIND, key, value, window.version)]
+                )
+            except Conflict:
+                window.merge(await self._load(app_id, key))
+                continue
+            if window.start == start:
+                window.saved(added, taken)
+            return
 
     def _forget_old(self) -> None:
         """Of days that are over, and beyond MAX_WINDOWS all that can be loaded again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import datetime
+from math import inf
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -18,7 +19,7 @@ from broker.broker import Broker
 from broker.bus_local import LocalBus
 from broker.limits import Limits
 from broker.model import AppSettings, DeliveryState, FrequencyCap, QuietHours
-from broker.pushing.rules import Counts, quiet_until, window_start
+from broker.pushing.rules import Counts, Rules, quiet_until, window_start
 from broker.store_sqlite import SqliteStore
 
 DEVNOS = st.sets(st.integers(0, 12))
@@ -159,6 +160,45 @@ async def test_counts_survive_a_restart(tmp_path: Path) -> None:
         await broker.close()
         await store.close()
     assert suppressed == [0, 1]
+
+
+@given(st.lists(DEVNOS, max_size=8), st.lists(DEVNOS, max_size=8))
+def test_counts_add_up_and_come_apart(first: list[set[int]], second: list[set[int]]) -> None:
+    counts, others, both = Counts(), Counts(), Counts()
+    for devnos in first:
+        counts.add(BitMap(devnos))
+        both.add(BitMap(devnos))
+    for devnos in second:
+        others.add(BitMap(devnos))
+        both.add(BitMap(devnos))
+    together = counts.copy()
+    together.add_all(others)
+    everybody = BitMap(range(13))
+    for least in range(1, 17):
+        assert together.at_least(least, everybody) == both.at_least(least, everybody)
+    together.subtract_all(others)
+    for least in range(1, 17):
+        assert together.at_least(least, everybody) == counts.at_least(least, everybody)
+
+
+async def test_brokers_add_up_what_they_count(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "data.db")
+    await store.open()
+    app = await store.create_app("test")
+    app = replace(app, settings=AppSettings(frequency_caps=(FrequencyCap(3, "day"),)))
+    everybody, nobody = BitMap((0, 1)), BitMap()
+    one, two = Rules(store), Rules(store)
+    assert [await rules.suppressed(app, everybody, inf) for rules in (one, two)] == [nobody, nobody]
+    await one.forget(app, BitMap((1,)))
+    for rules in (one, two, one):
+        await rules.save()
+    assert await one.suppressed(app, everybody, inf) == nobody
+    for rules in (one, two):
+        await rules.close()
+    three = Rules(store)
+    assert await three.suppressed(app, everybody, inf) == BitMap((0,))
+    await three.close()
+    await store.close()
 
 
 QUIET = QuietHours("22:00", "07:00", BERLIN)
