@@ -212,6 +212,9 @@ class WebSocketTransport(asyncio.Transport, asyncio.Protocol):
     def get_write_buffer_size(self) -> int:
         return self._transport.get_write_buffer_size()
 
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self._inner = cast("asyncio.Protocol", protocol)
+
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         self._transport.set_write_buffer_limits(high, low)
 

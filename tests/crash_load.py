@@ -12,12 +12,12 @@ from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import aiohttp
 import orjson
 
-from clients.local_server import AppKeys, LocalServer
+from clients.local_server import Addresses, AppKeys
 from gateway.mqtt import (
     Connack,
     Connect,
@@ -37,12 +37,25 @@ TAGS: Final = tuple(f"tag{n}" for n in range(6))
 MAX_PACKET: Final = 1 << 20
 HANDSHAKE_LIMIT: Final = 10.0  # seconds; far beyond what a live server takes
 AGAIN_AFTER: Final = 0.05  # seconds until a device or publisher tries a dead server again
+BUSY: Final = (
+    Reason.SERVER_UNAVAILABLE,
+    Reason.SERVER_BUSY,
+    Reason.USE_ANOTHER_SERVER,
+    Reason.CONNECTION_RATE_EXCEEDED,
+)
+
+
+class TryAgain(Exception):
+    """The server is there, and says that it cannot at the moment."""
+
+
 GONE: Final = (
     OSError,
     EOFError,
     TimeoutError,
     aiohttp.ClientError,
-)  # the server was killed, or is not up yet
+    TryAgain,
+)  # the server was killed, is not up yet, or cannot at the moment
 
 
 @dataclass(slots=True)
@@ -124,11 +137,23 @@ class Ledger:
         return found
 
 
+class Server(Protocol):
+    """Where to: one server, or one of several at each look."""
+
+    @property
+    def app(self) -> AppKeys: ...
+
+    @property
+    def addresses(self) -> Addresses: ...
+
+
 class Load:
     """What devices and publishers share: the server, its tags as the ledger models them, and the gate."""
 
-    def __init__(self, server: LocalServer, seed: int) -> None:
+    def __init__(self, server: Server, seed: int, *, patient: bool = False) -> None:
+        """`patient`: the store may be away for a while, and those who push are told so."""
         self.server = server
+        self.patient = patient
         self.app: AppKeys = server.app
         self.random = Random(seed)
         self.ledger = Ledger()
@@ -244,6 +269,8 @@ class Wire:
                 while (packet := wire.next()) is None:
                     await wire.fill()
                 assert isinstance(packet, Connack), packet
+                if packet.reason in BUSY:
+                    raise TryAgain
                 assert packet.reason is Reason.SUCCESS, packet
             except BaseException:
                 wire.abort()
@@ -429,6 +456,8 @@ class HttpPublisher:
             try:
                 async with http.post(path, data=body) as answer:
                     raw = await answer.read()
+                    if self._load.patient and answer.status == 503:
+                        raise TryAgain
                     if answer.status != 200:
                         self._load.ledger.wrong.append(f"{path}: {answer.status} {raw[:200]!r}")
                     return orjson.loads(raw)
@@ -473,6 +502,8 @@ class MqttPublisher:
             while by_id:
                 for packet in wire.waiting():
                     assert isinstance(packet, Puback), packet
+                    if self._load.patient and packet.reason is Reason.IMPLEMENTATION_SPECIFIC_ERROR:
+                        raise TryAgain
                     if packet.reason is not Reason.SUCCESS:
                         self._load.ledger.wrong.append(f"PUBACK {packet}")
                     told = dict(packet.properties["user_properties"])
