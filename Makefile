@@ -31,7 +31,7 @@ check: $(VENV)/.setup-all ## Formatting, lint, types, import arrows: under a min
 
 test: $(VENV)/.setup-all $(VENV)/.setup-node ## All tests; ARGS="-k name" chooses
 	@for tool in mosquitto:mosquitto mosquitto_sub:mosquitto-clients promtool:prometheus curl:curl node:nodejs npm:npm \
-	    chromium:chromium; do \
+	    chromium:chromium redis-server:redis-server; do \
 	    command -v $${tool%%:*} >/dev/null || \
 	    echo "$${tool%%:*} is missing; its tests are skipped. As root: apt-get install $${tool##*:}"; \
 	done

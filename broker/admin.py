@@ -11,12 +11,13 @@ import hmac
 import ipaddress
 import json
 import os
+import re
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import Annotated, Any, Final, Protocol, TypeVar
 
 import msgspec
 import orjson
@@ -27,7 +28,7 @@ from broker.broker import Broker
 from broker.config import Config
 from broker.errors import ADMIN, ApiError
 from broker.metrics import LoopLag, Metrics
-from broker.model import App, AppSettings
+from broker.model import App, AppSettings, NodeEntry, OwedRequest, Route
 from broker.pushing.requests import decode
 from broker.store import StoreError
 from broker.tenants.access import describe_rules, parse_rules
@@ -39,6 +40,8 @@ from broker.tenants.groups import Group
 MAX_BODY: Final = 524_288  # room for the longest list of access rules; nothing else comes near it
 MAX_NAME: Final = 200
 PAGE: Final = 1000
+WORKER: Final = re.compile(r"-[0-9]+$")  # what a worker's name has beyond its supervisor's
+WAITING: Final = 10_000  # rows of one inbox that are counted; the newest-N rule keeps nearly all below
 
 
 class Actions(Protocol):
@@ -54,6 +57,10 @@ class Actions(Protocol):
     async def set_settings(self, key: str, settings: object) -> object: ...
     async def delete_app(self, key: str) -> object: ...
     async def issue_token(self, key: str, registration_id: str) -> object: ...
+    async def find_device(self, key: str, registration_id: str) -> object: ...
+    async def list_nodes(self) -> list[dict[str, object]]: ...
+    async def drain_node(self, name: str, share: float = 1.0) -> object: ...
+    async def resume_node(self, name: str) -> object: ...
     async def create_group(self, group: object) -> object: ...
     async def list_groups(self) -> object: ...
     async def change_group(self, key: str, group: object) -> object: ...
@@ -147,6 +154,50 @@ class LocalActions:
             "expires_at": registered.expires_at,
         }
 
+    async def find_device(self, key: str, registration_id: str) -> object:
+        """Where it is, and how much waits for it: at most WAITING are counted of each kind."""
+        app, store = await self._app(key), self._broker.store
+        device = (await store.find_devices(app.app_id, [registration_id])).get(registration_id)
+        if device is None:
+            raise ApiError(1003, f"there is no device {registration_id}", http_status=404)
+        route = (await store.find_routes(app.app_id, [device.devno])).get(device.devno, Route("", 0))
+        [inbox] = await store.fetch_owed([OwedRequest(app.app_id, device.devno, 0, WAITING)])
+        broadcasts = await store.live_broadcasts(app.app_id)
+        owed = sum(device.devno in row.targets and device.devno not in row.settled for row in broadcasts)
+        return {
+            "registration_id": registration_id,
+            "online": bool(route.node),
+            "node": route.node or None,
+            "epoch": route.epoch,
+            "seen_at": _second(route.seen_at or device.last_online_at),
+            "waiting": len(inbox) + owed,
+        }
+
+    async def list_nodes(self) -> list[dict[str, object]]:
+        now = self._broker.clock()
+        return [describe_node(entry, now) for entry in await self._broker.store.nodes.list()]
+
+    async def drain_node(self, name: str, share: float = 1.0) -> object:
+        """`share` of its devices, above 0; all: and it takes no new ones."""
+        if share >= 1:
+            return await self._wish("drain", name, "drain")
+        again = int(self._broker.clock())  # the same wish once more is another one
+        return await self._wish("drain", name, f"rebalance:{max(1, round(share * 100))}:{again}")
+
+    async def resume_node(self, name: str) -> object:
+        return await self._wish("resume", name, "resume")
+
+    async def _wish(self, action: str, name: str, wish: str) -> object:
+        """Of a node, or of all workers of a supervisor, which is named without their numbers."""
+        nodes = self._broker.store.nodes
+        async with self._deed(f"node.{action}", f"{name} {wish}"):
+            live = {entry.info.name for entry in await nodes.list() if entry.live}
+            named = {name} & live or {other for other in live if WORKER.sub("", other) == name}
+            wished = [each for each in sorted(named) if await nodes.wish(each, wish)]
+            if not wished:
+                raise ApiError(1003, f"there is no live node {name}", http_status=404)
+        return {"nodes": wished, "wish": wish}
+
     async def create_group(self, group: object) -> object:
         """`{"name", "apps"?}`."""
         async with self._deed("group.create", "") as deed:
@@ -210,6 +261,27 @@ def describe_app(app: App) -> dict[str, object]:
     }
 
 
+def describe_node(entry: NodeEntry, now: float) -> dict[str, object]:
+    info = entry.info
+    return {
+        "name": info.name,
+        "role": info.role,
+        "state": "lost" if not entry.live else "draining" if info.draining else "live",
+        "connections": info.connections,
+        "address": info.address,
+        "admin": info.admin,
+        "pid": info.pid,
+        "version": info.version,
+        "started_at": _second(info.started_at or None),
+        "beat_age": max(0, round(now - entry.beaten_at)),
+        "wish": entry.wish,
+    }
+
+
+def _second(at: float | None) -> int | None:
+    return None if at is None else int(at)
+
+
 def _no_app(key: str) -> App:
     raise ApiError(1008, f"there is no app {key}", http_status=404)
 
@@ -224,6 +296,37 @@ class Health:
     def reasons(self) -> list[str]:
         found = [reason for check in self.checks if (reason := check())]
         return found if self.state == "ready" else [self.state, *found]
+
+
+class Overview(Protocol):
+    """What anybody may see of this server."""
+
+    async def metrics(self, accept: str) -> tuple[bytes, str]:
+        """A scrape's body and content type."""
+
+    async def alive(self) -> dict[str, object]:
+        """The answer of /healthz; to give one at all is the proof."""
+
+    async def reasons(self) -> list[str]:
+        """Why it should get no traffic."""
+
+
+class ProcessOverview:
+    """Of one process."""
+
+    def __init__(self, metrics: Metrics, health: Health, lag: LoopLag) -> None:
+        self._metrics = metrics
+        self._health = health
+        self._lag = lag
+
+    async def metrics(self, accept: str) -> tuple[bytes, str]:
+        return self._metrics.render(accept)
+
+    async def alive(self) -> dict[str, object]:
+        return {"status": "alive", "loop_lag_seconds": self._lag.last}
+
+    async def reasons(self) -> list[str]:
+        return self._health.reasons()
 
 
 # The file by which commands find a running server
@@ -276,24 +379,27 @@ def _admin_key(config: Config) -> str:
 class AdminListener:
     """Serves the admin application, and says where in `admin.json`. Made with the data directory locked."""
 
-    def __init__(
-        self, config: Config, actions: LocalActions, metrics: Metrics, health: Health, lag: LoopLag
-    ) -> None:
+    def __init__(self, config: Config, actions: LocalActions, overview: Overview) -> None:
         self._config = config
         self._key = _admin_key(config)
         self._door = Door(config.http.max_connections, config.http.request_timeout)  # its own count
-        self._runner = self._door.runner(admin_application(actions, metrics, health, lag, self._key))
+        self._runner = self._door.runner(admin_application(actions, overview, self._key))
         self.address = ""
 
-    async def open(self) -> str:
-        """Returns the address, `http://127.0.0.1:8081`. Raises OSError."""
-        await self._door.open(self._runner, self._config.admin.host, self._config.admin.port)
+    async def open(self, *, shared: bool = False) -> str:
+        """Returns the address, `http://127.0.0.1:8081`. `shared`: for a while another process may listen there, too.
+        Raises OSError."""
+        admin = self._config.admin
+        await self._door.open(self._runner, admin.host, admin.port, shared=shared)
         self.address = _as_url(self._runner.addresses[0])
         write_admin_file(self._config.server.data_dir, AdminFile(self._key, self.address))
         return self.address
 
-    async def close(self) -> None:
+    async def close(self, *, succeeded: bool = False) -> None:
+        """`succeeded`: another process answers at the same address."""
         await self._runner.cleanup()
+        if succeeded:
+            return
         with contextlib.suppress(OSError):  # a full disk: who finds the old address finds nobody there
             write_admin_file(self._config.server.data_dir, AdminFile(self._key))
 
@@ -323,6 +429,10 @@ class _NewToken(msgspec.Struct, forbid_unknown_fields=True):
     registration_id: str
 
 
+class _Drain(msgspec.Struct, forbid_unknown_fields=True):
+    share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+
+
 _Body = TypeVar("_Body")
 
 
@@ -334,18 +444,16 @@ def _answer(body: object, status: int = 200) -> web.Response:
     return web.Response(body=orjson.dumps(body), status=status, content_type="application/json")
 
 
-def admin_application(
-    actions: LocalActions, metrics: Metrics, health: Health, lag: LoopLag, key: str
-) -> web.Application:
+def admin_application(actions: LocalActions, overview: Overview, key: str) -> web.Application:
     async def show_metrics(request: web.Request) -> web.Response:
-        body, content_type = metrics.render(request.headers.get(hdrs.ACCEPT, ""))
+        body, content_type = await overview.metrics(request.headers.get(hdrs.ACCEPT, ""))
         return web.Response(body=body, headers={hdrs.CONTENT_TYPE: content_type})
 
     async def show_health(_: web.Request) -> web.Response:
-        return _answer({"status": "alive", "loop_lag_seconds": lag.last})  # to answer at all is the proof
+        return _answer(await overview.alive())
 
     async def show_readiness(_: web.Request) -> web.Response:
-        reasons = health.reasons()
+        reasons = await overview.reasons()
         return _answer({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
 
     application = web.Application(
@@ -383,6 +491,11 @@ async def _issue_token(actions: LocalActions, request: web.Request) -> object:
     return await actions.issue_token(_key(request), body.registration_id)
 
 
+async def _drain_node(actions: LocalActions, request: web.Request) -> object:
+    body = await _read(request, _Drain) if request.can_read_body else _Drain()
+    return await actions.drain_node(request.match_info["name"], body.share)
+
+
 async def _set_access(actions: LocalActions, request: web.Request) -> object:
     return await actions.set_access(_key(request), await _read(request, object))
 
@@ -413,6 +526,18 @@ ADMIN_CALLS: Final[Sequence[tuple[str, str, Act]]] = (
     ("PUT", "/v1/apps/{key}/settings", _set_settings),
     ("POST", "/v1/app/{key}/delete", lambda actions, request: actions.delete_app(_key(request))),
     ("POST", "/v1/app/{key}/device-token", _issue_token),
+    (
+        "GET",
+        "/v1/apps/{key}/devices/{registration_id}",
+        lambda actions, request: actions.find_device(_key(request), request.match_info["registration_id"]),
+    ),
+    ("GET", "/v1/nodes", lambda actions, _: actions.list_nodes()),
+    ("POST", "/v1/nodes/{name}/drain", _drain_node),
+    (
+        "POST",
+        "/v1/nodes/{name}/resume",
+        lambda actions, request: actions.resume_node(request.match_info["name"]),
+    ),
     ("POST", "/v1/groups", _create_group),
     ("GET", "/v1/groups", lambda actions, _: actions.list_groups()),
     ("PUT", "/v1/groups/{key}", _change_group),

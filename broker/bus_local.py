@@ -47,12 +47,13 @@ class LocalBus:
     def _deliver(self) -> None:
         waiting, self._waiting = self._waiting, []
         for subscriber in self._subscribers[1:]:
-            _hand_over(subscriber, [[_copy(doorbell) for doorbell in doorbells] for doorbells in waiting])
+            hand_over(subscriber, [[copy_of(doorbell) for doorbell in doorbells] for doorbells in waiting])
         for subscriber in self._subscribers[:1]:  # last: it gets the originals
-            _hand_over(subscriber, waiting)
+            hand_over(subscriber, waiting)
 
 
-def _hand_over(subscriber: Subscriber, waiting: Sequence[Sequence[Doorbell]]) -> None:
+def hand_over(subscriber: Subscriber, waiting: Sequence[Sequence[Doorbell]]) -> None:
+    """An error of the subscriber's is logged (B3)."""
     for doorbells in waiting:
         try:
             subscriber(doorbells)
@@ -60,7 +61,7 @@ def _hand_over(subscriber: Subscriber, waiting: Sequence[Sequence[Doorbell]]) ->
             log.exception("a bus subscriber failed")
 
 
-def _copy(doorbell: Doorbell) -> Doorbell:
+def copy_of(doorbell: Doorbell) -> Doorbell:
     """Each receiver owns the bitmaps it gets."""
     if not isinstance(doorbell, Broadcast):
         return doorbell

@@ -1,16 +1,16 @@
-"""Commands of the operator: `holdfast config`, `app`, `device`, `group`, `audit`.
+"""Commands of the operator: `holdfast config`, `app`, `device`, `group`, `audit`, `node`.
 
-All but the first work on a running server, through its admin API, and on a stopped one, on its store. Which it is,
-the lock on the data directory says: who can open the store is alone with it.
+All but the first work on the store: that of a fleet is shared, so they are one more process on it. The embedded store
+has a lock: who can open it is alone with it, and a running server that has it is asked through its admin API.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, Final, TypeVar, cast
 from urllib.parse import quote, urlencode
 
 import aiohttp
@@ -19,25 +19,55 @@ import orjson
 
 from broker.admin import Actions, LocalActions, read_admin_file
 from broker.broker import Broker
+from broker.bus import Bus
 from broker.bus_local import LocalBus
 from broker.config import Config, ConfigError, config_options, format_config, load_config, sample_config
 from broker.errors import ApiError
-from broker.store import StoreError, StoreUnavailable
+from broker.metrics import Metrics
+from broker.store import Store, StoreError, StoreUnavailable
 from broker.store_sqlite import SqliteStore
 from broker.tenants.audit import MAX_ENTRIES
 
+if TYPE_CHECKING:
+    from broker.store_redis import RedisStore
 
-def make_store(config: Config) -> SqliteStore:
-    """The store that the settings name; not opened."""
-    return SqliteStore(
-        config.server.data_dir / "holdfast.db",
-        report_lifetime=config.store.report_lifetime,
-        cid_lifetime=config.store.cid_lifetime,
-        event_lifetime=config.store.event_lifetime,
-        audit_lifetime=config.store.audit_lifetime,
-        activity_lifetime=config.store.activity_lifetime,
-        time_zone=config.store.time_zone,
-    )
+_T = TypeVar("_T")
+
+
+def make_store(config: Config, *, checked: bool = True) -> Store:
+    """The store that the settings name; not opened. `checked`: refuse a Redis that may lose what was answered."""
+    if config.store.url:
+        return _redis_store(config, checked=checked and not config.store.unsafe)
+    return SqliteStore(config.server.data_dir / "holdfast.db", **_lifetimes(config))
+
+
+def _redis_store(config: Config, *, checked: bool) -> RedisStore:
+    from broker.store_redis import RedisStore  # 5 MB that an embedded server does not need
+
+    return RedisStore(config.store.url, replicas=config.store.replicas, checked=checked, **_lifetimes(config))
+
+
+def _lifetimes(config: Config) -> dict[str, Any]:
+    store = config.store
+    return {
+        "report_lifetime": store.report_lifetime,
+        "cid_lifetime": store.cid_lifetime,
+        "event_lifetime": store.event_lifetime,
+        "audit_lifetime": store.audit_lifetime,
+        "activity_lifetime": store.activity_lifetime,
+        "time_zone": store.time_zone,
+    }
+
+
+def make_bus(config: Config, store: Store) -> Bus:
+    """The one that belongs to the store, which closes it."""
+    return cast("RedisStore", store).bus if config.store.url else LocalBus()
+
+
+def count_store(config: Config, store: Store, metrics: Metrics) -> None:
+    """Metrics that only a fleet's store has."""
+    if config.store.url:
+        cast("RedisStore", store).count_in(metrics)
 
 
 # config
@@ -76,7 +106,7 @@ def sample() -> None:
 
 # app and device
 
-_where = config_options("server.data_dir")
+_where = config_options("server.data_dir", "store.url")
 
 
 @click.group()
@@ -176,6 +206,70 @@ def token(config: Config, registration_id: str, key: str) -> None:
     _run(config, lambda actions: actions.issue_token(key, registration_id))
 
 
+@device.command()
+@click.argument("registration_id")
+@click.option("--app", "key", required=True, metavar="KEY", help="App key.")
+@_where
+def find(config: Config, registration_id: str, key: str) -> None:
+    """Print which node a device is connected to, or when it was last seen, and how many pushes wait for it."""
+    _run(config, lambda actions: actions.find_device(key, registration_id))
+
+
+# node
+
+
+@click.group()
+def node() -> None:
+    """See the processes of a fleet, and have them hand their devices over."""
+
+
+@node.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@_where
+def list_nodes(config: Config, as_json: bool) -> None:
+    """Print the processes that share the store. Those that died without a goodbye are listed for an hour, as lost."""
+    nodes = _ask(config, lambda actions: actions.list_nodes())
+    if as_json:
+        _print_json(nodes)
+    else:
+        _print_table(NODE_COLUMNS, nodes)
+
+
+@node.command()
+@click.argument("name")
+@click.option(
+    "--share",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Hand over this part of its devices only, and go on.",
+)
+@_where
+def drain(config: Config, name: str, share: float) -> None:
+    """Have a node take no new devices and hand its own over to others, at a pace."""
+    _run(config, lambda actions: actions.drain_node(name, share))
+
+
+@node.command()
+@click.argument("name")
+@_where
+def resume(config: Config, name: str) -> None:
+    """Have a drained node take devices again."""
+    _run(config, lambda actions: actions.resume_node(name))
+
+
+NODE_COLUMNS: Final = ("name", "role", "state", "connections", "address", "beat_age", "version", "wish")
+
+
+def _print_table(columns: Sequence[str], things: Sequence[Mapping[str, object]]) -> None:
+    """Plain columns, for people and for `grep`."""
+    texts = [["-" if thing[name] in ("", None) else str(thing[name]) for name in columns] for thing in things]
+    rows = [list(columns), *texts]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        click.echo("  ".join(f"{text:{width}}" for text, width in zip(row, widths, strict=True)).rstrip())
+
+
 # group and audit
 
 
@@ -240,32 +334,44 @@ def audit(config: Config, key: str | None, before: int | None, limit: int) -> No
 
 def _run(config: Config, act: Callable[[Actions], Awaitable[object]], *, make: bool = False) -> None:
     """Do it and print the answer as JSON; `make`: the data directory may be new."""
-    data_dir = config.server.data_dir
-    if not make and not data_dir.is_dir():
-        raise click.ClickException(f"there is no data directory {data_dir}; name it with --data-dir")
+    _print_json(_ask(config, act, make=make))
 
-    async def run() -> object:
+
+def _print_json(answer: object) -> None:
+    click.echo(orjson.dumps(answer, option=orjson.OPT_INDENT_2))
+
+
+def _ask(config: Config, act: Callable[[Actions], Awaitable[_T]], *, make: bool = False) -> _T:
+    data_dir = config.server.data_dir
+    if not config.store.url and not make and not data_dir.is_dir():
+        raise click.ClickException(
+            f"there is no data directory {data_dir}; name it with --data-dir, or a Redis with --store"
+        )
+
+    async def run() -> _T:
         async with _open_actions(config) as actions:
             return await act(actions)
 
     try:
-        answer = asyncio.run(run())
+        return asyncio.run(run())
     except (ApiError, StoreError, OSError, ValueError) as error:
         raise click.ClickException(error.message if isinstance(error, ApiError) else str(error)) from error
-    click.echo(orjson.dumps(answer, option=orjson.OPT_INDENT_2))
 
 
 @asynccontextmanager
 async def _open_actions(config: Config) -> AsyncIterator[Actions]:
-    store = make_store(config)
+    store = make_store(config, checked=False)
     try:
         await store.open()
     except StoreUnavailable as error:
+        if config.store.url:
+            raise
         async with _reach_server(config, error) as actions:
             yield actions
         return
+    bus = make_bus(config, store)
     try:
-        yield LocalActions(Broker(store, LocalBus(), config.limits()), config.push.offline_limit)
+        yield LocalActions(Broker(store, bus, config.limits()), config.push.offline_limit)
     finally:
         await store.close()
 
@@ -316,6 +422,19 @@ class RemoteActions:
     async def delete_app(self, key: str) -> object:
         return await self._call("POST", _path(key, "delete"))
 
+    async def find_device(self, key: str, registration_id: str) -> object:
+        return await self._call("GET", f"/v1/apps/{_quote(key)}/devices/{_quote(registration_id)}")
+
+    async def list_nodes(self) -> list[dict[str, object]]:
+        nodes: Any = await self._call("GET", "/v1/nodes")
+        return list(nodes)
+
+    async def drain_node(self, name: str, share: float = 1.0) -> object:
+        return await self._call("POST", f"/v1/nodes/{_quote(name)}/drain", {"share": share})
+
+    async def resume_node(self, name: str) -> object:
+        return await self._call("POST", f"/v1/nodes/{_quote(name)}/resume")
+
     async def issue_token(self, key: str, registration_id: str) -> object:
         return await self._call("POST", _path(key, "device-token"), {"registration_id": registration_id})
 
@@ -326,10 +445,10 @@ class RemoteActions:
         return await self._call("GET", "/v1/groups")
 
     async def change_group(self, key: str, group: object) -> object:
-        return await self._call("PUT", f"/v1/groups/{quote(key, safe='')}", group)
+        return await self._call("PUT", f"/v1/groups/{_quote(key)}", group)
 
     async def delete_group(self, key: str) -> object:
-        return await self._call("DELETE", f"/v1/groups/{quote(key, safe='')}")
+        return await self._call("DELETE", f"/v1/groups/{_quote(key)}")
 
     async def list_audit(self, key: str | None, before: str | None, limit: str | None) -> object:
         asked = {"app": key, "before": before, "limit": limit}
@@ -346,12 +465,16 @@ class RemoteActions:
 
 
 def _access_path(key: str) -> str:
-    return f"/v1/apps/{quote(key, safe='')}/access"
+    return f"/v1/apps/{_quote(key)}/access"
 
 
 def _settings_path(key: str) -> str:
-    return f"/v1/apps/{quote(key, safe='')}/settings"
+    return f"/v1/apps/{_quote(key)}/settings"
 
 
 def _path(key: str, action: str) -> str:
-    return f"/v1/app/{quote(key, safe='')}/{action}"
+    return f"/v1/app/{_quote(key)}/{action}"
+
+
+def _quote(text: str) -> str:
+    return quote(text, safe="")

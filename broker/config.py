@@ -27,6 +27,7 @@ from msgspec import Meta, field
 
 from broker.bridging.bridge_rules import RulesError, read_rules
 from broker.limits import Limits
+from broker.redis.address import FORM, parse_url
 from broker.telling.calendar import Calendar
 from broker.telling.callbacks import CallbackSettings
 from broker.tenants.networks import read_network
@@ -36,6 +37,10 @@ OFF: Final = "off"
 OFF_ALLOWED: Final = f', or "{OFF}"'
 DAY: Final = 86400
 ORIGIN_WORDS: Final = ("same", "any")
+AUTO: Final = "auto"
+MAX_WORKERS: Final = 512  # of one machine
+_LOGIN: Final = re.compile(r"//([^:@/]*:)?.*@", re.DOTALL)
+ADDRESS: Final = re.compile(r"[^\s/@]+:[0-9]{1,5}")
 ORIGIN: Final = re.compile(r"null|[a-z][a-z0-9+.-]*://[^/,\s]*")  # as a browser sends it (RFC 6454 6.2)
 
 Port = Annotated[int, Meta(ge=0, le=65535)]  # 0: any free port
@@ -48,6 +53,7 @@ PositiveU16 = Annotated[int, Meta(ge=1, le=65535)]
 U32 = Annotated[int, Meta(ge=0, le=4_294_967_295)]
 Name = Annotated[str, Meta(min_length=1)]
 Seconds = Annotated[float, Meta(gt=0)]
+Workers = Annotated[int, Meta(ge=0, le=MAX_WORKERS)] | Literal["auto"]
 
 
 def _about(text: str, *, flag: str | None = None, secret: bool = False) -> Meta:
@@ -60,7 +66,24 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
         "holdfast-data"
     )
     host: Annotated[str, _about("address the MQTT and HTTP listeners bind to", flag="--host")] = "127.0.0.1"
-    node_id: Annotated[str, _about("name of this node, unique among nodes; empty: the host name")] = ""
+    role: Annotated[
+        Literal["all", "gateway", "broker"],
+        _about("gateway holds devices, broker has the HTTP API and what happens later", flag="--role"),
+    ] = "all"
+    node_id: Annotated[
+        str, _about("name of this node, unique among nodes; empty: the host name", flag="--node-id")
+    ] = ""
+    workers: Annotated[
+        Workers,
+        _about(
+            "node processes behind the same ports, under a supervisor; auto: one a core; 0: just this one",
+            flag="--workers",
+        ),
+    ] = 0
+    advertise: Annotated[
+        str,
+        _about("host:port that devices are sent to when they are to come here; empty: where MQTT listens"),
+    ] = ""
     drain_limit: Annotated[Seconds, _about("longest time a stop may take")] = 20.0
     log_format: Annotated[Literal["text", "json"], _about("one line per event, as text or JSON")] = "text"
     log_level: Annotated[
@@ -102,6 +125,10 @@ class Mqtt(msgspec.Struct, frozen=True, kw_only=True):
     connect_rate_per_address: Annotated[
         Limit | None, _about("new connections a second from one source address; IPv6 counts by /64")
     ] = None
+    admit_rate: Annotated[
+        Limit | None, _about("CONNECTs decided in a second; MQTT 5 peers over it are told when to come")
+    ] = None
+    drain_rate: Annotated[Limit, _about("connections asked in a second to go to other nodes")] = 1000
     keep_alive_max: Annotated[
         PositiveU16, _about("a longer keep-alive is lowered to this (Server Keep Alive)")
     ] = 3600
@@ -189,13 +216,23 @@ class Push(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Store(msgspec.Struct, frozen=True, kw_only=True):
-    kind: Annotated[Literal["sqlite"], _about("where pushes are kept")] = "sqlite"
+    url: Annotated[
+        str, _about(f"where pushes are kept: {FORM}; empty: SQLite in server.data_dir", flag="--store")
+    ] = ""
+    replicas: Annotated[
+        Count, _about("replicas of Redis that must have a write before it counts as stored")
+    ] = 0
+    unsafe: Annotated[bool, _about("start on a Redis whose settings may lose answered writes")] = False
     report_lifetime: Annotated[Limit, _about("what became of a push can be asked for this long")] = 30 * DAY
     cid_lifetime: Annotated[Limit, _about("a push with the same cid is not pushed again for this long")] = DAY
     event_lifetime: Annotated[Limit, _about("events of devices are kept for this long")] = 7 * DAY
     audit_lifetime: Annotated[Limit, _about("the audit log is kept for this long")] = 365 * DAY
     activity_lifetime: Annotated[Limit, _about("which devices were there is kept for this long")] = 61 * DAY
     time_zone: Annotated[Name, _about("days of the users report begin at midnight here (IANA name)")] = "UTC"
+
+    @property
+    def kind(self) -> Literal["sqlite", "redis"]:
+        return "redis" if self.url else "sqlite"
 
 
 class Callbacks(msgspec.Struct, frozen=True, kw_only=True):
@@ -292,6 +329,25 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         """Nobody outside this machine can reach the server: the condition for the demo app."""
         return is_loopback(self.server.host) and is_loopback(self.admin.host)
 
+    @property
+    def workers(self) -> int:
+        """Processes under a supervisor; 0: there is none."""
+        workers = self.server.workers
+        return len(os.sched_getaffinity(0)) if workers == AUTO else workers
+
+    @property
+    def serves_devices(self) -> bool:
+        return self.server.role != "broker"
+
+    @property
+    def serves_api(self) -> bool:
+        return self.server.role != "gateway"
+
+
+def hide_password(url: str) -> str:
+    """A store's address as it may be shown: all between // and the last @ is taken for name and password."""
+    return _LOGIN.sub(r"//\1***@", url)
+
 
 def is_loopback(host: str) -> bool:
     if host == "localhost":
@@ -345,8 +401,11 @@ def _allowed(kind: msgspec.inspect.Type) -> str:
         case msgspec.inspect.Metadata(type=inner):
             return _allowed(inner)
         case msgspec.inspect.UnionType(types=types):
-            inner = next(t for t in types if not isinstance(t, msgspec.inspect.NoneType))
-            return _allowed(inner) + OFF_ALLOWED
+            kinds = [t for t in types if not isinstance(t, msgspec.inspect.NoneType)]
+            words = ", or ".join(map(_allowed, kinds))
+            return words if len(kinds) == len(types) else words + OFF_ALLOWED
+        case msgspec.inspect.LiteralType(values=(value,)):
+            return f'"{value}"'
         case msgspec.inspect.LiteralType(values=values):
             return "one of " + ", ".join(str(v) for v in values)
         case msgspec.inspect.BoolType():
@@ -404,7 +463,11 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _show(key: Key, value: object) -> str:
-    return "(hidden)" if key.secret else repr(value)
+    return "(hidden)" if key.secret else repr(_without_password(key, value))
+
+
+def _without_password(key: Key, value: object) -> object:
+    return hide_password(value) if key.path == "store.url" and isinstance(value, str) else value
 
 
 class _Reader:
@@ -523,9 +586,37 @@ def _conflicts(config: Config) -> Iterator[str]:
             yield "http.https_only = true: nobody could call; name the proxies that end TLS in trusted_proxies"
     except ValueError as error:
         yield f"http.trusted_proxies = {config.http.trusted_proxies!r}: must be networks with commas between; {error}"
+    yield from _fleet_conflicts(config)
     yield from _bridge_conflicts(config)
     if push.default_ttl > push.max_ttl:
         yield f"push.default_ttl = {push.default_ttl}: must be at most push.max_ttl = {push.max_ttl}"
+
+
+def _fleet_conflicts(config: Config) -> Iterator[str]:
+    """Of what only works with a store that processes share, and of the roles."""
+    server, store, mqtt = config.server, config.store, config.mqtt
+    try:
+        if store.url:
+            parse_url(store.url)
+    except ValueError as error:
+        yield f"store.url = {hide_password(store.url)!r}: {error}"
+    for path, given in (
+        (f"server.role = {server.role!r}", server.role != "all"),
+        (f"server.workers = {server.workers!r}", config.workers),
+        (f"store.replicas = {store.replicas}", store.replicas),
+        ("store.unsafe = true", store.unsafe),
+    ):
+        if given and not store.url:
+            yield f'{path}: needs a Redis, store.url = "redis://…"; SQLite is for one process that does all'
+    if server.advertise and not ADDRESS.fullmatch(server.advertise):
+        yield f"server.advertise = {server.advertise!r}: must be host:port"
+    if server.role == "gateway" and mqtt.port is mqtt.tls_port is mqtt.ws_port is None:
+        yield "server.role = 'gateway': needs mqtt.port, mqtt.tls_port or mqtt.ws_port"
+    if config.bridge.host is not None and (config.workers or not config.serves_api):
+        yield (
+            f"bridge.host = {config.bridge.host!r}: one process has the bridge; set it for a "
+            "`holdfast serve --role broker` without workers"
+        )
 
 
 def _bridge_conflicts(config: Config) -> Iterator[str]:
@@ -647,7 +738,8 @@ def format_config(config: Config) -> str:
         for key in (KEYS[path] for path in _paths(section)):
             value = getattr(values, key.name)
             hidden = key.secret and value is not None
-            lines.append(f"{key.name} = {format_value('(hidden)' if hidden else value)}")
+            shown = "(hidden)" if hidden else _without_password(key, value)
+            lines.append(f"{key.name} = {format_value(shown)}")
     return "\n".join(lines[1:]) + "\n"
 
 

@@ -18,7 +18,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Final, Literal, TextIO
 
@@ -28,6 +28,8 @@ VALUE_LIMIT: Final = 300  # characters; a peer could send a client id of 64 KB w
 SECRETS: Final = frozenset(
     ("admin_key", "device_key", "master_secret", "password", "payload", "secret", "signing_key", "token")
 )
+
+PIPE_BLOCK: Final = 4096  # bytes that a pipe takes from one process at a time (PIPE_BUF)
 
 FLUSH_AFTER: Final = 0.1  # seconds: what a crash may cost of the log
 
@@ -40,9 +42,11 @@ LINE_ENDS: Final = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 class EventStream(logging.Handler):
     """Where all lines of the process go."""
 
-    def __init__(self, form: Form, stream: TextIO) -> None:
+    def __init__(self, form: Form, stream: TextIO, node: str = "") -> None:
+        """`node`: the stream has lines of several processes, and this is the name of ours."""
         super().__init__()
         self._form = form
+        self._node = node
         self._stream = stream
         self._lines: list[str] = []
         self._waiting = False  # a flush is on its way
@@ -56,6 +60,8 @@ class EventStream(logging.Handler):
         return Traceback(logging.Formatter().formatException(record.exc_info))  # type: ignore[arg-type]
 
     def write(self, created: float, level: int, name: str, event: str, values: Mapping[str, object]) -> None:
+        if self._node and "node" not in values:
+            values = {"node": self._node, **values}
         self._lines.append(self._form(created, level, name, event, values))
         if level >= logging.WARNING or not self._flush_later():
             self.flush()
@@ -72,9 +78,22 @@ class EventStream(logging.Handler):
     def flush(self) -> None:
         self._waiting = False
         lines, self._lines = self._lines, []
-        if lines:
-            self._stream.write("".join(lines))
+        for block in _blocks(lines) if self._node else ["".join(lines)] if lines else []:
+            self._stream.write(block)
             self._stream.flush()
+
+
+def _blocks(lines: list[str]) -> Iterator[str]:
+    """Of whole lines, small enough that a pipe takes each at once: another process cannot write into one."""
+    block, room = "", PIPE_BLOCK
+    for line in lines:
+        size = len(line.encode("utf-8", "surrogateescape"))
+        if block and size > room:
+            yield block
+            block, room = "", PIPE_BLOCK
+        block, room = block + line, room - size
+    if block:
+        yield block
 
 
 class Traceback(str):
@@ -98,9 +117,12 @@ def log_event(logger: logging.Logger, level: int, event: str, **values: object) 
     logger.log(level, "%s %s", event, {name: _shown(name, value) for name, value in values.items()})
 
 
-def set_up_logs(form: Literal["text", "json"], level: str, stream: TextIO = sys.stderr) -> None:
-    """Send all logs of this process to `stream`. Called once, by `serve`."""
-    lines = EventStream(as_json if form == "json" else as_text, stream)
+def set_up_logs(
+    form: Literal["text", "json"], level: str, stream: TextIO = sys.stderr, *, node: str = ""
+) -> None:
+    """Send all logs of this process to `stream`. Called once, by `serve`. `node`: of several that share the
+    stream."""
+    lines = EventStream(as_json if form == "json" else as_text, stream, node)
     logging.basicConfig(level=level.upper(), handlers=[lines], force=True)
 
 

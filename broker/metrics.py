@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, Literal, TypeVar
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -27,11 +27,22 @@ OTHER: Final = "other"
 
 REFUSAL_LAPSE: Final = 30.0
 
+PROCESS_MERGES: Final[Mapping[str, Merge]] = {
+    "process_open_fds": "max",
+    "process_max_fds": "min",
+    "process_start_time_seconds": "min",
+    "python_info": "max",
+}
+
 LATENCY_BOUNDS: Final = (
     *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1),
     *(0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0),
 )
 SIZE_BOUNDS: Final = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0)
+
+Merge = Literal["sum", "max", "min"]
+"""How gauges of several processes become one: what each has of its own adds up; of what all see alike, or of a limit
+that one of them meets first, the worst counts."""
 
 Labels = tuple[str, ...]
 Read = Callable[[], float | Mapping[Labels, float]]
@@ -98,15 +109,18 @@ class Family(Generic[Child]):
 
 
 class Metrics:
-    """All metrics of one server. Names are without the `holdfast_` prefix and without `_total`."""
+    """All metrics of one server. Names are without the `holdfast_` prefix and without `_total`. `process`: with those
+    of the process itself, its memory and files."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, process: bool = True) -> None:
         self.registry = CollectorRegistry()
         self._families: list[Family[Counter] | Family[Histogram]] = []
         self._readings: list[_Reading] = []
-        ProcessCollector(registry=self.registry)
-        PlatformCollector(registry=self.registry)
-        GCCollector(registry=self.registry)
+        self.merges: dict[str, Merge] = dict(PROCESS_MERGES)  # of gauges
+        if process:
+            ProcessCollector(registry=self.registry)
+            PlatformCollector(registry=self.registry)
+            GCCollector(registry=self.registry)
         self.registry.register(_Collector(self))
 
     def counter(self, name: str, about: str) -> Counter:
@@ -127,8 +141,9 @@ class Metrics:
         self._families.append(family)
         return family
 
-    def gauge(self, name: str, about: str, read: Read, *label_names: str) -> None:
+    def gauge(self, name: str, about: str, read: Read, *label_names: str, merge: Merge = "sum") -> None:
         """`read` is called at each scrape; with labels it returns a mapping of label values to numbers."""
+        self.merges[f"holdfast_{name}"] = merge
         self._readings.append(_Reading(GaugeMetricFamily, f"holdfast_{name}", about, label_names, read))
 
     def read_counter(self, name: str, about: str, read: Read, *label_names: str) -> None:

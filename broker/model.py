@@ -213,7 +213,7 @@ class StoredMessage(Struct, frozen=True, eq=False, gc=False):
     replaces: int = 0
     high: bool = False
     after: int = (
-        0  # msg_id of a broadcast of the app that a device must be offered before this (G3); 0: not known
+        -1  # msg_id of the broadcast that devices must be offered before this (G3); 0: there is none, -1: not known
     )
 
     @property
@@ -449,6 +449,14 @@ class RouteCheck(Struct, frozen=True, eq=False, gc=False):
     owing: BitMap  # devnos whose inboxes are perhaps not empty
 
 
+class Route(Struct, frozen=True):
+    """Where a device is connected, or was last."""
+
+    node: str  # "": nowhere now
+    epoch: int  # of the newest claim; 0: not known
+    seen_at: float | None = None  # when it came (connected), or left; None: not known
+
+
 # Nodes: the processes of one installation
 
 
@@ -463,6 +471,7 @@ class NodeInfo(Struct, frozen=True):
     started_at: float = 0.0
     connections: int = 0
     draining: bool = False
+    version: str = ""  # of Holdfast
 
 
 class NodeEntry(Struct, frozen=True):

@@ -59,6 +59,7 @@ from broker.model import (
     Record,
     RecordChange,
     Retained,
+    Route,
     RouteCheck,
     SessionItem,
     Settled,
@@ -127,8 +128,8 @@ class Records(Protocol):
         """The earliest `due` of all."""
 
     async def save(self, changes: Sequence[RecordChange]) -> Sequence[int]:
-        """Make the changes, all or none, and return the new versions (0 where a record was removed). Raises
-        Conflict."""
+        """Make the changes, all of one app, all or none, and return the new versions (0 where a record was removed).
+        Raises Conflict."""
 
 
 async def every_record(records: Records, app_id: int, kind: str) -> list[Record]:
@@ -395,6 +396,10 @@ class Store(Protocol):
 
     async def inspect_routes(self, app_id: int, routes: Mapping[int, int]) -> RouteCheck:
         """Whether these (devno -> epoch) still are this node's newest claims, and who may be owed something."""
+
+    async def find_routes(self, app_id: int, devnos: Sequence[int]) -> dict[int, Route]:
+        """Where these devices are, as the operator asks it: for a few at a time. Those that are not known are left
+        out."""
 
     async def online(self, app_id: int, devnos: BitMap | None = None) -> BitMap:
         """Those of `devnos` (None: of all the app's devices) that have a route now."""

@@ -43,6 +43,7 @@ from broker.model import (
     Receipt,
     RecordChange,
     Retained,
+    Route,
     RouteCheck,
     SessionItem,
     Settled,
@@ -249,6 +250,7 @@ class SqliteStore:
         self._writing_last_online: dict[tuple[int, int], float] = {}
         self._last_online_timer: asyncio.TimerHandle | None = None
         self._last_epoch = 0
+        self._claimer = ""  # the node whose devices those with a route are
         self._attendance = Attendance(self.calendar, clock, self._routed, self._write_activity)
         self.records = SqliteRecords(self._write, self._list, self._check_app)
         self.files = SqliteFiles(self._write, self._list, self._check_app, self._free)
@@ -693,6 +695,7 @@ class SqliteStore:
             raise StoreUnavailable("the store is closed")
         self._attendance.note(app_id, Activity.ONLINE, devno)
         self._last_epoch += 1
+        self._claimer = node_id
         done(Claim(self._last_epoch, self._states[app_id].claim(devno, self._last_epoch)))
 
     def release_route(self, app_id: int, devno: int, epoch: int, now: float) -> None:
@@ -728,6 +731,14 @@ class SqliteStore:
 
     async def inspect_routes(self, app_id: int, routes: Mapping[int, int]) -> RouteCheck:
         return self._states[app_id].inspect(routes)
+
+    async def find_routes(self, app_id: int, devnos: Sequence[int]) -> dict[int, Route]:
+        state = self._states[app_id]
+        epochs = {devno: epoch for devno in devnos if (epoch := state.epoch(devno))}
+        return {
+            devno: Route(self._claimer if devno in state.routed else "", epoch)
+            for devno, epoch in epochs.items()
+        }
 
     async def online(self, app_id: int, devnos: BitMap | None = None) -> BitMap:
         routed = self._states[app_id].routed

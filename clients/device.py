@@ -25,7 +25,7 @@ import logging
 import random
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self, assert_never, cast
@@ -112,6 +112,7 @@ class Device:
         device_key: str | None = None,
         host: str = "127.0.0.1",
         port: int = 1883,
+        servers: Sequence[str] = (),
         tls: ssl.SSLContext | None = None,
         api: str | None = None,
         journal: Path | None = None,
@@ -123,12 +124,14 @@ class Device:
         jitter: Callable[[], float] = random.random,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`platform`, `alias` and `tags` are for registration. `clock` gives Unix seconds."""
+        """`servers`: `host:port` of several nodes, instead of host and port; one is chosen by chance, the next one
+        when it cannot be reached. `platform`, `alias` and `tags` are for registration. `clock` gives Unix seconds."""
         self._app_key = app_key
         self._on_push = on_push
         self._device_key = device_key
-        self._host = host
         self._port = port
+        self._servers = [self._parse(server) for server in servers] or [(host, port)]
+        self._chosen = int(jitter() * len(servers)) if servers else 0
         self._tls = tls
         self._api = None if api is None else http_address(api)
         self._journal_path = journal
@@ -459,22 +462,37 @@ class Device:
     async def _open(self, address: str | None) -> None:
         try:
             await self._obtain_credentials()
-            host, port = self._server(address)
-            await self._loop.create_connection(lambda: _Socket(self), host, port, ssl=self._tls)
+            await self._reach(address)
         except DeviceStopped as error:
             self._perform(self._session.close(self._loop.time()))
             self._stop(error)
         except (OSError, ValueError, JournalError) as error:
             self._perform(self._session.lost(f"could not connect: {error}", self._loop.time()))
 
+    async def _reach(self, address: str | None) -> None:
+        host, port = self._server(address)
+        try:
+            await self._loop.create_connection(lambda: _Socket(self), host, port, ssl=self._tls)
+        except (OSError, asyncio.CancelledError):  # cancelled: it took too long
+            self._unreachable(address)
+            raise
+
     def _server(self, address: str | None) -> tuple[str, int]:
-        """`address`: a Server Reference, `host` or `host:port`, maybe several (MQTT5-4.11)."""
         if address is None:
-            return self._host, self._port
-        host, colon, port = address.split()[0].rpartition(":")
+            return self._servers[self._chosen]
+        return self._parse(address)
+
+    def _parse(self, address: str) -> tuple[str, int]:
+        """A Server Reference, `host` or `host:port`, maybe several (MQTT5-4.11). Raises ValueError."""
+        host, colon, port = address.split(maxsplit=1)[0].rpartition(":")
         if not colon or port.endswith("]"):
-            return address.split()[0].strip("[]"), self._port
+            return address.split(maxsplit=1)[0].strip("[]"), self._port
         return host.strip("[]"), int(port)
+
+    def _unreachable(self, address: str | None) -> None:
+        """The next attempt is for the next server, unless we had been sent to this one."""
+        if address is None:
+            self._chosen = (self._chosen + 1) % len(self._servers)
 
     async def _obtain_credentials(self) -> None:
         known = self._credentials

@@ -54,6 +54,7 @@ SEEN_KEPT: Final = 4096  # handled msg_ids; the server can repeat its window and
 MAX_PUSH: Final = 1 << 20  # bytes of a push that came compressed: a few could blow up to gigabytes
 ZLIB: Final = b"\x78"  # the first byte of a zlib stream of this server (RFC 1950 2.2: deflate, 32 KB window)
 MAX_OUTBOX: Final = 1000  # reports that wait for an answer; past it, publishing is refused
+MAX_WAIT: Final = 3600.0  # seconds that a server may ask us to stay away
 MAX_TAKEOVERS: Final = 5  # in a row: another process uses the registration id, and would fight for ever
 PINGREQ: Final = encode(Pingreq(), VERSION)
 
@@ -341,19 +342,20 @@ class DeviceSession:
         self.phase = Phase.OVER
         return [self._send(encode(Disconnect(), VERSION), now), Drop()] if online else [Drop()]
 
-    def _end(self, why: str, now: float) -> list[Action]:
-        return [Drop(), self._rest(why, now)]
+    def _end(self, why: str, now: float, told: float | None = None) -> list[Action]:
+        return [Drop(), self._rest(why, now, told)]
 
-    def _rest(self, why: str, now: float) -> Offline:
+    def _rest(self, why: str, now: float, told: float | None = None) -> Offline:
+        """`told`: seconds until the next attempt, if the server said so."""
         if self.phase is Phase.ONLINE and now >= self._online_since + self.settings.stable_after:
             self._attempt = 0
-        elif self.phase is not Phase.ONLINE:
-            self._address = None  # where we were sent to nobody answers
+        self._address = None  # where we were sent to was for one connection
         if self.phase is Phase.ONLINE and now > self._online_since + 2 * self.settings.backoff_cap:
             self._takeovers = 0  # rivals come back within one cap
         self._forget_connection()
         self.phase = Phase.RESTING
-        delay = self._backoff()
+        backoff = self._backoff()
+        delay = backoff if told is None else max(told, min(backoff, self.settings.backoff_base))
         self._retry_at = now + delay
         return Offline(why, delay)
 
@@ -455,10 +457,23 @@ class DeviceSession:
             return [Drop(), Refused(reason, text)]
         if reason is Reason.SESSION_TAKEN_OVER:
             return self._taken_over(reason, text, now)
-        ended = self._end(text, now)
+        ended = self._end(text, now, self._told_wait(properties))
         if reason in MOVED:
             self._address = properties.get("server_reference")
         return ended
+
+    def _told_wait(self, properties: Properties) -> float | None:
+        """When the server wants us back: `retry_after` and a random part of `retry_jitter`, in seconds. What is not
+        understood was not said."""
+        told = dict(properties.get("user_properties", ()))
+        if not told.keys() & {"retry_after", "retry_jitter"}:
+            return None
+        try:
+            after, jitter = (float(told.get(name, 0)) for name in ("retry_after", "retry_jitter"))
+        except ValueError:
+            return None
+        wait = after + self._jitter() * jitter
+        return wait if after >= 0 and jitter >= 0 and wait <= MAX_WAIT else None
 
     def _taken_over(self, reason: Reason, text: str, now: float) -> list[Action]:
         """Once is no proof of a rival: a CONNECT of ours that the network held back takes over too."""

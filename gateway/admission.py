@@ -28,6 +28,7 @@ class KnownDevice:
 
     devno: int
     platform: str
+    generation: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,9 @@ TOO_LONG_ID = Refusal(
     Reason.CLIENT_IDENTIFIER_NOT_VALID, "a client id is at most 256 bytes long", "bad client id"
 )
 STORE_AWAY = Refusal(Reason.SERVER_UNAVAILABLE, "the store is not available; try again", "store away")
+DRAINING = Refusal(Reason.USE_ANOTHER_SERVER, "this node is about to stop", "draining")
+OVER_RATE = Refusal(Reason.CONNECTION_RATE_EXCEEDED, "too many CONNECTs; come back as told", "admit rate")
+BUSY = Refusal(Reason.SERVER_BUSY, "too many CONNECTs wait; come back as told", "busy")
 OVERTAKEN = Refusal(Reason.SERVER_BUSY, "the device has connected again since", "overtaken")
 
 
@@ -156,7 +160,7 @@ def _identify(
         return WRONG_PASSWORD
     if claims.generation < generations.get(claims.devno, 0):
         return REVOKED
-    return KnownDevice(claims.devno, claims.platform)
+    return KnownDevice(claims.devno, claims.platform, claims.generation)
 
 
 class Limits(NamedTuple):

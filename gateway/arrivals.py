@@ -7,20 +7,26 @@ these (architecture, decision 4: claim the route, then fetch).
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
+from collections import deque
 from collections.abc import Callable
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Final
 
 from broker.audiences.devices import Devices
+from broker.bus import Bus, Taken
 from broker.errors import ApiError
 from broker.logs import log_event
 from broker.model import Claim
 from broker.store import Store, StoreError
 from gateway.admission import (
+    BUSY,
+    DRAINING,
     INTERNAL_ERROR,
     NO_CREDENTIALS,
+    OVER_RATE,
     OVERTAKEN,
     STORE_AWAY,
     UNKNOWN_APP,
@@ -41,11 +47,12 @@ from gateway.admission import (
 )
 from gateway.connection import OPENING_CHECK, Connection, Phase
 from gateway.doorkeeper import Doorkeeper, TurnedAway, source_of
+from gateway.gate import PATIENCE, Gate
 from gateway.hub import Hub
 from gateway.live import SYS, encoding
 from gateway.logins import Login, Logins
 from gateway.mailbox import DEVICE, PUBLISHER, Mailbox
-from gateway.mqtt import Auth, Connect, Properties, Reason, Will
+from gateway.mqtt import Auth, Connect, MQTTError, Properties, Reason, Will
 from gateway.scram import METHOD
 from gateway.session import Member, Session, SessionLimits
 
@@ -56,6 +63,7 @@ if TYPE_CHECKING:
 FORMAT_PROPERTY: Final = ("format", "msgpack")
 COMPRESSION_PROPERTY: Final = ("compression", "deflate")
 MAX_RECEIVE: Final = 65_535
+AT_ONCE: Final = 64  # CONNECTs decided in one turn of the loop, about 4 ms
 
 log = logging.getLogger(__name__)
 
@@ -66,12 +74,19 @@ class Arrivals:
         node: Node,
         *,
         store: Store,
+        bus: Bus,
         devices: Devices,
         doorkeeper: Doorkeeper | None,
+        gate: Gate,
         wall: Callable[[], float],
     ) -> None:
         self._node = node
         self._store = store
+        self._bus = bus
+        self.gate = gate
+        self._loop = asyncio.get_running_loop()
+        self._line: deque[tuple[Connection, Connect, float]] = deque()  # since when they stand there
+        self._decided_now = 0  # in this turn of the loop, of those that did not stand in line
         self._devices = devices
         self._doorkeeper = doorkeeper
         self._wall = wall
@@ -91,9 +106,7 @@ class Arrivals:
     def opened(self, connection: Connection) -> None:
         node = self._node
         node.metrics.accepted.labels(connection.listener).value += 1
-        if node.draining:
-            self._turn_away("draining", connection)
-        elif (
+        if (
             len(self.opening) >= node.settings.max_connecting
             or node.live + len(self.opening) >= node.settings.max_connections
         ):
@@ -125,10 +138,71 @@ class Arrivals:
         if self._doorkeeper is not None and (source := self._sources.pop(connection, None)) is not None:
             self._doorkeeper.left(source, self._node.clock.now)
 
-    # CONNECT
+    # The line
+
+    @property
+    def waiting(self) -> int:
+        """CONNECTs that stand in line."""
+        return len(self._line)
 
     def join(self, connection: Connection, connect: Connect) -> None:
         """A CONNECT came. Ends, at once or later, in CONNACK; until then nothing more is read."""
+        if self._node.draining:
+            self._turn_back(connection, connect, DRAINING, self._node.handover.reference())
+            return
+        now = self._loop.time()
+        if self.gate.over_rate(now):
+            self._come_later(connection, connect, OVER_RATE, now)
+        elif self._line and now - self._line[0][2] > PATIENCE:
+            self._come_later(connection, connect, BUSY, now)
+        elif self._line or self._decided_now >= AT_ONCE:
+            self._line.append((connection, connect, now))
+        else:
+            if not self._decided_now:
+                self._loop.call_soon(self._next_turn)
+            self._decided_now += 1
+            self._decide(connection, connect)
+
+    def _next_turn(self) -> None:
+        from_line = 0
+        while self._line and from_line < AT_ONCE:
+            connection, connect, _ = self._line.popleft()
+            if connection.phase is not Phase.CLOSED:
+                from_line += 1
+                self._decide_waiting(connection, connect)
+        self.gate.decided(self._decided_now + from_line, self._loop.time(), line=bool(self._line))
+        self._decided_now = 0
+        if self._line:
+            self._loop.call_soon(self._next_turn)
+
+    def _decide_waiting(self, connection: Connection, connect: Connect) -> None:
+        try:
+            self._decide(connection, connect)
+        except MQTTError as error:
+            connection.fail(error)
+        except Exception:  # noqa: BLE001 (logged there)
+            self._failed(connection, connect)
+
+    def _come_later(self, connection: Connection, connect: Connect, refusal: Refusal, now: float) -> None:
+        told = self.gate.appointment(now).properties if connect.version == 5 else ()
+        self._turn_back(connection, connect, refusal, {"user_properties": told})
+
+    def _turn_back(
+        self, connection: Connection, connect: Connect, refusal: Refusal, more: Properties
+    ) -> None:
+        """Before anything about the peer was looked at, and without a line in the log: there are thousands."""
+        connection.refuse(
+            connect.version,
+            refusal.reason,
+            refusal.text,
+            refusal.label,
+            maximum_packet=connect.properties.get("maximum_packet_size", 0),
+            more=more,
+        )
+
+    # CONNECT
+
+    def _decide(self, connection: Connection, connect: Connect) -> None:
         method = connect.properties.get("authentication_method")
         if method is not None and method != METHOD:
             self._refuse(connection, connect, UNKNOWN_METHOD)
@@ -215,7 +289,8 @@ class Arrivals:
         generations = self._store.token_generations(hub.app.app_id)
         anonymous = not connect.username and hub.app.key == self._node.settings.anonymous_app
         match admit(hub.app, hub.access, connect, generations, self._wall(), anonymous=anonymous):
-            case KnownDevice(devno, platform):
+            case KnownDevice(devno, platform, generation):
+                connection.generation = generation
                 self._claim(connection, connect, hub, devno, platform)
             case OpenDevice():
                 self._node.spawn(self._admit_open(connection, connect, hub))
@@ -230,6 +305,7 @@ class Arrivals:
         try:
             device = await self._devices.register_open(hub.app, connect.client_id)
             if connection.phase is not Phase.CLOSED:
+                connection.generation = device.token_generation
                 self._claim(connection, connect, hub, device.devno, device.platform)
         except ApiError as error:
             refusal = Refusal(Reason.CLIENT_IDENTIFIER_NOT_VALID, error.message, "bad client id")
@@ -249,6 +325,8 @@ class Arrivals:
     def _claimed(
         self, connection: Connection, connect: Connect, hub: Hub, devno: int, platform: str, claim: Claim
     ) -> None:
+        if claim.former and claim.former != self._node.settings.node_id:
+            self._bus.ring([Taken(hub.app.app_id, devno, claim.epoch, claim.former)])
         try:
             self._welcome_device(connection, connect, hub, devno, platform, claim)
         except Exception:  # noqa: BLE001 (logged there)
@@ -264,17 +342,18 @@ class Arrivals:
             self._store.release_route(hub.app.app_id, devno, claim.epoch, self._wall())
             self._refuse(connection, connect, UNKNOWN_APP)
             return
-        old = hub.members.get(devno)
-        if old is not None and old.epoch > claim.epoch:
+        if hub.is_overtaken(devno, claim.epoch):
             self._refuse(connection, connect, OVERTAKEN)  # it has come back since, and the newer wins (G5)
             return
-        self._take_over(old)
+        self._node.settler.returned(hub.app.app_id, devno)
+        self._take_over(hub.members.get(devno))
         self._take_over(hub.others.get(DEVICE + connect.client_id))  # a guest of that name
         session = self._session(connection, connect, platform, devno=devno)
         connection.epoch = claim.epoch
         hub.members[devno] = connection
         hub.online.add(devno)
-        for push in hub.start(session, may_owe=claim.may_owe):
+        elsewhere = not self._node.membership.alone
+        for push in hub.start(session, may_owe=claim.may_owe, elsewhere=elsewhere):
             self._node.settler.note_evicted(push)
         self._welcome(connection, connect, hub, session, role="device", prefix=DEVICE)
 

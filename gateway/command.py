@@ -2,63 +2,52 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import signal
 import sys
+from collections.abc import Mapping
 from typing import NoReturn
 
 import click
 import orjson
-import uvloop
 
 from broker.config import Config, config_options
-from broker.logs import log_event, set_up_logs
-from broker.store import StoreError
-from gateway.carriers import CarrierError
-from gateway.listeners import TlsError
-from gateway.server import Listening, Service, StartError
-
-log = logging.getLogger(__name__)
+from broker.logs import set_up_logs
+from gateway.process import START_ERRORS, run_service
+from gateway.server import Listening, raise_file_limit
+from gateway.supervisor import Supervised, supervise
 
 
 @click.command()
+@click.option("--check", is_flag=True, help="Only look whether it would start with these settings.")
 @config_options()
-def serve(config: Config) -> None:
-    """Run the push service: gateway, broker and store in one process.
+def serve(config: Config, check: bool) -> None:
+    """Run the push service: gateway, broker and store in one process, or one process of a fleet around a Redis.
 
     Prints one JSON line with the addresses it listens on. SIGTERM and SIGINT drain and stop it, SIGHUP reads the
-    certificate again.
+    certificate again. With --workers, SIGUSR2 replaces the workers one after the other, by those of the program and
+    the settings as they are then.
     """
-    set_up_logs(config.server.log_format, config.server.log_level)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(config))
+    if check:
+        click.echo("ok")
+        return
+    raise_file_limit()
+    try:
+        if config.workers:
+            raise SystemExit(supervise(config, lambda supervised: _tell_all(config, supervised)))
+        set_up_logs(config.server.log_format, config.server.log_level)
+        run_service(config, lambda listening: _tell(config, listening, {}))
+    except START_ERRORS as error:
+        _give_up(error)
 
 
-async def _serve(config: Config) -> None:
-    try:
-        service = Service(config)
-    except CarrierError as error:
-        _give_up(error)
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signal_number, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, service.reload_certificate)
-    try:
-        listening = await service.open()
-    except (StoreError, TlsError, StartError, OSError) as error:
-        _give_up(error)
-    sys.stdout.write(orjson.dumps(listening.as_json(config)).decode() + "\n")
+def _tell_all(config: Config, supervised: Supervised) -> None:
+    _tell(config, supervised.listening, {"pid": supervised.pid, "workers": supervised.workers})
+
+
+def _tell(config: Config, listening: Listening, more: Mapping[str, object]) -> None:
+    sys.stdout.write(orjson.dumps({**listening.as_json(config), **more}).decode() + "\n")
     sys.stdout.flush()
-    if listening.demo_app is not None:
+    if listening.demo_app is not None and listening.mqtt is not None:
         click.echo(_first_steps(listening), err=True)
-    await stop.wait()
-    try:
-        await asyncio.wait_for(service.close(), config.server.drain_limit)
-    except TimeoutError:
-        log_event(log, logging.WARNING, "drain limit reached", limit=config.server.drain_limit)
-    log_event(log, logging.INFO, "stopped")
 
 
 def _give_up(error: Exception) -> NoReturn:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -74,6 +75,7 @@ class Connection(asyncio.Protocol):
         "busy",
         "client_id",
         "epoch",
+        "generation",
         "hub",
         "keep_alive",
         "last_seen",
@@ -99,6 +101,7 @@ class Connection(asyncio.Protocol):
         self.client_id = ""
         self.prefix = ""  # of the session's key: the role
         self.epoch = 0
+        self.generation = 0  # of the device's token
         self.profile: CarrierProfile = node.carriers.default
         self.partial: bytearray | None = None  # the beginning of a packet whose end has not come
         self.last_seen = 0.0
@@ -363,15 +366,24 @@ class Connection(asyncio.Protocol):
         self.close("connect timeout")
         return None
 
-    def refuse(self, version: int, reason: Reason, text: str, label: str, *, maximum_packet: int = 0) -> None:
-        """CONNACK with a failure, then close. 3.1.1 has six codes; a reason without one closes at once."""
+    def refuse(
+        self,
+        version: int,
+        reason: Reason,
+        text: str,
+        label: str,
+        *,
+        maximum_packet: int = 0,
+        more: Properties | None = None,
+    ) -> None:
+        """CONNACK with a failure, then close. 3.1.1 has six codes; a reason without one closes at once. `more`: what
+        an MQTT 5 peer is told beside the reason."""
         self.node.count_refusal(label)
         if self.phase is Phase.CLOSED:
             return
         if version == 5 or reason in CONNACK_RETURN_CODES:
-            self.send(
-                _explained(lambda more: Connack(False, reason, more), text, version or 4, maximum_packet)
-            )
+            explain = functools.partial(Connack, False, reason)
+            self.send(_explained(explain, text, version or 4, maximum_packet, more or {}))
         self.close(label)
 
     def fail(self, error: MQTTError) -> None:
@@ -384,15 +396,17 @@ class Connection(asyncio.Protocol):
             reason = Reason.PROTOCOL_ERROR if isinstance(error, UnsupportedVersion) else error.reason
             self.close(reason.name.lower().replace("_", " "), reason, str(error))
 
-    def close(self, label: str, reason: Reason | None = None, text: str = "") -> None:
-        """End the connection; `reason` is told to an MQTT 5 peer in DISCONNECT."""
+    def close(
+        self, label: str, reason: Reason | None = None, text: str = "", *, more: Properties | None = None
+    ) -> None:
+        """End the connection; `reason` is told to an MQTT 5 peer in DISCONNECT, and `more` beside it."""
         if self.phase is Phase.CLOSED:
             return
         told = False
         if reason is not None and self.session is not None and self.session.encoding.version == 5:
             told = True
             most = self.session.manners.maximum_packet
-            self.send(_explained(lambda more: Disconnect(reason, more), text, 5, most))
+            self.send(_explained(functools.partial(Disconnect, reason), text, 5, most, more or {}))
         if self.blocked:
             self.transport.abort()  # it does not read: a polite close would wait for ever
         elif told and self.transport.can_write_eof():
@@ -418,11 +432,16 @@ class Connection(asyncio.Protocol):
 
 
 def _explained(
-    packet: Callable[[Properties], Connack | Disconnect], text: str, version: int, maximum_packet: int
+    packet: Callable[[Properties], Connack | Disconnect],
+    text: str,
+    version: int,
+    maximum_packet: int,
+    more: Properties,
 ) -> bytes:
-    """With the reason in words, if the peer takes a packet of that size (MQTT5-3.2.2-19, MQTT5-3.14.2-3)."""
-    if version == 5 and text:
-        frame = encode(packet({"reason_string": text}), version)
-        if not maximum_packet or len(frame) <= maximum_packet:
-            return frame
-    return encode(packet({}), version)
+    """With the reason in words and what else there is to say, if the peer takes a packet of that size
+    (MQTT5-3.2.2-19, MQTT5-3.14.2-3)."""
+    if version != 5:
+        return encode(packet({}), version)
+    told: Properties = {"reason_string": text, **more} if text else more
+    frame = encode(packet(told), version)
+    return frame if not maximum_packet or len(frame) <= maximum_packet else encode(packet({}), version)

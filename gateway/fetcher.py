@@ -4,16 +4,20 @@ One loop serves the node: in a reconnect storm the devices' fetches share reads,
 in memory beside the windows (architecture: owed = inbox + broadcasts, window by window).
 
 A read may be faster than the doorbells of what it found, and an older broadcast would then come too late (G3). So
-a page waits until the doorbell of its last row has rung: doorbells ring in msg_id order, and so the broadcasts
-before it are in the log. Rows from before this node listened have no doorbell to wait for.
+a page waits until the log has the broadcast that its last row comes after (`StoredMessage.after`). Where the store
+does not say which that is, it waits until the doorbell of the row itself has rung: doorbells ring in msg_id order,
+and so the broadcasts before it are in the log. Rows from before this node listened have no doorbell to wait for. If
+neither comes in time, the app is looked up (`sweeper.py`). So it is, at once, for a device that may have been
+elsewhere.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from broker.model import OwedRequest, StoredMessage
 from broker.store import Store, StoreError
@@ -31,19 +35,40 @@ BATCH: Final = 256  # devices in one read
 PAGE: Final = 32  # rows of one device in one read: what a connected device may hold in RAM beyond its window
 RETRY_AFTER: Final = 1.0
 HOLD: Final = 1.0  # seconds that a page waits for a doorbell, which may be lost (bus B1)
+HOLD_KNOWN: Final = (
+    0.05  # the same for a broadcast that is named: it may be over since before the app was loaded
+)
 
 log = logging.getLogger(__name__)
 
 
+class Look(Protocol):
+    """`Sweeper.look`."""
+
+    def __call__(self, hub: Hub, then: Callable[[], None], *, whole: bool = False) -> None: ...
+
+
 class Fetcher:
-    def __init__(self, store: Store, metrics: NodeMetrics, clock: Clock) -> None:
+    """`sure(session, hub)` is called when the store was asked about a device that may have been elsewhere."""
+
+    def __init__(
+        self,
+        store: Store,
+        metrics: NodeMetrics,
+        clock: Clock,
+        *,
+        look: Look,
+        sure: Callable[[Session, Hub], None],
+    ) -> None:
+        self._look = look
+        self._sure = sure
         self._store = store
         self._metrics = metrics
         self._clock = clock
         self._since = clock.wall  # when this node began to listen
         self._rung = 0  # the newest msg_id a doorbell brought
         self._waiting: list[Connection] = []
-        self._held: list[_Page] = []
+        self._held: dict[Hub, list[_Page]] = {}
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -85,22 +110,34 @@ class Fetcher:
         for connection, found in zip(batch, pages, strict=True):
             if connection.session is None:
                 continue  # gone meanwhile
-            page = _Page(connection, connection.session, [_live(message, shared) for message in found])
-            if self._early(page):
-                self._hold(page)
-            else:
-                page.hand_over()
+            assert connection.hub is not None
+            rows = [_live(message, shared) for message in found]
+            self._take(_Page(connection, connection.session, connection.hub, rows))
+
+    def _take(self, page: _Page) -> None:
+        if page.session.unsure:
+            self._look(page.hub, lambda: self._is_sure(page))
+        elif self._early(page):
+            self._hold(page)
+        else:
+            page.hand_over()
+
+    def _is_sure(self, page: _Page) -> None:
+        if page.here:
+            page.session.unsure = False
+            self._sure(page.session, page.hub)
+            self._take(page)
 
     # Pages that were faster than their doorbells
 
-    def rang(self, msg_id: int) -> None:
-        """The doorbell of this message was heard, and what it asks for is done."""
+    def rang(self, msg_id: int, hub: Hub | None) -> None:
+        """The doorbell of this message was heard, and what it asks for is done. `hub`: of its app, if that is
+        loaded."""
         self._rung = max(self._rung, msg_id)
-        if self._held:
-            held, self._held = self._held, []
-            for page in held:
+        if hub is not None and self._held:
+            for page in self._held.pop(hub, ()):
                 if self._early(page):
-                    self._held.append(page)
+                    self._held.setdefault(hub, []).append(page)
                 else:
                     page.hand_over()
 
@@ -108,16 +145,29 @@ class Fetcher:
         if not page.rows:
             return False
         last = page.rows[-1].message
+        if last.after >= 0:
+            return last.after > page.hub.last_broadcast
         return last.msg_id > self._rung and last.created_at >= self._since
 
     def _hold(self, page: _Page) -> None:
-        self._held.append(page)
-        asyncio.get_running_loop().call_later(HOLD, self._release, page)
+        self._held.setdefault(page.hub, []).append(page)
+        patience = HOLD_KNOWN if page.rows[-1].message.after >= 0 else HOLD
+        asyncio.get_running_loop().call_later(patience, self._late, page)
+
+    def _late(self, page: _Page) -> None:
+        if page in self._held.get(page.hub, ()):
+            self._look(page.hub, lambda: self._release(page), whole=True)
 
     def _release(self, page: _Page) -> None:
-        if page in self._held:
-            self._held.remove(page)
-            page.hand_over()
+        """The app was looked up after the page was read: all broadcasts before its last row are known, or over."""
+        held = self._held.get(page.hub, [])
+        if page not in held:
+            return
+        held.remove(page)
+        if not held:
+            del self._held[page.hub]
+        page.hub.last_broadcast = max(page.hub.last_broadcast, page.rows[-1].message.after)
+        page.hand_over()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,11 +176,17 @@ class _Page:
 
     connection: Connection
     session: Session
+    hub: Hub
     rows: list[LivePush]
 
+    @property
+    def here(self) -> bool:
+        """The device has not gone meanwhile."""
+        return self.connection.session is self.session
+
     def hand_over(self) -> None:
-        if self.connection.session is not self.session:
-            return  # gone meanwhile
+        if not self.here:
+            return
         Hub.fetched(self.session, self.rows, more=len(self.rows) == PAGE)
         try:
             self.connection.catch_up()

@@ -7,12 +7,15 @@ start and never comes back. `Session.cursor` is the position of the first broadc
 "what is this device owed?" is a walk from the cursor over `targets` and `settled` bitmaps. Inbox rows and
 broadcasts are merged by msg_id (G3): a broadcast is sent only when no older inbox row can still turn up, and a
 page of inbox rows comes here only when every broadcast older than its last row is in the log (`fetcher.py`).
+
+The bitmaps know what happened on this node, and what the store knew when it was last asked. A device that may have
+been elsewhere since is *unsure*: the store is asked again before it is sent a broadcast (`sweeper.py`).
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import ceil
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -37,7 +40,15 @@ RECALL_MEMORY: Final = (
 FLEETING: Final = (
     5.0  # seconds in which a broadcast without time to live is sent to those who were online for it
 )
+SPREADING: Final = (
+    60.0  # seconds in which a broadcast may have rung and not be among the store's live ones yet
+)
+TAKEN_MEMORY: Final = 60.0  # seconds: a claim of ours may be answered after we heard of a newer one
 MAX_UINT32: Final = 0xFFFF_FFFF
+PAGE: Final = 64  # devnos
+MAX_PAGES: Final = (
+    131_072  # of one app, 60 MB; past it the oldest are forgotten, and their sessions begin anew
+)
 
 
 class Walk:
@@ -60,30 +71,34 @@ class Walk:
 
 
 class SessionEnds:
-    """Until when the sessions of absent devices live: four bytes for each devno up to the largest, where a dict
-    would take a hundred for each absent device. Whole seconds, rounded up."""
+    """Until when the sessions of absent devices live: four bytes for each devno, in pages that are there once one of
+    their devices left; a dict would take a hundred for each device. Of an app with a hundred million devices a node
+    knows few. Whole seconds, rounded up."""
 
-    __slots__ = ("_ends", "_start", "latest")
+    __slots__ = ("_pages", "_start", "latest")
 
     def __init__(self) -> None:
         self._start = 0.0  # when the first one was noted; monotonic, as all times here
-        self._ends = array("I")  # by devno, seconds after the start; 0: no session
+        self._pages: dict[int, array[int]] = {}  # seconds after the start; 0: no session
         self.latest = 0.0
 
     def note(self, devno: int, now: float, expiry: int) -> None:
         """The device left, and its session lives `expiry` seconds more."""
         self._start = self._start or now
-        missing = devno + 1 - len(self._ends)
-        if missing > 0:
-            self._ends.frombytes(bytes(missing * self._ends.itemsize))
-        self._ends[devno] = min(ceil(now - self._start) + expiry, MAX_UINT32)
+        page = self._pages.get(devno // PAGE)
+        if page is None:
+            if len(self._pages) >= MAX_PAGES:
+                del self._pages[next(iter(self._pages))]
+            page = self._pages[devno // PAGE] = array("I", bytes(4 * PAGE))
+        page[devno % PAGE] = min(ceil(now - self._start) + expiry, MAX_UINT32)
         self.latest = max(self.latest, now + expiry + 1)
 
     def take(self, devno: int, now: float) -> bool:
         """The device is back: whether its session is still there."""
-        if not 0 <= devno < len(self._ends):
+        page = self._pages.get(devno // PAGE)
+        if page is None:
             return False
-        end, self._ends[devno] = self._ends[devno], 0
+        end, page[devno % PAGE] = page[devno % PAGE], 0
         return end > 0 and now - self._start < end  # `now` may be a tick older than the start
 
 
@@ -114,6 +129,7 @@ class Hub:
         "retained",
         "session_ends",
         "subscriptions",
+        "taken",
         "touched",
         "wills",
     )
@@ -131,6 +147,9 @@ class Hub:
         self._positions: dict[int, int] = {}  # by msg_id, of those in the log
         self.last_broadcast = 0  # msg_id; a doorbell may ring twice
         self.recalled: dict[int, tuple[BitMap, float]] = {}  # msg_id -> for whom; until when it is remembered
+        self.taken: dict[
+            int, tuple[int, float]
+        ] = {}  # devno -> epoch of another node's claim; until when, likewise
         self.subscriptions = SubscriptionIndex()
         self.retained = RetainedMessages(max_retained, max_retained_bytes)
         self.mailboxes: dict[str, Mailbox] = {}  # session key -> what absent clients left
@@ -196,10 +215,48 @@ class Hub:
         known = self.recalled.get(push.msg_id)
         return known is not None and devno in known[0]
 
-    def forget_recalls(self, now: float) -> None:
-        """`now` is monotonic."""
+    def forget(self, now: float) -> None:
+        """What was remembered for a while; `now` is monotonic."""
         if self.recalled:
             self.recalled = {i: known for i, known in self.recalled.items() if known[1] > now}
+        if self.taken:
+            self.taken = {devno: known for devno, known in self.taken.items() if known[1] > now}
+
+    def note_taken(self, devno: int, epoch: int, now: float) -> None:
+        """Another node has claimed the device."""
+        known = self.taken.get(devno, (0, 0.0))[0]
+        self.taken[devno] = max(epoch, known), now + TAKEN_MEMORY
+        self.resend.pop(devno, None)  # packet ids of a connection that is not its last one
+        self.session_ends.take(devno, now)
+
+    def is_overtaken(self, devno: int, epoch: int) -> bool:
+        """Whether the claim with this epoch is not the newest that we know of."""
+        member = self.members.get(devno)
+        known = self.taken.get(devno)
+        return (member is not None and member.epoch > epoch) or (known is not None and known[0] > epoch)
+
+    def merge(self, rows: Iterable[StoredBroadcast], now: float) -> None:
+        """`rows`: the app's live broadcasts, as the store has them; what they say of those in the log. `now` in Unix
+        seconds."""
+        found = {row.message.msg_id: row.settled for row in rows}
+        newest = max(found, default=0)
+        for push in self.broadcasts():
+            assert push.settled is not None
+            assert push.targets is not None
+            settled = found.get(push.msg_id)
+            if settled is not None:
+                push.settled |= settled
+            elif not _is_fleeting(push) and (
+                push.msg_id < newest or now > push.message.created_at + SPREADING
+            ):
+                push.settled |= push.targets  # nobody is owed it any more
+
+    def unsettle(self, msg_id: int, devnos: BitMap) -> None:
+        """What these acknowledged of a broadcast does not count."""
+        push = self._find_broadcast(msg_id)
+        if push is not None:
+            assert push.settled is not None
+            push.settled -= devnos
 
     def drop_finished(self, now: float) -> None:
         """Forget broadcasts that expired or that every target has."""
@@ -217,17 +274,27 @@ class Hub:
 
     def walk(self, push: LivePush, position: int) -> Walk:
         assert push.targets is not None
-        return Walk(push, position, push.targets & self.online)
+        devnos = push.targets & self.online
+        return Walk(push, position, devnos - push.settled if push.settled else devnos)
 
     # What a session is owed
 
-    def start(self, session: Session, *, may_owe: bool) -> list[LivePush]:
+    def start(self, session: Session, *, may_owe: bool, elsewhere: bool = False) -> list[LivePush]:
         """A device connected: everything owed is to be looked at from the beginning. Applies the newest-N rule to
-        broadcasts and returns those it dropped for this device (its devno added to their `evicted`)."""
+        broadcasts and returns those it dropped for this device (its devno added to their `evicted`). `elsewhere`: it
+        may have been on another node."""
         session.cursor = self._base
         session.fetch = Inbox.WANTED if may_owe else Inbox.EMPTY
         if not self._log:
             return []
+        if elsewhere and any(push.owed_to(session.devno) for push in self.broadcasts()):
+            session.unsure = True
+            session.fetch = Inbox.WANTED  # with its page, it waits until the store was asked
+            return []
+        return self.apply_newest_n(session)
+
+    def apply_newest_n(self, session: Session) -> list[LivePush]:
+        """To the broadcasts that the device is owed; see `start`."""
         owed = [push for push in self.broadcasts() if push.owed_to(session.devno)]
         if len(owed) > self.app.offline_limit:  # what it acknowledged a moment ago is not folded yet
             owed = [push for push in owed if session.devno not in push.acked]
@@ -285,8 +352,8 @@ class Hub:
     def offer(self, session: Session, push: LivePush, clock: Clock) -> list[bytes]:
         """A targeted push arrived for a live device: what to send it, older broadcasts first. When it cannot go
         now it is left in the store."""
-        if push.msg_id <= session.newest:
-            return []  # the doorbell rang twice, or the fetch was faster
+        if push.msg_id <= session.newest or self._is_over(push, session.devno, clock):
+            return []  # the doorbell rang twice, or late, or the fetch was faster
         if session.fetch is not Inbox.EMPTY or session.behind:
             self.note_rows(session)
             return []
@@ -302,6 +369,13 @@ class Hub:
             push.sent_at = max(clock.wall, push.message.created_at)  # the clock may be a tick old
             frames.append(session.send_push(push, clock.now))
         return frames
+
+    def _is_over(self, push: LivePush, devno: int, clock: Clock) -> bool:
+        """A doorbell may ring again long after its push was."""
+        message = push.message
+        if clock.wall > max(message.expires_at, message.created_at + FLEETING):
+            return True
+        return bool(self.recalled) and self._is_recalled(push, devno)
 
     def fits(self, session: Session, push: LivePush) -> bool:
         """Whether the device accepts a packet of this size; counts those it does not."""
@@ -326,6 +400,17 @@ class Hub:
             session.seen = page[-1].msg_id
         stale = session.fetch is Inbox.FETCHING_STALE
         session.fetch = Inbox.WANTED if more or stale else Inbox.EMPTY
+
+    @staticmethod
+    def look_again(session: Session, *, owing: bool) -> bool:
+        """A doorbell may have been lost. A page that is here may be of pushes that were recalled. Whether the session
+        is to catch up, at once or when there is room."""
+        if session.inbox:
+            session.inbox, session.seen = None, session.sent
+            session.fetch = Inbox.WANTED
+        elif owing:
+            Hub.note_rows(session)
+        return session.fetch is Inbox.WANTED
 
     def idle(self, now: float) -> bool:
         """Nothing here that could not be loaded again."""
@@ -372,3 +457,7 @@ class Hub:
     def everyone(self) -> list[Member]:
         """All live connections of the app."""
         return [*self.members.values(), *self.others.values()]
+
+
+def _is_fleeting(push: LivePush) -> bool:
+    return push.message.expires_at <= push.message.created_at + FLEETING

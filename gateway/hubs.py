@@ -36,6 +36,7 @@ class _Load:
     """An app's hub on its way from the store, and what came meanwhile."""
 
     heard: list[Doorbell] = field(default_factory=list)
+    missed: bool = False  # doorbells were lost since the rows were read
     waiting: list[Loaded] = field(default_factory=list)  # in the order they came (G5)
 
 
@@ -100,6 +101,11 @@ class Hubs:
         for load in self._loading.values():
             load.heard += doorbells
 
+    def missed(self) -> None:
+        """Doorbells were lost: the hubs that are on their way have their rows read again."""
+        for load in self._loading.values():
+            load.missed = True
+
     async def _load(self, key: str, load: _Load) -> None:
         hub, away = None, False
         try:
@@ -131,6 +137,10 @@ class Hubs:
             hub.add_broadcast(row)
         retained = await self._store.list_retained(app.app_id)
         items = await self._store.list_session_items(app.app_id)
+        while load.missed:
+            load.missed = False
+            for row in await self._store.live_broadcasts(app.app_id):
+                hub.add_broadcast(row)
         self._exchange.load_retained(hub, retained)
         self._keeper.load(hub, items)
         self._exchange.rules_changed(hub)  # they may have, while the app was not loaded
@@ -151,7 +161,7 @@ class Hubs:
         now, wall = self._clock.now, self._clock.wall
         for hub in self._upkeep_todo[-UPKEEP_SLICE:]:
             hub.drop_finished(wall)
-            hub.forget_recalls(now)
+            hub.forget(now)
             self._keeper.expire(hub)
             if hub.idle(now) and now > hub.touched + HUB_REST and not self._fanout.walking:
                 self.remove(hub)

@@ -43,16 +43,19 @@ class Certificate:
 
 
 async def listen_tcp(
-    node: Node, host: str, port: int, certificate: Certificate | None = None
+    node: Node, host: str, port: int, certificate: Certificate | None = None, *, shared: bool = False
 ) -> asyncio.Server:
+    """`shared`: other processes listen there, too."""
     listener = "tls" if certificate else "tcp"
     context = certificate.context if certificate else None
     return await _listen(
-        lambda: Connection(node, listener), host, port, context, node.settings.connect_timeout
+        lambda: Connection(node, listener), host, port, context, node.settings.connect_timeout, shared=shared
     )
 
 
-async def listen_websocket(node: Node, host: str, port: int, origins: str = SAME_ORIGIN) -> asyncio.Server:
+async def listen_websocket(
+    node: Node, host: str, port: int, origins: str = SAME_ORIGIN, *, shared: bool = False
+) -> asyncio.Server:
     """`origins`: the pages that may connect, as `mqtt.ws_origins` has it."""
     factory = WebSocketFactory(
         lambda: Connection(node, "ws"),
@@ -60,7 +63,7 @@ async def listen_websocket(node: Node, host: str, port: int, origins: str = SAME
         node.count_refusal,
         origins=origins,
     )
-    return await _listen(factory, host, port, None)
+    return await _listen(factory, host, port, None, shared=shared)
 
 
 async def _listen(
@@ -69,12 +72,20 @@ async def _listen(
     port: int,
     context: ssl.SSLContext | None,
     handshake_timeout: float | None = None,
+    *,
+    shared: bool,
 ) -> asyncio.Server:
     loop = asyncio.get_running_loop()
     # A peer that never finishes its handshake is not a connection yet, and no other deadline holds it.
     timeout = handshake_timeout if context else None
     return await loop.create_server(
-        factory, host, port, ssl=context, backlog=BACKLOG, ssl_handshake_timeout=timeout
+        factory,
+        host,
+        port,
+        ssl=context,
+        backlog=BACKLOG,
+        ssl_handshake_timeout=timeout,
+        reuse_port=shared or None,
     )
 
 

@@ -46,6 +46,11 @@ class NodeMetrics:
         self.session_errors = metrics.counter(
             "session_errors", "Batches of session changes the store did not take; they are tried again."
         )
+        self.fenced = metrics.counter(
+            "acks_fenced", "Acknowledgements that did not count: another node had taken the device."
+        )
+        self.sweeps = metrics.counters("sweeps", "Apps looked up for what no doorbell told.", "reason")
+        self.swept = metrics.counters("swept", "What sweeps found.", "kind")
         self.skipped = metrics.counter("fanout_skipped", "Devices skipped by a broadcast: socket too slow.")
         self.acked_targeted = self.acked.labels("targeted")
         self.acked_broadcast = self.acked.labels("broadcast")

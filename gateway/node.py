@@ -10,10 +10,12 @@ import logging
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from time import time
-from typing import Any, Final
+from typing import Any, Final, cast
+
+from pyroaring import BitMap
 
 from broker.audiences.devices import Devices
-from broker.bus import Broadcast, Bus, CredentialsChanged, Doorbell, Recalled, Targeted
+from broker.bus import Broadcast, Bus, CredentialsChanged, Doorbell, Recalled, Taken, Targeted
 from broker.logs import log_event
 from broker.metrics import Metrics
 from broker.model import App
@@ -28,17 +30,21 @@ from gateway.doorkeeper import Doorkeeper, DoorLimits
 from gateway.exchange import Exchange
 from gateway.fanout import Fanout
 from gateway.fetcher import Fetcher
+from gateway.gate import Gate
+from gateway.handover import Handover
 from gateway.hub import Hub
 from gateway.hubs import Hubs
 from gateway.intake import Intake
 from gateway.journal import Journal
 from gateway.keeper import Keeper
 from gateway.mailbox import PUBLISHER, MailboxLimits
+from gateway.membership import Membership
 from gateway.metrics import NodeMetrics
 from gateway.mqtt import Reason
 from gateway.postman import Postman
 from gateway.session import Session
 from gateway.settler import Settler
+from gateway.sweeper import Sweeper
 from gateway.wheel import Clock, Wheel
 from gateway.wills import Wills
 
@@ -69,6 +75,8 @@ class NodeSettings:
     topic_alias_maximum: int = 16  # aliases that a peer may set
     sys_interval: float = 10.0
     doors: DoorLimits = field(default_factory=DoorLimits)
+    admit_rate: int | None = None  # CONNECTs decided in a second; the others are told when to come
+    drain_rate: int = 1000  # connections asked in a second to go to another node
     anonymous_app: str | None = None  # key of the app that takes in who brings no credentials
     mailbox: MailboxLimits = field(default_factory=MailboxLimits)
 
@@ -86,9 +94,12 @@ class Node:
         reports: Reports,
         carriers: Carriers,
         metrics: Metrics,
+        membership: Membership,
         wall: Callable[[], float] = time,
     ) -> None:
+        """`membership` is joined and left by whoever made it: before `start`, and after `close`."""
         self.settings = settings
+        self.membership = membership
         self.carriers = carriers
         self.metrics = NodeMetrics(metrics)
         self._store = store
@@ -104,8 +115,14 @@ class Node:
         self.live_by: dict[tuple[str, ...], float] = {}  # the same by listener and MQTT version
         self.blocked = 0  # of them, those whose socket is over the write buffer limit
         self.draining = False
-        self.settler = Settler(store, self.metrics, wall, settings.node_id)
-        self.fetcher = Fetcher(store, self.metrics, self.clock)
+        self.settler = Settler(
+            store,
+            self.metrics,
+            wall,
+            settings.node_id,
+            certain=self._certain,
+            unsettle=self._unsettle,
+        )
         self.fanout = Fanout(self.clock, self.metrics)
         self.journal = Journal(store, self.metrics, self.clock)
         self.postman = Postman(self.clock, self.metrics, self.spawn)
@@ -151,43 +168,63 @@ class Node:
             max_retained_bytes=settings.max_retained_bytes,
             spawn=self.spawn,
         )
+        self.sweeper = Sweeper(
+            self,
+            store=store,
+            hubs=self.hubs,
+            fanout=self.fanout,
+            clock=self.clock,
+            metrics=self.metrics,
+            spawn=self.spawn,
+        )
+        self.fetcher = Fetcher(store, self.metrics, self.clock, look=self.sweeper.look, sure=self._is_sure)
+        self.handover = Handover(self, store.nodes)
         self.arrivals = Arrivals(
             self,
             store=store,
+            bus=bus,
             devices=devices,
             doorkeeper=None if settings.doors.off else Doorkeeper(settings.doors),
+            gate=Gate(settings.admit_rate, self.clock.now),
             wall=wall,
         )
+        membership.watch(lapsed=self._lapsed, wished=self.handover.wished)
         self._unsubscribe: Callable[[], None] = lambda: None
+        self._round: asyncio.Task[None] | None = None
         self._tick_timer: asyncio.TimerHandle | None = None
         _declare_gauges(self, metrics)
 
     # Life
 
     def start(self) -> None:
-        self._unsubscribe = self._bus.subscribe(self._heard)
+        self._unsubscribe = self._bus.subscribe(self._heard, self._missed)
         self.settler.start()
         self.fetcher.start()
         self.journal.start()
+        self._round = self._loop.create_task(self.sweeper.go_round())
         self._tick()
 
+    def connections(self) -> list[Connection]:
+        """All that did CONNECT."""
+        return [cast("Connection", member) for hub in self.hubs for member in hub.everyone()]
+
     async def drain(self, limit: float) -> None:
-        """Stop serving: tell every peer why, at a pace, and record what they acknowledged. At most `limit`
+        """Stop serving: ask every peer to go, at a pace, and let what is under way end. At most some `limit`
         seconds."""
         self.draining = True
-        connections = [*self.arrivals.opening, *(member for hub in self.hubs for member in hub.everyone())]
         deadline = self._loop.time() + limit
-        for i, connection in enumerate(connections):
-            connection.close("server shutting down", Reason.SERVER_SHUTTING_DOWN)
-            if i % 500 == 499:  # let writes and closes happen between slices
-                await asyncio.sleep(0.002)
+        await self.handover.stop(limit)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=max(0.0, deadline - self._loop.time()))
 
     async def close(self) -> None:
-        self._unsubscribe()
+        """Record what was acknowledged."""
         if self._tick_timer is not None:
             self._tick_timer.cancel()
+        self.handover.cancel()
+        if self._round is not None:
+            self._round.cancel()
+            await asyncio.wait([self._round])
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:
@@ -195,6 +232,7 @@ class Node:
         await self.fetcher.close()
         await self.journal.close()
         await self.settler.close()
+        self._unsubscribe()  # until then it hears whom others took
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run something in the background; its failure is logged, and close waits for it."""
@@ -261,12 +299,12 @@ class Node:
                 hub = self.hubs.get(doorbell.message.app_id)
                 if hub is not None:
                     self.fanout.targeted(hub, doorbell)
-                self.fetcher.rang(doorbell.message.msg_id)
+                self.fetcher.rang(doorbell.message.msg_id, hub)
             case Broadcast():
                 hub = self.hubs.get(doorbell.broadcast.message.app_id)
                 if hub is not None:
                     self.fanout.broadcast(hub, doorbell)
-                self.fetcher.rang(doorbell.broadcast.message.msg_id)
+                self.fetcher.rang(doorbell.broadcast.message.msg_id, hub)
             case Recalled():
                 for app_id in {gone.app_id for gone in doorbell.withdrawn}:
                     hub = self.hubs.get(app_id)
@@ -274,6 +312,10 @@ class Node:
                         self.fanout.recalled(hub, doorbell)
             case CredentialsChanged():
                 self.spawn(self._credentials_changed(doorbell))
+            case Taken():
+                hub = self.hubs.get(doorbell.app_id)
+                if hub is not None:
+                    self.lose(hub, doorbell.devno, doorbell.epoch)
 
     async def _credentials_changed(self, bell: CredentialsChanged) -> None:
         hub = self.hubs.get(bell.app_id)
@@ -285,7 +327,10 @@ class Node:
                 if member is not None:
                     member.close("token revoked", Reason.NOT_AUTHORIZED)
             return
-        app = await self._apps.find(hub.app.key)
+        self._app_is(hub, await self._apps.find(hub.app.key))
+
+    def _app_is(self, hub: Hub, app: App | None) -> None:
+        """As the store has it now; None: deleted."""
         if app is not None:
             self._app_changed(hub, app)
             return
@@ -302,6 +347,60 @@ class Node:
         hub.change_app(app)
         if rules_changed:
             self.exchange.rules_changed(hub)
+
+    # One node of many
+
+    async def _certain(self) -> None:
+        """Return when nothing that others did before the call is unknown here. Raises StoreError."""
+        await self.membership.certain()
+        await self._bus.catch_up()
+
+    async def _missed(self) -> None:
+        """A doorbell was lost. Raises StoreError."""
+        await self.sweeper.sweep("missed")
+
+    async def _lapsed(self) -> None:
+        """For a while nobody counted on this node. Of devices that are gone nobody can tell whether they left before:
+        what they acknowledged does not count either. Raises StoreError."""
+        for app_id, devnos in list(self.settler.unrecorded()):
+            hub = self.hubs.get(app_id)
+            for devno in devnos:
+                if hub is None or devno not in hub.members:
+                    self.settler.fence(app_id, devno)
+        await self.sweeper.sweep("lapsed")
+
+    def lose(self, hub: Hub, devno: int, epoch: int) -> None:
+        """Another node has the device, with a claim of this epoch: the connection here can neither acknowledge, route
+        nor erase anything any more (G5)."""
+        member = hub.members.get(devno)
+        if member is not None and member.epoch >= epoch:
+            return
+        self.settler.fence(hub.app.app_id, devno)
+        if member is not None:
+            self.metrics.takeovers.value += 1
+            member.close("taken over", Reason.SESSION_TAKEN_OVER)
+        hub.note_taken(devno, epoch, self.clock.now)
+
+    async def look_at_app(self, hub: Hub) -> None:
+        """Whether the app changed, or tokens were revoked, and nobody told. Raises StoreError."""
+        app = await self._store.find_app(hub.app.key)
+        if app != hub.app and self.hubs.get(hub.app.app_id) is hub:
+            self._apps.forget(hub.app.app_id)
+            self._app_is(hub, app)
+        for devno, generation in self._store.token_generations(hub.app.app_id).items():
+            member = hub.members.get(devno)
+            if member is not None and member.generation < generation:
+                member.close("token revoked", Reason.NOT_AUTHORIZED)
+
+    def _is_sure(self, session: Session, hub: Hub) -> None:
+        """What the device acknowledged elsewhere is known now."""
+        for push in hub.apply_newest_n(session):
+            self.settler.note_evicted(push)
+
+    def _unsettle(self, app_id: int, msg_id: int, devnos: BitMap) -> None:
+        hub = self.hubs.get(app_id)
+        if hub is not None:
+            hub.unsettle(msg_id, devnos)
 
     # Connections
 
@@ -361,11 +460,15 @@ def _declare_gauges(node: Node, metrics: Metrics) -> None:
         "deliveries_in_flight", "Pushes sent and not yet acknowledged.", node.metrics.count_in_flight
     )
     metrics.gauge("connections_opening", "Connections before CONNACK.", lambda: len(node.arrivals.opening))
-    metrics.gauge("apps_loaded", "Apps with a device connected since the start.", lambda: len(node.hubs))
+    metrics.gauge("connects_waiting", "CONNECTs that stand in line.", lambda: node.arrivals.waiting)
+    metrics.gauge(
+        "apps_loaded", "Apps with a device connected since the start.", lambda: len(node.hubs), merge="max"
+    )
     metrics.gauge(
         "broadcasts_live",
         "Unexpired broadcasts that some device is still owed.",
         lambda: sum(1 for hub in node.hubs for _ in hub.broadcasts()),
+        merge="max",
     )
     metrics.gauge("broadcasts_walking", "Broadcasts still being offered.", lambda: node.fanout.walking)
     metrics.gauge(

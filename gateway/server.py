@@ -1,45 +1,59 @@
-"""The whole service in one process: store, bus, broker, node and listeners, opened and closed in order."""
+"""One process of the service: store, bus, broker, node and listeners, opened and closed in order.
+
+Its role says which of them it has: `gateway` holds devices, `broker` serves the HTTP API and does what happens later,
+`all` is both. A worker (decision 0021) shares its ports with others, and answers its supervisor instead of the
+operator.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import gc
 import logging
+import os
+import resource
 import sys
+import time
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
-from broker.admin import AdminListener, Health, LocalActions, describe_app
-from broker.api.door import Door
-from broker.api.http import build_api
-from broker.api.peers import Peers
+import msgspec
+
+from broker.admin import AdminListener, Health, LocalActions, ProcessOverview, describe_app
 from broker.broker import Broker
-from broker.bus_local import LocalBus
-from broker.command import make_store
-from broker.config import Config, is_loopback
+from broker.command import count_store, make_bus, make_store
+from broker.config import Config
 from broker.logs import log_event
 from broker.metrics import HttpMetrics, LoopLag, Metrics, StoreMetrics
-from broker.model import App
-from broker.store import StoreError
+from broker.metrics_merge import export
+from broker.model import App, NodeInfo
+from broker.store import Conflict, StoreError
 from broker.telling.callbacks import CallbackMetrics
 from gateway.carriers import Carriers
 from gateway.doorkeeper import DoorLimits
+from gateway.inquiries import Inquiries
 from gateway.listeners import Certificate, TlsError, address_of, format_address, listen_tcp, listen_websocket
 from gateway.mailbox import MailboxLimits
+from gateway.membership import Membership
 from gateway.node import Node, NodeSettings
+from gateway.open_apps import OpenApps, StartError, check_anonymous
 
 if TYPE_CHECKING:
+    from aiohttp import web
+
+    from broker.api.door import Door
     from broker.bridging.bridge import Bridge
 
-DEMO_APP: Final = "demo"
 UPKEEP_PAUSE: Final = 5.0  # seconds between looks for expired data
 UPKEEP_BREATH: Final = 0.05  # seconds between slices while there is some
+ROOM_PAUSE: Final = 0.1  # seconds between looks whether a worker is full
+ROOM_AGAIN: Final = 0.98  # of mqtt.max_connections: below it, a worker that was full listens again
+SPARE_FILES: Final = 64  # for the store, logs, and what Python opens
+JOIN_PAUSE: Final = 0.5  # seconds between tries to get the name of a process that was killed
 
 log = logging.getLogger(__name__)
-
-
-class StartError(Exception):
-    """The service cannot run like this; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +63,8 @@ class Listening:
     mqtt: str | None
     mqtts: str | None
     ws: str | None
-    http: str
-    admin: str
+    http: str | None
+    admin: str | None  # of a worker: its supervisor's
     demo_app: App | None
     anonymous_app: App | None
 
@@ -63,84 +77,165 @@ class Listening:
             "http": self.http,
             "admin": self.admin,
             "node": config.server.node_id,
+            "role": config.server.role,
             "data_dir": str(config.server.data_dir),
             "demo_app": describe_app(self.demo_app) if self.demo_app else None,
             "anonymous_app": describe_app(self.anonymous_app) if self.anonymous_app else None,
         }
 
 
-class Service:
-    """`open`, then `close`, once each, on one event loop."""
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A worker's place under its supervisor."""
 
-    def __init__(self, config: Config) -> None:
+    answers_at: str  # where it answers inquiries
+    admin: str  # where the operator is answered for all of them
+
+
+class WorkerHealth(msgspec.Struct, frozen=True, array_like=True):
+    """What a worker says of itself."""
+
+    reasons: list[str]
+    connections: int
+    loop_lag: float
+
+
+class Service:
+    """`open`, then `close`, once each, on one event loop. `seat`: it is a worker."""
+
+    def __init__(self, config: Config, seat: Seat | None = None) -> None:
         self._config = config
+        self._seat = seat
         loop = asyncio.get_running_loop()
+        self._started_at = time.time()
         self.metrics = Metrics()
         self.health = Health()
         self._lag = LoopLag(self.metrics, loop)
-        self._store = make_store(config)
+        self._store = make_store(config, checked=seat is None)  # the supervisor has checked it
         store_metrics = StoreMetrics(self.metrics, self._store.stats)
         self._store.stats.on_commit = store_metrics.on_commit
         self.health.checks.append(store_metrics.refusing)
-        self._bus = LocalBus()
+        count_store(config, self._store, self.metrics)
+        self._bus = make_bus(config, self._store)
         self._broker = Broker(self._store, self._bus, config.limits(), callbacks=config.callback_settings())
-        CallbackMetrics(self.metrics, self._broker.callbacks.stats)
-        self._broker.count_in(self.metrics)
-        self.node = Node(
-            _node_settings(config),
+        self._membership = Membership(self._store.nodes, self._tell, self.metrics)
+        self.node = self._make_node() if config.serves_devices else None
+        self._door: Door | None = None
+        self._api: web.AppRunner | None = None
+        if config.serves_api:
+            CallbackMetrics(self.metrics, self._broker.callbacks.stats)
+            self._broker.count_in(self.metrics)
+            self._make_api()
+        self._certificate: Certificate | None = None
+        self._servers: list[asyncio.Server] = []
+        self._admin: AdminListener | None = None
+        self._inquiries = Inquiries({"metrics": self._export, "health": self._report})
+        self._address = ""  # where devices reach it
+        self._tasks: list[asyncio.Task[None]] = []
+        self._bridge = self._make_bridge()
+
+    def _make_node(self) -> Node:
+        return Node(
+            _within_files(_node_settings(self._config), self._config),
             store=self._store,
             bus=self._bus,
             apps=self._broker.apps,
             devices=self._broker.devices,
             pushes=self._broker.pushes,
             reports=self._broker.reports,
-            carriers=Carriers(config.carriers.directory),
+            carriers=Carriers(self._config.carriers.directory),
             metrics=self.metrics,
+            membership=self._membership,
         )
-        peers = Peers(config.trusted_proxies, https_only=config.http.https_only)
-        api = build_api(self._broker, HttpMetrics(self.metrics).observe, peers)
-        self._door = Door(config.http.max_connections, config.http.request_timeout)
+
+    def _make_api(self) -> None:
+        from broker.api.door import Door  # a gateway has no use for it
+        from broker.api.http import build_api
+        from broker.api.peers import Peers
+
+        http = self._config.http
+        peers = Peers(self._config.trusted_proxies, https_only=http.https_only)
+        self._door = Door(http.max_connections, http.request_timeout)
         self._door.count_in(self.metrics)
-        self._api = self._door.runner(api)
-        self._certificate: Certificate | None = None
-        self._servers: list[asyncio.Server] = []
-        self._admin: AdminListener | None = None
-        self._upkeep: asyncio.Task[None] | None = None
-        self._bridge = self._make_bridge()
+        self._api = self._door.runner(build_api(self._broker, HttpMetrics(self.metrics).observe, peers))
 
     async def open(self) -> Listening:
         """Raises StoreError, TlsError, OSError (an address in use) or StartError; call close after any."""
         config = self._config
-        _check_anonymous(config)
-        config.server.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if config.mqtt.tls_port is not None:
+        check_anonymous(config)
+        if self._seat is None:
+            config.server.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if config.serves_devices and config.mqtt.tls_port is not None:
             assert config.mqtt.certificate is not None  # config.py checks that
             assert config.mqtt.private_key is not None
             self._certificate = Certificate(config.mqtt.certificate, config.mqtt.private_key)
         await self._store.open()
-        await self._broker.open()
-        demo_app = await self._demo_app()
-        anonymous_app = await self._anonymous_app()
-        actions = LocalActions(self._broker, config.push.offline_limit)
-        self._admin = AdminListener(config, actions, self.metrics, self.health, self._lag)
-        admin = await self._admin.open()
-        self.node.start()
-        await self._door.open(self._api, config.server.host, config.http.port)
-        listening = Listening(
-            mqtt=await self._listen_tcp(config.mqtt.port, None),
-            mqtts=await self._listen_tcp(config.mqtt.tls_port, self._certificate),
-            ws=await self._listen_websocket(config.mqtt.ws_port),
-            http=format_address(self._api.addresses[0]),
-            admin=admin.removeprefix("http://"),
-            demo_app=demo_app,
-            anonymous_app=anonymous_app,
-        )
-        self._upkeep = asyncio.get_running_loop().create_task(self._keep_up())
+        apps = OpenApps(config, self._store, self._broker.apps)
+        demo_app = await apps.demo_app() if self._seat is None else None
+        anonymous_app = await apps.anonymous_app()
+        if self.node is not None and anonymous_app is not None:  # told before it listens
+            self.node.settings = replace(self.node.settings, anonymous_app=anonymous_app.key)
+        admin = await self._open_admin()
+        await self._join()
+        if config.serves_api:
+            await self._broker.open()
+        if self.node is not None:
+            self.node.start()
+        http = await self._listen_http()
+        mqtt, mqtts, ws = await self._listen_devices()
+        self._address = config.server.advertise or mqtts or mqtt or ""
+        await self._membership.beat()  # with the address
+        self._start_tasks()
         if self._bridge is not None:
             await self._bridge.open()
         self.health.state = "ready"
         tune_interpreter()
-        return listening
+        return Listening(mqtt, mqtts, ws, http, admin, demo_app, anonymous_app)
+
+    async def _open_admin(self) -> str | None:
+        if self._seat is not None:
+            await self._inquiries.open(self._seat.answers_at)
+            return None
+        actions = LocalActions(self._broker, self._config.push.offline_limit)
+        overview = ProcessOverview(self.metrics, self.health, self._lag)
+        self._admin = AdminListener(self._config, actions, overview)
+        return (await self._admin.open()).removeprefix("http://")
+
+    async def _join(self) -> None:
+        """A process of this name that was killed has it for the rest of its lease."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._store.nodes.lease + JOIN_PAUSE
+        while True:
+            try:
+                await self._membership.join()
+                return
+            except Conflict as error:
+                if loop.time() >= until:
+                    raise StartError(f"{error}; server.node_id sets its name") from error
+                log_event(log, logging.WARNING, "the name is still taken", node=self._config.server.node_id)
+                await asyncio.sleep(JOIN_PAUSE)
+
+    def _tell(self) -> NodeInfo:
+        """What the other processes know of this one."""
+        server, node = self._config.server, self.node
+        admin = (
+            self._seat.admin
+            if self._seat
+            else self._admin.address.removeprefix("http://")
+            if self._admin
+            else ""
+        )
+        return NodeInfo(
+            server.node_id,
+            role=server.role,
+            address=self._address,
+            admin=admin,
+            pid=os.getpid(),
+            started_at=self._started_at,
+            connections=0 if node is None else node.live,
+            draining=self.health.state == "draining" or (node is not None and node.draining),
+            version=_version(),
+        )
 
     def _make_bridge(self) -> Bridge | None:
         if self._config.bridge.host is None:
@@ -149,63 +244,74 @@ class Service:
 
         return make_bridge(self._config, self._broker.apps, self._broker.pushes, self.metrics)
 
-    async def _demo_app(self) -> App | None:
-        """The app of the first steps: open, so it must not be reachable from outside."""
-        found = await self._find_open_app(DEMO_APP)
-        if self._config.on_loopback and self._config.server.demo_app:
-            return found or await self._create_open_app(DEMO_APP)
-        if found is not None and not self._config.on_loopback:
-            raise StartError(
-                f"the data directory {self._config.server.data_dir} holds the demo app, which anybody may join; "
-                f"remove it with `holdfast app delete {found.key}`, or listen on a loopback address only"
-            )
-        return None
+    # Listeners
 
-    async def _anonymous_app(self) -> App | None:
-        """The app of those who bring no credentials; the node is told before it listens."""
-        name = self._config.mqtt.anonymous_app
-        if name is None:
+    @property
+    def _shared(self) -> bool:
+        return self._seat is not None
+
+    async def _listen_http(self) -> str | None:
+        if self._door is None or self._api is None:
             return None
-        app = await self._find_open_app(name) or await self._create_open_app(name)
-        self.node.settings = replace(self.node.settings, anonymous_app=app.key)
-        log_event(log, logging.WARNING, "connections without credentials are taken in", app=app.key)
-        return app
+        config = self._config
+        await self._door.open(self._api, config.server.host, config.http.port, shared=self._shared)
+        return format_address(self._api.addresses[0])
 
-    async def _find_open_app(self, name: str) -> App | None:
-        """The oldest of that name."""
-        last = 0
-        while page := await self._store.list_apps(last):
-            for app in page:
-                if app.name == name and app.open:
-                    return app
-            last = page[-1].app_id
-        return None
+    async def _listen_devices(self) -> tuple[str | None, str | None, str | None]:
+        """Over TCP, TLS and WebSocket."""
+        node, mqtt, host, shared = self.node, self._config.mqtt, self._config.server.host, self._shared
+        if node is None:
+            return None, None, None
+        tcp = tls = ws = None
+        if mqtt.port is not None:
+            tcp = self._add(await listen_tcp(node, host, mqtt.port, shared=shared))
+        if mqtt.tls_port is not None:
+            tls = self._add(await listen_tcp(node, host, mqtt.tls_port, self._certificate, shared=shared))
+        if mqtt.ws_port is not None:
+            ws = self._add(await listen_websocket(node, host, mqtt.ws_port, mqtt.ws_origins, shared=shared))
+        return tcp, tls, ws
 
-    async def _create_open_app(self, name: str) -> App:
-        return await self._broker.apps.create(name, open=True, offline_limit=self._config.push.offline_limit)
+    def _add(self, server: asyncio.Server) -> str:
+        self._servers.append(server)
+        return address_of(server)
 
-    async def _listen_tcp(self, port: int | None, certificate: Certificate | None) -> str | None:
-        if port is None:
-            return None
-        self._servers.append(await listen_tcp(self.node, self._config.server.host, port, certificate))
-        return address_of(self._servers[-1])
+    def _stop_listening(self) -> None:
+        servers, self._servers = self._servers, []
+        for server in servers:
+            server.close()
 
-    async def _listen_websocket(self, port: int | None) -> str | None:
-        if port is None:
-            return None
-        mqtt, host = self._config.mqtt, self._config.server.host
-        self._servers.append(await listen_websocket(self.node, host, port, mqtt.ws_origins))
-        return address_of(self._servers[-1])
+    # In the background
+
+    def _start_tasks(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._config.serves_api:
+            self._tasks.append(loop.create_task(self._keep_up()))
+        if self._seat is not None and self.node is not None:
+            self._tasks.append(loop.create_task(self._mind_room(self.node)))
 
     async def _keep_up(self) -> None:
         """Remove what is over, a slice at a time."""
         while True:
             try:
-                removed = await self._store.expire(self.node.clock.wall)
+                removed = await self._store.expire(self._broker.clock())
             except StoreError as error:
                 removed = 0
                 log.warning("expired data not removed, trying again: %s", error)
             await asyncio.sleep(UPKEEP_BREATH if removed else UPKEEP_PAUSE)
+
+    async def _mind_room(self, node: Node) -> None:
+        """A worker that is full, or drained, leaves the ports to the others: the kernel would go on to give it its
+        share of those that connect, which it could only refuse."""
+        most = node.settings.max_connections
+        while True:
+            await asyncio.sleep(ROOM_PAUSE)
+            connections = node.live + len(node.arrivals.opening)
+            if self._servers and (connections >= most or node.draining):
+                self._stop_listening()
+                log_event(log, logging.WARNING, "full or drained, not listening", connections=connections)
+            elif not self._servers and connections < most * ROOM_AGAIN and not node.draining:
+                await self._listen_devices()
+                log_event(log, logging.INFO, "listening again", connections=connections)
 
     def reload_certificate(self) -> None:
         """On SIGHUP. Live connections go on undisturbed."""
@@ -217,38 +323,83 @@ class Service:
         except TlsError as error:
             log.error("certificate not reloaded, the old one stays: %s", error)
 
+    # Of a worker
+
+    def _export(self) -> bytes:
+        return export(self.metrics)
+
+    def _report(self) -> bytes:
+        connections = 0 if self.node is None else self.node.live
+        return msgspec.msgpack.encode(WorkerHealth(self.health.reasons(), connections, self._lag.last))
+
+    # The end
+
     async def close(self) -> None:
         """Drain: accept nothing new, tell the devices, record what they acknowledged, then let go."""
         self.health.state = "draining"
-        log_event(log, logging.INFO, "draining", connections=self.node.live)
-        for server in self._servers:
-            server.close()
-        for site in list(self._api.sites):
+        node = self.node
+        log_event(log, logging.INFO, "draining", connections=0 if node is None else node.live)
+        await self._end_tasks()
+        self._stop_listening()
+        for site in list(self._api.sites) if self._api is not None else ():
             await site.stop()
         if self._bridge is not None:
             await self._bridge.close()
-        await self.node.drain(self._config.server.drain_limit / 2)
-        await self._api.cleanup()
-        if self._upkeep is not None:
-            self._upkeep.cancel()
-            await asyncio.wait([self._upkeep])
-        await self.node.close()
+        if node is not None:
+            await node.drain(self._config.server.drain_limit / 2)
+        if self._api is not None:
+            await self._api.cleanup()
+        if node is not None:
+            await node.close()
         await self._broker.close()
+        await self._membership.leave()
         await self._store.close()
         self._lag.close()
         if self._admin is not None:
             await self._admin.close()
+        await self._inquiries.close()
+
+    async def give_up(self) -> None:
+        """After an `open` that failed: the name is free for the next try."""
+        await self._membership.leave()
+
+    async def _end_tasks(self) -> None:
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
 
 
-def _check_anonymous(config: Config) -> None:
-    """Raises StartError where strangers could reach what asks for no credentials."""
-    name, host = config.mqtt.anonymous_app, config.server.host
-    if name is not None and not is_loopback(host) and not config.mqtt.anonymous_anywhere:
-        raise StartError(
-            f"mqtt.anonymous_app = {name!r} takes in everybody without credentials, and server.host = {host!r} is "
-            "open to others than this machine; set server.host to a loopback address, mqtt.anonymous_app to off, or "
-            "mqtt.anonymous_anywhere to true if that is meant"
-        )
+def raise_file_limit() -> int:
+    """Each connection is a file: allow as many as the system does, and return how many that is."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return most
+
+
+def _within_files(settings: NodeSettings, config: Config) -> NodeSettings:
+    """With no more connections than there are files for them: who comes beyond is told so, and the store and the
+    operator still get theirs."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    others = SPARE_FILES + (config.http.max_connections if config.serves_api else 0)
+    room = max(files - others, files // 2)
+    if settings.max_connections <= room:
+        return settings
+    log_event(
+        log,
+        logging.WARNING,
+        "the limit of open files lowers mqtt.max_connections",
+        files=files,
+        wanted=settings.max_connections,
+        connections=room,
+    )
+    return replace(settings, max_connections=room)
+
+
+@cache
+def _version() -> str:
+    return version("holdfast")
 
 
 def tune_interpreter() -> None:
@@ -285,6 +436,8 @@ def _node_settings(config: Config) -> NodeSettings:
         keep_alive_min=mqtt.keep_alive_min,
         topic_alias_maximum=mqtt.topic_alias_maximum,
         sys_interval=mqtt.sys_interval,
+        admit_rate=mqtt.admit_rate,
+        drain_rate=mqtt.drain_rate,
         doors=DoorLimits(mqtt.max_connections_per_address, mqtt.connect_rate, mqtt.connect_rate_per_address),
         mailbox=MailboxLimits(
             subscriptions=mqtt.max_subscriptions,

@@ -119,6 +119,7 @@ class Member(Protocol):
 
     session: Session | None
     epoch: int  # of the route it claimed
+    generation: int  # of its token; lower than that of the device: it was revoked
     blocked: bool  # its socket is over the write buffer limit: skip it, it catches up when it drains
 
     def send(self, data: bytes) -> None: ...
@@ -175,6 +176,7 @@ class Session:
         "seen",
         "sent",
         "unacked",
+        "unsure",
         "waiting_since",
         "window",
     )
@@ -209,6 +211,7 @@ class Session:
         self.inbox: list[LivePush] | None = None  # newest first, so that the next is popped off the end
         self.fetch = Inbox.EMPTY
         self.behind = False  # something is owed that found no room
+        self.unsure = False  # it may have acknowledged broadcasts elsewhere: the store is to be asked first
         self.inbound: dict[int, bytes | None] | None = None  # packet id -> its answer, None while undecided
         self.aliases: dict[int, str] | None = None  # that the peer set
         self.aliases_sent: dict[str, int] | None = None  # that we set

@@ -22,6 +22,7 @@ READ_SIZE: Final = 4096
 AT_ONCE: Final = 256  # connections between SYN and CONNACK
 KEEP_ALIVE: Final = 1200
 CONNACK: Final = 0x20
+PUBLISH: Final = 0x30
 ALERT_TAIL: Final = len('"}}')
 SOURCES: Final = (
     8  # addresses of one wave: with most of one's 28,000 ports taken, Linux searches 100 µs for one
@@ -29,8 +30,9 @@ SOURCES: Final = (
 IP_BIND_ADDRESS_NO_PORT: Final = 24  # linux/in.h; connect chooses the port
 
 Take = Callable[[int, int], None]  # gets device index and serial
+Other = Callable[[int, bytes], None]  # gets device index and a packet that is no PUBLISH
 
-_PUBACKS: Final = [b"", *(encode(Puback(packet_id), 4) for packet_id in range(1, 65_536))]
+_PUBACK: Final = encode(Puback(1), 4)[:2]
 _DISCONNECT: Final = encode(Disconnect(), 4)
 
 
@@ -39,13 +41,19 @@ class FleetError(Exception):
 
 
 def connect_packet(
-    app_key: str, registration_id: str, token: str, version: int = 4, *, clean_start: bool = False
+    app_key: str,
+    registration_id: str,
+    token: str,
+    version: int = 4,
+    *,
+    clean_start: bool = False,
+    keep_alive: int = KEEP_ALIVE,
 ) -> bytes:
     """CONNECT of a device; one that keeps its session, unless `clean_start`."""
     packet = Connect(
         registration_id,
         clean_start=clean_start,
-        keep_alive=KEEP_ALIVE,
+        keep_alive=keep_alive,
         username=app_key,
         password=token.encode(),
         version=version,
@@ -62,6 +70,32 @@ def open_socket(address: Address, source: str) -> int:
     opened.bind((source, 0))
     opened.connect_ex(address)
     return opened.detach()
+
+
+def take_pushes(device: int, data: bytes, head: int, take: Take, other: Other) -> tuple[list[bytes], int]:
+    """Each whole packet of `data`, the hot path of everything here: the PUBACKs to send, and where the rest begins.
+    `head`: of a PUBLISH, bytes before the packet id."""
+    acks = []
+    start, size = 0, len(data)
+    while size - start > 1:
+        length, body = data[start + 1], start + 2
+        if length >= 0x80:  # what comes here is shorter than 16 KB: two bytes at most
+            if size - start < 3:
+                break
+            length, body = length & 0x7F | data[start + 2] << 7, start + 3
+        end = body + length
+        if end > size:
+            break
+        if data[start] & 0xF0 == PUBLISH:
+            if data[start] & 6:  # QoS
+                at = body + head
+                acks.append(_PUBACK + data[at : at + 2])
+            tail = end - ALERT_TAIL
+            take(device, int(data[tail - SERIAL_DIGITS : tail]))
+        else:
+            other(device, data[start:end])
+        start = end
+    return acks, start
 
 
 class Fleet:
@@ -206,27 +240,13 @@ class Fleet:
         self._take_packets(fd, data)
 
     def _take_packets(self, fd: int, data: bytes) -> None:
-        """The hot path: whole PUBLISH packets, one PUBACK each, in one write."""
-        device, take, head, size = self._device[fd], self._take, self._head, len(data)
-        acks = []
-        start = 0
-        while size - start > 2:
-            length, body = data[start + 1], start + 2
-            if length >= 0x80:  # pushes are shorter than 16 KB: two bytes at most
-                length, body = length & 0x7F | data[start + 2] << 7, start + 3
-            end = body + length
-            if end > size:
-                break
-            if data[start] & 0xF0 != 0x30:
-                raise FleetError(f"device {device} got something else: {data[start:end].hex()}")
-            if data[start] & 6:  # QoS
-                at = body + head
-                acks.append(_PUBACKS[data[at] << 8 | data[at + 1]])
-            tail = end - ALERT_TAIL
-            take(device, int(data[tail - SERIAL_DIGITS : tail]))
-            start = end
-        if start < size:
-            self._partial[fd] = data[start:]
+        acks, end = take_pushes(self._device[fd], data, self._head, self._take, self._refuse)
+        if end < len(data):
+            self._partial[fd] = data[end:]
         if acks:
             self.acked += len(acks)
             os.write(fd, acks[0] if len(acks) == 1 else b"".join(acks))
+
+    @staticmethod
+    def _refuse(device: int, packet: bytes) -> None:
+        raise FleetError(f"device {device} got something else: {packet.hex()}")

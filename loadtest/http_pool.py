@@ -29,8 +29,17 @@ class HttpError(Exception):
 
 class HttpPool:
     def __init__(
-        self, reactor: Reactor, address: Address, connections: int, *, user: str = "", password: str = ""
+        self,
+        reactor: Reactor,
+        address: Address,
+        connections: int,
+        *,
+        user: str = "",
+        password: str = "",
+        again: bool = False,
     ) -> None:
+        """`again`: a request whose connection breaks is sent once more, instead of being an error."""
+        self.again = again
         self.reactor = reactor
         self.address = address
         self._authorization = b64encode(f"{user}:{password}".encode()).decode()
@@ -63,6 +72,10 @@ class HttpPool:
         else:
             self._idle.append(connection)
 
+    def repeat(self, request: bytes, done: Done) -> None:
+        """Before all that wait."""
+        self._queue.appendleft((request, done))
+
     def call(self, method: str, path: str, body: object = None) -> Any:
         """One call, waited for; the answer's JSON. Raises HttpError unless it is 200."""
         answers: list[tuple[int, bytes]] = []
@@ -78,11 +91,12 @@ class HttpPool:
 class _HttpConnection:
     """Opened when it is first needed, and again if the server closed it in between."""
 
-    __slots__ = ("_done", "_fd", "_pool", "_received", "_unsent")
+    __slots__ = ("_done", "_fd", "_pool", "_received", "_request", "_unsent")
 
     def __init__(self, pool: HttpPool) -> None:
         self._pool = pool
         self._fd = -1
+        self._request = b""
         self._unsent = memoryview(b"")
         self._received = bytearray()
         self._done: Done | None = None
@@ -91,6 +105,7 @@ class _HttpConnection:
         if self._fd < 0:
             self._open()
         self._done = done
+        self._request = request
         self._unsent = memoryview(request)
         self._flush()
         if self._unsent:
@@ -113,8 +128,8 @@ class _HttpConnection:
         try:
             while self._unsent:
                 self._unsent = self._unsent[os.write(self._fd, self._unsent) :]
-        except BlockingIOError:
-            return
+        except (BlockingIOError, ConnectionError):
+            return  # reading tells which
 
     def _ready(self, fd: int) -> None:
         if self._unsent:
@@ -125,6 +140,8 @@ class _HttpConnection:
             data = os.read(fd, READ_SIZE)
         except BlockingIOError:
             return
+        except ConnectionError:
+            data = b""
         if not data:
             self._lost()
             return
@@ -135,8 +152,14 @@ class _HttpConnection:
 
     def _lost(self) -> None:
         self.close()
-        if self._done is not None:
+        self._received.clear()
+        done, self._done = self._done, None
+        if done is None:
+            return
+        if not self._pool.again:
             raise HttpError("the server closed the connection instead of an answer")
+        self._pool.repeat(self._request, done)
+        self._pool.free(self)
 
     def _answered(self, status: int, body: bytes) -> None:
         self._received.clear()

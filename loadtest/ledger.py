@@ -52,7 +52,7 @@ class Ledger:
         """A push arrived: the fleet's hot path."""
         broadcast = self.broadcasts.get(serial)
         if broadcast is None:
-            self._take_targeted(device, serial)
+            self.take_targeted(device, serial, time.perf_counter())
         elif broadcast.marks[device]:
             self.repeats += 1
         else:
@@ -60,15 +60,20 @@ class Ledger:
             broadcast.left -= 1
             self.arrived += 1
 
-    def _take_targeted(self, device: int, serial: int) -> None:
+    def take_targeted(self, device: int, serial: int, at: float) -> None:
+        """A push that is no broadcast arrived, at that time.perf_counter."""
         target, due = self.waiting.pop(serial, (-1, 0.0))
         if target == device:
             self.arrived += 1
-            self.latencies.append(time.perf_counter() - due)
+            self.latencies.append(at - due)
         elif target < 0 < serial <= self._last:
             self.repeats += 1
         else:
             self.strays += 1
+
+    def forget(self, serial: int) -> None:
+        """This targeted push was not accepted: it must not arrive."""
+        self.waiting.pop(serial, None)
 
     @property
     def missing(self) -> int:

@@ -10,11 +10,11 @@ from typing import Final
 import orjson
 
 from loadtest.http_pool import HttpPool
-from loadtest.ledger import alert
-from loadtest.stage import Cast
+from loadtest.ledger import Ledger, alert
 
 BATCH: Final = 1000
 SEED: Final = 20_26
+UNAVAILABLE: Final = 503
 
 
 class PushRefused(Exception):
@@ -27,13 +27,33 @@ class OpenLoop:
     A push's latency counts from when it was due, so a generator or server that falls behind shows.
     """
 
-    def __init__(self, cast_: Cast, devices: Sequence[int], rate: float) -> None:
-        self._cast = cast_
+    def __init__(
+        self,
+        pool: HttpPool,
+        ledger: Ledger,
+        name_of: Callable[[int], str],
+        devices: Sequence[int],
+        rate: float,
+        msg_id_digits: int,
+        *,
+        cids: bool = False,
+        forgiving: bool = False,
+    ) -> None:
+        """`name_of` gives a device's registration id. `cids`: each push has one, so that it may be posted again.
+        `forgiving`: a push that the server cannot take now (503) is counted as refused, and no error."""
+        self._pool = pool
+        self._ledger = ledger
+        self._name_of = name_of
+        self._digits = msg_id_digits
+        self._cids = cids
+        self._forgiving = forgiving
         self._devices = devices
         self._interval = 1 / rate
         self._due = time.perf_counter()
         self._random = random.Random(SEED)
         self.sent = 0
+        self.accepted = 0
+        self.refused = 0
 
     def send_due(self) -> float:
         """Send what is due; seconds until the next."""
@@ -44,11 +64,20 @@ class OpenLoop:
         return self._due - now
 
     def _send(self, device: int, due: float) -> None:
-        cast_ = self._cast
-        serial = cast_.ledger.add_targeted(device, due)
-        body = push_body(cast_.population.names[device], alert(serial, cast_.msg_id_digits))
-        cast_.pool.send(cast_.pool.build("POST", "/v3/push", body), check_accepted)
+        serial = self._ledger.add_targeted(device, due)
+        cid = f"one-{serial}" if self._cids else ""
+        body = push_body(self._name_of(device), alert(serial, self._digits), cid=cid)
+        request = self._pool.build("POST", "/v3/push", body)
+        self._pool.send(request, lambda status, answer: self._answered(serial, status, answer))
         self.sent += 1
+
+    def _answered(self, serial: int, status: int, body: bytes) -> None:
+        if status == UNAVAILABLE and self._forgiving:
+            self.refused += 1
+            self._ledger.forget(serial)
+            return
+        check_accepted(status, body)
+        self.accepted += 1
 
 
 def check_accepted(status: int, body: bytes) -> None:
@@ -56,15 +85,20 @@ def check_accepted(status: int, body: bytes) -> None:
         raise PushRefused(f"{status} {body[:500].decode(errors='replace')}")
 
 
-def push_body(registration_id: str, text: str) -> bytes:
+def push_body(registration_id: str, text: str, *, cid: str = "") -> bytes:
     return (
         f'{{"platform":"all","audience":{{"registration_id":["{registration_id}"]}},'
-        f'"notification":{{"alert":"{text}"}}}}'
+        f'"notification":{{"alert":"{text}"}}{_cid_field(cid)}}}'
     ).encode()
 
 
-def broadcast_body(text: str) -> bytes:
-    return f'{{"platform":"all","audience":"all","notification":{{"alert":"{text}"}}}}'.encode()
+def broadcast_body(text: str, *, cid: str = "") -> bytes:
+    alert_field = f'"notification":{{"alert":"{text}"}}'
+    return f'{{"platform":"all","audience":"all",{alert_field}{_cid_field(cid)}}}'.encode()
+
+
+def _cid_field(cid: str) -> str:
+    return f',"cid":"{cid}"' if cid else ""
 
 
 def batch_body(items: Sequence[tuple[str, str, str]]) -> bytes:

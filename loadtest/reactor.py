@@ -18,8 +18,16 @@ PATIENCE: Final = 60.0
 Handler = Callable[[int], None]  # gets the file descriptor
 
 
+def _nothing(_: int) -> None:
+    """Of an fd that was forgotten in this slice."""
+
+
 class Reactor:
-    def __init__(self) -> None:
+    """`otherwise` is the handler of fds that are watched without one of their own: a table entry, some 150 bytes,
+    less for each. It must bear fds that were closed in this slice."""
+
+    def __init__(self, otherwise: Handler = _nothing) -> None:
+        self._otherwise = otherwise
         self._bulk = select.epoll()
         self._urgent = select.epoll()
         self._handlers: dict[int, Handler] = {self._urgent.fileno(): self._take_urgent}
@@ -34,6 +42,14 @@ class Reactor:
         self._handlers[fd] = handler
         events = select.EPOLLIN | select.EPOLLOUT if writable else select.EPOLLIN
         (self._urgent if urgent else self._bulk).register(fd, events)
+
+    def watch_plainly(self, fd: int, *, writable: bool = False) -> None:
+        """For `otherwise`; closing the fd ends it."""
+        self._bulk.register(fd, select.EPOLLIN | select.EPOLLOUT if writable else select.EPOLLIN)
+
+    def rewatch_plainly(self, fd: int) -> None:
+        """While readable only."""
+        self._bulk.modify(fd, select.EPOLLIN)
 
     def rewatch(self, fd: int, handler: Handler, *, writable: bool = False, urgent: bool = False) -> None:
         """Another handler, another wish."""
@@ -57,10 +73,10 @@ class Reactor:
             # epoll counts in milliseconds, select in microseconds: an open-loop schedule needs those.
             select.select([self._bulk], [], [], timeout)
             ready = self._bulk.poll(0, SLICE)
-        handlers, urgent = self._handlers, self._urgent.fileno()
+        handlers, otherwise, urgent = self._handlers, self._otherwise, self._urgent.fileno()
         for fd, _ in ready:
-            if fd in handlers and fd != urgent:
-                handlers[fd](fd)
+            if fd != urgent:
+                handlers.get(fd, otherwise)(fd)
         self._take_urgent(urgent)
 
     def _take_urgent(self, _: int) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Final
+
+import orjson
 
 BUSY: Final = 0.95  # of its core: from here on the generator is the limit
 DISTURBED: Final = 0.05  # of one core used by others: from here on the numbers are not only ours
@@ -167,6 +170,32 @@ def machine() -> str:
 def _processor() -> str:
     found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return found[1].strip() if found else platform.machine()
+
+
+def write_json(file: Path, command: str, measured: Mapping[str, Sequence[Row]]) -> None:
+    """The rows of each scenario, for programs."""
+    scenarios = {
+        name: [
+            {
+                "what": row.what,
+                "unit": row.unit,
+                "values": list(row.values),
+                "median": row.median,
+                "wanted": row.wanted,
+                "met": row.met,
+                "note": row.note,
+            }
+            for row in rows
+        ]
+        for name, rows in measured.items()
+    }
+    whole = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "command": command,
+        "scenarios": scenarios,
+    }
+    file.write_bytes(orjson.dumps(whole, option=orjson.OPT_INDENT_2) + b"\n")
 
 
 def write_block(file: Path, name: str, block: str) -> None:

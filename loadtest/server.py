@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -40,10 +40,13 @@ class Usage:
         return (self.cpu - before.cpu) / max(self.at - before.at, 1e-9)
 
 
-def run_holdfast(*arguments: str, source: Path | None = None) -> Any:
+def run_holdfast(
+    *arguments: str, source: Path | None = None, settings: Mapping[str, str] | None = None
+) -> Any:
     """Run one command to its end and return the JSON it prints."""
     command: list[str | Path] = [HOLDFAST, *arguments]
-    done = subprocess.run(command, capture_output=True, check=False, env=os.environ | running(source))
+    environment = {**os.environ, **(settings or {}), **running(source)}
+    done = subprocess.run(command, capture_output=True, check=False, env=environment)
     if done.returncode:
         raise ServerError(f"holdfast {arguments[0]}: {done.stderr.decode().strip()}")
     return orjson.loads(done.stdout)
@@ -64,8 +67,11 @@ class Server:
         core: int | None = None,
         settings: Mapping[str, str] | None = None,
         source: Path | None = None,
+        flags: Sequence[str] = (),
     ) -> None:
+        """`flags`: more of them for `holdfast serve`."""
         self._data_dir = data_dir
+        self._flags = flags
         self._core = core
         self._settings = {"HOLDFAST_SERVER_DEMO_APP": "false", **(settings or {}), **running(source)}
         self.log = data_dir.parent / "server.log"
@@ -74,7 +80,7 @@ class Server:
 
     def start(self) -> None:
         flags = [f"--{name}-port=0" for name in ("mqtt", "ws", "http", "admin")]
-        command: list[str | Path] = [HOLDFAST, "serve", "--data-dir", self._data_dir, *flags]
+        command: list[str | Path] = [HOLDFAST, "serve", "--data-dir", self._data_dir, *flags, *self._flags]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=log, env=os.environ | self._settings
@@ -106,6 +112,15 @@ class Server:
         process.stdout.close()
         if status:
             raise ServerError(f"the server ended with status {status}:\n{self._last_words()}")
+
+    def kill(self) -> None:
+        """At once, if it is not gone already; `start` may follow."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
 
     def _last_words(self) -> str:
         return self.log.read_text(errors="replace")[-2000:]

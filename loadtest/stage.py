@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from loadtest.fleet import Fleet
 from loadtest.http_pool import HttpPool
 from loadtest.ledger import Ledger
 from loadtest.population import Population, register
+from loadtest.publishing import OpenLoop
 from loadtest.reactor import Reactor
 from loadtest.report import Load
 from loadtest.server import Server, Usage, read_machine_usage, read_usage
@@ -45,6 +46,9 @@ class Plan:
     cycles: int = 1_000_000  # of connecting and disconnecting
     churn_limit: float = 3600.0  # seconds, after which those that were done must do
     reachable: int = 1_000_000  # registered devices whose audiences are resolved
+    fleet_devices: int = 100_000  # of fleet and crowd
+    nodes: int = 6  # processes of a fleet's server
+    hold: float = 600.0  # seconds for which a fleet must be stable
 
 
 QUICK: Final = Plan(
@@ -63,6 +67,9 @@ QUICK: Final = Plan(
     cycles=4_000,
     churn_limit=60.0,
     reachable=3_000,
+    fleet_devices=1_500,
+    nodes=2,
+    hold=5.0,
 )
 
 
@@ -110,13 +117,23 @@ class Stage:
         self.plan = plan
         self.source = source
         self.directory = directory
-        self._settings = settings or {}
+        self.settings = settings or {}
         self._profile = profile
         self._populations: dict[str, Population] = {}
         self._servers = 0
         self.two_cores = len(os.sched_getaffinity(0)) > 1 or (os.cpu_count() or 1) > 1
         if self.two_cores:
             os.sched_setaffinity(0, {GENERATOR_CORE})
+
+    @contextmanager
+    def whole_machine(self) -> Iterator[None]:
+        """Both cores for everything meanwhile: where many processes take turns, none has one of its own."""
+        mine = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, mine)
 
     @property
     def server_core(self) -> int | None:
@@ -148,7 +165,7 @@ class Stage:
         home = self.directory / f"server-{self._servers}"
         home.mkdir(parents=True)
         population.copy_to(home / "data")
-        both = {**self._settings, **(settings or {})}
+        both = {**self.settings, **(settings or {})}
         server = Server(home / "data", core=self.server_core, settings=both, source=self.source)
         server.start()
         try:
@@ -186,6 +203,11 @@ class Cast:
     fleet: Fleet
     pool: HttpPool
     msg_id_digits: int = 18
+
+    def open_loop(self, devices: Sequence[int], rate: float) -> OpenLoop:
+        """Pushes to random ones of these devices, `rate` a second."""
+        names = self.population.names.__getitem__
+        return OpenLoop(self.pool, self.ledger, names, devices, rate, self.msg_id_digits)
 
     def wait_for_offline(self) -> None:
         """Until the server has noticed that nobody is connected any more."""

@@ -337,7 +337,7 @@ class Device:
         if self._version == 5:
             properties["session_expiry_interval"] = random.choice((0, 600))
             properties["receive_maximum"] = 65_535 if steady else random.choice((1, 3, 65_535))
-        signed = random.random() < 0.5
+        signed = load.patient or random.random() < 0.5  # a fleet's app is not open: it would have a home
         return Connect(
             client_id=self.name,
             clean_start=random.random() < 0.2,

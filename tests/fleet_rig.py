@@ -186,7 +186,7 @@ class Fleet:
     def start(self) -> None:
         for node in self.nodes:
             node.start()
-        self._app = self.nodes[0].create_app("fleet", open=True)
+        self._app = self.nodes[0].create_app("fleet")  # not open: it would have a home
 
     @property
     def app(self) -> AppKeys:

@@ -43,12 +43,12 @@ class Door:
     def runner(self, application: web.Application) -> web.AppRunner:
         return web.AppRunner(application, access_log=None, keepalive_timeout=KEEP_ALIVE)
 
-    async def open(self, runner: web.AppRunner, host: str, port: int) -> None:
-        """Sets the runner up and listens. Raises OSError."""
+    async def open(self, runner: web.AppRunner, host: str, port: int, *, shared: bool = False) -> None:
+        """Sets the runner up and listens; `shared`: where other processes do, too. Raises OSError."""
         await runner.setup()
         assert runner.server is not None
         runner.server.request_handler = self._hearing(runner.server.request_handler)
-        await _Site(runner, self, host, port).start()
+        await _Site(runner, self, host, port, shared).start()
 
     def admit(self, connection: Connection, make: Callable[[], asyncio.Protocol]) -> asyncio.Protocol | None:
         """What serves it; None: there are too many."""
@@ -131,10 +131,11 @@ class Connection(asyncio.Protocol):
 class _Site(web.BaseSite):
     """What web.TCPSite is, with our protocol in front of aiohttp's."""
 
-    __slots__ = ("_door", "_host", "_port")
+    __slots__ = ("_door", "_host", "_port", "_shared")
 
-    def __init__(self, runner: web.AppRunner, door: Door, host: str, port: int) -> None:
+    def __init__(self, runner: web.AppRunner, door: Door, host: str, port: int, shared: bool) -> None:
         super().__init__(runner, backlog=BACKLOG)
+        self._shared = shared
         self._door = door
         self._host = host
         self._port = port
@@ -148,5 +149,9 @@ class _Site(web.BaseSite):
         make = self._runner.server
         assert make is not None  # after setup
         self._server = await asyncio.get_running_loop().create_server(
-            lambda: Connection(self._door, make), self._host, self._port, backlog=self._backlog
+            lambda: Connection(self._door, make),
+            self._host,
+            self._port,
+            backlog=self._backlog,
+            reuse_port=self._shared or None,
         )

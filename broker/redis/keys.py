@@ -4,7 +4,7 @@ one script may touch them together.
     {7}            what an app has once: its log, its records, its settings
     {7.12}         one partition of its devices: 4,096 devnos
     {7/1234}       one message
-    {7:name}       one bucket of its device names
+    {7:5}          a 64th of its names: registration ids, aliases, tags, attributes
     {node:5}       one node
 """
 
@@ -16,6 +16,10 @@ PARTITION_BITS: Final = 12
 PARTITION: Final = 1 << PARTITION_BITS
 """Devices of one partition. 100 million devices are 24,414 partitions, which reach all shards of any cluster; a
 full bitmap of one is 512 bytes, its routes are 48 KB."""
+
+
+def tag_of_app(app_id: int) -> str:
+    return f"{{{app_id}}}"
 
 
 def of_app(app_id: int, what: str) -> str:
@@ -32,3 +36,8 @@ def of_message(app_id: int, msg_id: int, what: str) -> str:
 
 def of_node(number: int, what: str) -> str:
     return f"{{node:{number}}}:{what}"
+
+
+def of_piece(app_id: int, file_id: str, number: int) -> str:
+    """A piece of a file: as many slots as there are pieces."""
+    return f"{{{app_id}/{file_id}.{number}}}:piece"

@@ -17,12 +17,10 @@ from pyroaring import BitMap
 
 from broker.bitmaps import decode_bits, encode_bits
 from broker.model import Callback, CallbackEvent
+from broker.settlements import event_parts
 from broker.sqlite.engine import Row, delete_rows, read_rows, write_rows
 from broker.sqlite.threads import Handler
 
-EVENT_DEVICES: Final = (
-    1000  # of one row: what is told, tried again and forgotten together (about 60 KB of JSON)
-)
 SLICE_ROWS: Final = 1_000  # parked rows changed in one transaction, so that other writes get through
 KNOWN_CALLBACKS: Final = 1024  # decoded ones kept ready
 
@@ -124,7 +122,7 @@ class CallbackWrites:
         rows = [
             (app_id, msg_id, event, at, encode_bits(part), callback, at)
             for (app_id, msg_id, event, callback), (devnos, at) in told.items()
-            for part in _parts(devnos)
+            for part in event_parts(devnos)
         ]
         if rows:
             numbered = [(i, *row) for i, row in zip(self._ids.next(len(rows)), rows, strict=True)]
@@ -186,13 +184,6 @@ class CallbackWrites:
         delete_rows(self._connection, "callback_events", rows)
         self._keep_high_water()
         return len(rows)
-
-
-def _parts(devnos: BitMap) -> Iterable[BitMap]:
-    if len(devnos) <= EVENT_DEVICES:
-        return (devnos,)
-    names = devnos.to_array()
-    return (BitMap(names[i : i + EVENT_DEVICES]) for i in range(0, len(names), EVENT_DEVICES))
 
 
 def event_from_row(row: Row) -> CallbackEvent:

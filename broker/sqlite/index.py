@@ -3,7 +3,6 @@ change in one transaction; posting changes of a group are gathered and each touc
 
 from __future__ import annotations
 
-import secrets
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -12,15 +11,13 @@ import msgspec
 import orjson
 from pyroaring import BitMap
 
-from broker.audiences.attributes import changed as changed_attributes
-from broker.audiences.attributes import term_changes as attribute_changes
-from broker.audiences.attributes import terms as attribute_terms
+from broker.audiences.device_terms import changed, differ, term_changes, terms, too_many
 from broker.bitmaps import decode_bits, encode_bits
 from broker.model import AccessRule, App, AppSettings, Device, DeviceChange, NewDevice, Term, TermKey
 from broker.sqlite.engine import Row, delete_rows, read_rows, write_rows
 from broker.sqlite.threads import Effects, Handler
 from broker.store import StoreError, TooMany, UnknownDevice
-from broker.tenants.tokens import new_secret
+from broker.tenants.tokens import new_credentials, new_secret
 
 APP_COLUMNS: Final = (
     "app_id, key, name, master_secret, device_key, signing_key, open, created_at, offline_limit, access,"
@@ -106,66 +103,6 @@ def changeable_row(device: Device) -> Row:
     return app, devno, platform, alias, tags, mobile, generation, attributes
 
 
-def terms(device: Device) -> set[TermKey]:
-    """The index terms that hold for a device."""
-    found: set[TermKey] = {(Term.ALL, ""), (Term.PLATFORM, device.platform)}
-    found.update((Term.TAG, tag) for tag in device.tags)
-    if device.alias is not None:
-        found.add((Term.ALIAS, device.alias))
-    for name, value in device.attributes.items():
-        found.update(attribute_terms(name, value))
-    return found
-
-
-def term_changes(before: Device, after: Device) -> tuple[set[TermKey], set[TermKey]]:
-    """What holds no more, and what holds now; found from the fields that differ, for most changes touch one."""
-    old = {(Term.TAG, tag) for tag in before.tags - after.tags}
-    new = {(Term.TAG, tag) for tag in after.tags - before.tags}
-    if before.platform != after.platform:
-        old.add((Term.PLATFORM, before.platform))
-        new.add((Term.PLATFORM, after.platform))
-    if before.alias != after.alias:
-        old.update([(Term.ALIAS, before.alias)] if before.alias is not None else ())
-        new.update([(Term.ALIAS, after.alias)] if after.alias is not None else ())
-    if before.attributes is not after.attributes:
-        old_terms, new_terms = attribute_changes(before.attributes, after.attributes)
-        old |= old_terms
-        new |= new_terms
-    return old, new
-
-
-def changed(device: Device, change: DeviceChange) -> Device:
-    tags = device.tags if change.set_tags is None else change.set_tags
-    return Device(  # dataclasses.replace takes ten times as long
-        device.app_id,
-        device.devno,
-        device.registration_id,
-        device.platform if change.platform is None else change.platform,
-        device.alias if change.alias is None else change.alias or None,
-        (tags | change.add_tags) - change.remove_tags,
-        device.mobile if change.mobile is None else change.mobile or None,
-        device.token_generation + change.revoke_tokens,
-        device.created_at,
-        device.last_online_at,
-        changed_attributes(device.attributes, change.attributes),
-    )
-
-
-def _differ(before: Device, after: Device) -> bool:
-    """As rows: 1 and true are equal to Python, and other values to us."""
-    return after != before or repr(after.attributes) != repr(before.attributes)
-
-
-def _too_many(device: Device, change: DeviceChange) -> str | None:
-    """What the device has too many of after the change."""
-    tags, attributes = len(device.tags), len(device.attributes)
-    if change.add_tags and change.most_tags is not None and tags > change.most_tags:
-        return f"tags: a device has at most {change.most_tags}, not {tags}"
-    if change.attributes and change.most_attributes is not None and attributes > change.most_attributes:
-        return f"attributes: a device has at most {change.most_attributes}, not {attributes}"
-    return None
-
-
 class IndexWrites:
     """The handlers for apps, devices and postings."""
 
@@ -198,12 +135,13 @@ class IndexWrites:
     # Apps
 
     def _create_app(self, name: str, is_open: bool, offline_limit: int) -> App:
+        key, master_secret, device_key, signing_key = new_credentials()
         row = (
-            secrets.token_hex(12),
+            key,
             name,
-            new_secret(),
-            new_secret(),
-            secrets.token_bytes(32),
+            master_secret,
+            device_key,
+            signing_key,
             is_open,
             self._clock(),
             offline_limit,
@@ -318,7 +256,7 @@ class IndexWrites:
                 continue
             after = {rid: changed(now[app_id, rid], change) for rid, change in changes.items()}
             crowded = next(
-                (problem for rid in changes if (problem := _too_many(after[rid], changes[rid]))), None
+                (problem for rid in changes if (problem := too_many(after[rid], changes[rid]))), None
             )
             if crowded is not None:
                 results.append(TooMany(crowded))
@@ -334,7 +272,7 @@ class IndexWrites:
         write_rows(
             self._connection,
             UPDATE_DEVICES,
-            [changeable_row(after) for before, after in pairs if _differ(before, after)],
+            [changeable_row(after) for before, after in pairs if differ(before, after)],
         )
         for before, after in pairs:
             old, new = term_changes(before, after)

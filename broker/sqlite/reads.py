@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 from pyroaring import BitMap
 
@@ -24,9 +24,10 @@ from broker.model import (
     StoredBroadcast,
     StoredMessage,
 )
+from broker.settlements import STATES, States, Stored, message_record, unfold
 from broker.sqlite.engine import Row, read_rows
 from broker.sqlite.index import APP_COLUMNS, DEVICES_BY_RID, app_from_row, device_from_row
-from broker.sqlite.settling import STATE_COLUMNS, STATES, States, merged, unfold
+from broker.sqlite.settling import STATE_COLUMNS, decoded, merged
 from broker.sqlite.threads import Handler
 
 OWED: Final = """
@@ -49,62 +50,6 @@ def _stored_message(row: Row) -> StoredMessage:
     """MESSAGE_COLUMNS."""
     msg_id, app_id, body, created_at, expires_at, part_of, replaces, high = row
     return StoredMessage(msg_id, app_id, body, created_at, expires_at, part_of, replaces, bool(high))
-
-
-class _Stored(NamedTuple):
-    """A message or a part of one, as its row has it."""
-
-    msg_id: int
-    states: States
-    app_id: int
-    broadcast: int
-    created_at: float
-    expires_at: float
-    sendno: str
-    suppressed: bytes | None
-    online: int
-    paced: int
-    part_of: int
-    withdrawn_at: float | None
-    replaced_by: int | None
-
-    def expired(self, now: float) -> BitMap:
-        return self.states.waiting if now >= self.expires_at else BitMap()
-
-
-def _record(
-    stored: _Stored, parts: Sequence[_Stored], receipts: Mapping[str, BitMap], now: float
-) -> MessageRecord:
-    states, suppressed = stored.states, decode_bits(stored.suppressed)
-    for part in parts:
-        for whole, bits in zip(states[1:], part.states[1:], strict=True):
-            whole |= bits  # noqa: PLW2901 - in place
-    released = BitMap.union(BitMap(), *(part.states.targets for part in parts))
-    expired = None
-    if stored.paced:
-        expired = BitMap.union(stored.expired(now) - released, *(part.expired(now) for part in parts))
-    return MessageRecord(
-        stored.msg_id,
-        stored.app_id,
-        bool(stored.broadcast),
-        stored.created_at,
-        stored.expires_at,
-        states.targets | suppressed,
-        states.delivered,
-        states.evicted,
-        states.recalled,
-        suppressed,
-        states.sent | states.delivered,
-        expired,
-        stored.online,
-        receipts,
-        stored.sendno,
-        bool(stored.paced),
-        len(parts),
-        released,
-        stored.withdrawn_at,
-        stored.replaced_by,
-    )
 
 
 def _single_steps(row: Row) -> list[tuple[str, int, float, BitMap]]:
@@ -262,17 +207,17 @@ class Reads:
     def _find_messages(self, app_id: int, msg_ids: Sequence[int]) -> dict[int, MessageRecord]:
         wanted = [(msg_id,) for msg_id in dict.fromkeys(msg_ids)]
         wholes = self._stored_states("v.column1 = m.msg_id", app_id, wanted)
-        parts: dict[int, list[_Stored]] = {}
+        parts: dict[int, list[Stored]] = {}
         for part in self._stored_states("v.column1 = m.part_of", app_id, wanted).values():
             parts.setdefault(part.part_of, []).append(part)
         receipts = self._receipts({msg_id: stored.states.targets for msg_id, stored in wholes.items()})
         now = self._clock()
         return {
-            msg_id: _record(stored, parts.get(msg_id, []), receipts[msg_id], now)
+            msg_id: message_record(stored, parts.get(msg_id, []), receipts[msg_id], now)
             for msg_id, stored in wholes.items()
         }
 
-    def _stored_states(self, join: str, app_id: int, wanted: Sequence[Row]) -> dict[int, _Stored]:
+    def _stored_states(self, join: str, app_id: int, wanted: Sequence[Row]) -> dict[int, Stored]:
         rows = read_rows(
             self._connection,
             f"SELECT {STATE_COLUMNS}, m.app, m.broadcast, m.created_at, m.expires_at, m.sendno, m.suppressed,"
@@ -282,7 +227,7 @@ class Reads:
             (app_id,),
         )
         states = merged(self._connection, rows)
-        return {row[0]: _Stored(row[0], states[row[0]], *row[6:]) for row in rows}
+        return {row[0]: Stored(row[0], states[row[0]], *row[6:]) for row in rows}
 
     def _receipts(self, targets: dict[int, BitMap]) -> dict[int, dict[str, BitMap]]:
         rows = read_rows(
@@ -326,7 +271,7 @@ class Reads:
         ).fetchall()
         states = States(*map(decode_bits, row[1:6]))
         for at, sent_at, node, *columns in unfolded:
-            for step, when, devnos in unfold(states, created_at, at, sent_at, columns):
+            for step, when, devnos in unfold(states, created_at, at, sent_at, decoded(columns)):
                 found.setdefault((step, node, *when), BitMap()).update(devnos)
         return [
             Step(msg_id, step, names[node], float(start), float(width), devnos)

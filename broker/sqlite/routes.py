@@ -34,6 +34,10 @@ class AppState:
         self.routed.add(devno)
         return devno in self.may_owe
 
+    def epoch(self, devno: int) -> int:
+        """0: it was not claimed since the start."""
+        return self._epochs[devno] if devno < len(self._epochs) else 0
+
     def inspect(self, routes: Mapping[int, int]) -> RouteCheck:
         """`routes`: devno -> epoch of its newest claim, as somebody believes."""
         known = len(self._epochs)

@@ -13,13 +13,14 @@ import itertools
 import sqlite3
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 from pyroaring import BitMap
 
 from broker.bitmaps import decode_bits, encode_bits
 from broker.later.paces import HELD, SLOW
 from broker.model import Receipt, Settled, Withdrawn
+from broker.settlements import IN_FLIGHT, STATES, States, stretch, unfold
 from broker.sqlite.callbacks import CallbackWrites
 from broker.sqlite.engine import Row, delete_rows, read_rows, write_rows
 from broker.sqlite.threads import Handler
@@ -31,15 +32,9 @@ COUNTED_MESSAGES: Final = (
 COLLAPSED_INBOX: Final = (
     2_000  # waiting pushes of one collapse key that a broadcast with it takes the place of
 )
-IN_FLIGHT: Final = (
-    60.0  # seconds after its expiry in which a push may still be on its way to a device, or a node have it
-)
 CHUNK_BITS: Final = 16  # of `steps`: one receipt rewrites at most 8 KB
-MINUTE: Final = 60
-HOUR: Final = 3600
 
 STATE_COLUMNS: Final = "m.msg_id, m.target, m.delivered, m.evicted, m.recalled, m.sent"
-STATES: Final = ("delivered", "evicted", "recalled", "sent")
 
 # Taken out of an inbox, or sent from it: (app, devno, msg_id, at, sent_at, node).
 _SINGLES: Final = {
@@ -50,24 +45,6 @@ _SINGLES: Final = {
     "recalled": "recalled = target, body = NULL, done_at = coalesce(done_at, v.column4)",
     "sent": "sent = target, sent_at = coalesce(sent_at, v.column4), node = v.column6",
 }
-
-
-class States(NamedTuple):
-    """The bitmaps of one message as they are now. `delivered` wins over the others (S4)."""
-
-    targets: BitMap
-    delivered: BitMap
-    evicted: BitMap
-    recalled: BitMap
-    sent: BitMap  # delivered ones are not all in it
-
-    @property
-    def settled(self) -> BitMap:
-        return self.delivered | self.evicted | self.recalled
-
-    @property
-    def waiting(self) -> BitMap:
-        return self.targets - self.settled
 
 
 def merged(connection: sqlite3.Connection, rows: Iterable[Row]) -> dict[int, States]:
@@ -88,27 +65,9 @@ def merged(connection: sqlite3.Connection, rows: Iterable[Row]) -> dict[int, Sta
     return found
 
 
-def stretch(created_at: float, at: float) -> tuple[int, int]:
-    """Start and width, in seconds, of the stretch of time that `at` belongs to in a message's steps."""
-    age = at - created_at
-    width = 1 if age < MINUTE else MINUTE if age < HOUR else HOUR
-    return int(at // width * width), width
-
-
-def unfold(
-    states: States, created_at: float, at: float, sent_at: float, columns: Sequence[bytes | None]
-) -> Iterator[tuple[str, tuple[int, int], BitMap]]:
-    """One row of `settled` (its STATES columns), merged into `states`: which step is new, when, for whom."""
-    when = stretch(created_at, at)
-    for state, known, column in zip(STATES, states[1:], columns, strict=True):
-        if column is None:
-            continue
-        fresh = (decode_bits(column) & states.targets) - known
-        if state == "delivered" and sent_at and stretch(created_at, sent_at) != when:
-            yield "sent", stretch(created_at, sent_at), fresh - states.sent
-            states.sent.update(fresh)
-        yield state, when, fresh - states.delivered
-        known.update(fresh)
+def decoded(columns: Sequence[bytes | None]) -> list[BitMap | None]:
+    """The STATES columns of a row of `settled`."""
+    return [None if column is None else decode_bits(column) for column in columns]
 
 
 def chunks(bits: BitMap) -> Iterator[tuple[int, BitMap]]:
@@ -325,7 +284,7 @@ class SettleWrites:
         for msg_id, at, sent_at, node, *columns in sorted(later, key=lambda row: float(row[1])):
             if msg_id in found:
                 states, created_at = found[msg_id]
-                for step, when, devnos in unfold(states, created_at, at, sent_at, columns):
+                for step, when, devnos in unfold(states, created_at, at, sent_at, decoded(columns)):
                     self._steps.add(msg_id, step, node, when, devnos)
         self._steps.write()
         write_rows(

@@ -8,6 +8,7 @@ import sqlite3
 from collections.abc import Callable
 from typing import Final
 
+from broker.settlements import FLEETING
 from broker.sqlite.activity import ActivityWrites
 from broker.sqlite.callbacks import CallbackWrites
 from broker.sqlite.engine import DELETED_KEYS, Row, delete_rows, read_rows, write_rows
@@ -19,7 +20,6 @@ SLICE_ROWS: Final = 4_000  # of one transaction: about 20 ms
 SLICE_MESSAGES: Final = 500  # expired messages looked at in one transaction; each may have many inbox rows
 SLICE_BITS: Final = 1 << 20  # bytes of their target bitmaps; three more of each are read
 SLICE_PIECES: Final = 64  # of files: 4 MB
-FLEETING: Final = 15.0  # seconds in which a push without time to live may still be acknowledged
 SCAN_MESSAGES: Final = 20_000  # messages passed over in one transaction while looking for a deleted app's
 FREE_PAGES: Final = 1_000  # kept for what comes next (4 MB)
 VACUUM_PAGES: Final = 500  # given back in one transaction

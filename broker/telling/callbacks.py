@@ -598,8 +598,12 @@ class CallbackMetrics:
         metrics.read_counter("callbacks_told", "Callback events that were taken.", lambda: stats.told)
         metrics.read_counter("callbacks_failed", "Callback events to be tried again.", lambda: stats.failed)
         metrics.read_counter("callbacks_given_up", "Callback events that were parked.", lambda: stats.parked)
-        metrics.gauge("callbacks_waiting", "Callback events to be sent, now.", lambda: stats.waiting_now)
-        metrics.gauge("callbacks_parked", "Callback events given up, now.", lambda: stats.parked_now)
+        metrics.gauge(
+            "callbacks_waiting", "Callback events to be sent, now.", lambda: stats.waiting_now, merge="max"
+        )
+        metrics.gauge(
+            "callbacks_parked", "Callback events given up, now.", lambda: stats.parked_now, merge="max"
+        )
         stats.on_post = self._on_post
 
     def _on_post(self, taken: bool, seconds: float) -> None:

@@ -9,7 +9,8 @@ from binascii import Error as Base64Error
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from time import monotonic
+from typing import Final, Generic, TypeVar
 
 from broker.bus import Bus, CredentialsChanged, Doorbell
 from broker.limits import Limits
@@ -18,6 +19,9 @@ from broker.store import Store
 from broker.tenants.keys import ApiKey, find_key
 
 _V = TypeVar("_V")
+MAX_AGE: Final = (
+    60.0  # seconds that an answer is good for, if no doorbell says that it changed: one may be lost
+)
 MAX_KEY: Final = 64  # characters; no app has a longer key, and what was asked in vain is remembered
 
 
@@ -37,23 +41,60 @@ class Login:
         return "master" if self.publisher else "device key"
 
 
+class _Answers(Generic[_V]):
+    """At most `limit`, each for MAX_AGE. `clock` is monotonic."""
+
+    def __init__(self, limit: int, clock: Callable[[], float]) -> None:
+        self._limit = limit
+        self._clock = clock
+        self._answers: OrderedDict[str, tuple[_V, float]] = OrderedDict()  # and until when; oldest first
+
+    def get(self, key: str) -> _V | None:
+        found = self._answers.get(key)
+        return found[0] if found is not None and self._clock() < found[1] else None
+
+    def put(self, key: str, value: _V) -> None:
+        self._answers.pop(key, None)
+        if len(self._answers) >= self._limit:
+            self._answers.popitem(last=False)
+        self._answers[key] = value, self._clock() + MAX_AGE
+
+    def drop(self, which: Callable[[_V], bool]) -> None:
+        for key in [key for key, (value, _) in self._answers.items() if which(value)]:
+            del self._answers[key]
+
+    def clear(self) -> None:
+        self._answers.clear()
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+
 class Apps:
-    """Bounded caches over `store.find_app`. Told by the bus (in every process) when an app changed.
+    """Bounded caches over `store.find_app`. Told by the bus (in every process) when an app changed; should the
+    doorbell be lost, they ask again within MAX_AGE. `clock` is monotonic.
 
     Key and header lookups are dict lookups: str hashes are keyed per process, so their timing tells nothing
     about the secrets. Comparisons of secrets take constant time.
     """
 
-    def __init__(self, store: Store, bus: Bus, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        bus: Bus,
+        limits: Limits | None = None,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
         self._store = store
         self._bus = bus
-        self._limits = limits or Limits()
-        self._apps: OrderedDict[str, App] = OrderedDict()
-        self._unknown: OrderedDict[str, None] = OrderedDict()  # keys that were looked up in vain
-        self._logins: OrderedDict[str, Login] = OrderedDict()  # Authorization header -> what it proved
+        limits = limits or Limits()
+        self._apps: _Answers[App] = _Answers(limits.max_apps_cached, clock)
+        self._unknown: _Answers[bool] = _Answers(limits.max_unknown_keys, clock)  # keys looked up in vain
+        # Authorization header -> what it proved
+        self._logins: _Answers[Login] = _Answers(limits.max_apps_cached, clock)
         self._changes = 0  # a lookup that spans a change is not cached
         self._settling = asyncio.Lock()
-        self._unsubscribe = bus.subscribe(self._heard)
+        self._unsubscribe = bus.subscribe(self._heard, self._missed)
 
     def close(self) -> None:
         self._unsubscribe()
@@ -64,7 +105,7 @@ class Apps:
 
     async def find(self, key: str) -> App | None:
         app = self._apps.get(key)
-        if app is not None or key in self._unknown or len(key) > MAX_KEY:
+        if app is not None or self._unknown.get(key) or len(key) > MAX_KEY:
             return app
         changes = self._changes
         app = await self._store.find_app(key)
@@ -76,8 +117,7 @@ class Apps:
         """The app changed or is gone. Logins are dropped all together: this is rare, and one app may have
         several."""
         self._changes += 1
-        for key in [key for key, app in self._apps.items() if app.app_id == app_id]:
-            del self._apps[key]
+        self._apps.drop(lambda app: app.app_id == app_id)
         self._unknown.clear()
         self._logins.clear()
 
@@ -104,7 +144,7 @@ class Apps:
             return None
         login = await self._prove(app, credentials[1])
         if login is not None and self._apps.get(app.key) is app and header == _basic(*credentials):
-            _put(self._logins, header, login, self._limits.max_apps_cached)
+            self._logins.put(header, login)
         return login
 
     async def create(self, name: str, *, open: bool = False, offline_limit: int = 100) -> App:
@@ -157,9 +197,9 @@ class Apps:
 
     def _remember(self, key: str, app: App | None) -> None:
         if app is None:
-            _put(self._unknown, key, None, self._limits.max_unknown_keys)
+            self._unknown.put(key, True)
         else:
-            _put(self._apps, key, app, self._limits.max_apps_cached)
+            self._apps.put(key, app)
 
     def changed(self, app_id: int) -> None:
         """The app, or who may act for it, is other now."""
@@ -170,6 +210,11 @@ class Apps:
         for doorbell in doorbells:
             if isinstance(doorbell, CredentialsChanged) and doorbell.devnos is None:
                 self.forget(doorbell.app_id)
+
+    async def _missed(self) -> None:
+        self._changes += 1
+        for answers in (self._apps, self._unknown, self._logins):
+            answers.clear()
 
 
 def read_basic(header: str) -> tuple[str, bytes] | None:
@@ -186,9 +231,3 @@ def read_basic(header: str) -> tuple[str, bytes] | None:
 
 def _basic(user: str, password: bytes) -> str:
     return f"Basic {b64encode(user.encode() + b':' + password).decode()}"
-
-
-def _put(cache: OrderedDict[str, _V], key: str, value: _V, limit: int) -> None:
-    if len(cache) >= limit:
-        cache.popitem(last=False)
-    cache[key] = value

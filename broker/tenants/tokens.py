@@ -36,6 +36,11 @@ def new_secret() -> str:
     return "".join(secrets.choice(ascii_letters + digits) for _ in range(24))
 
 
+def new_credentials() -> tuple[str, str, str, bytes]:
+    """Of an app: key, master secret, device key, signing key."""
+    return secrets.token_hex(12), new_secret(), new_secret(), secrets.token_bytes(32)
+
+
 class TokenError(Exception):
     """`reason`: malformed | signature | expired."""
 

@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from loadtest.ledger import alert
-from loadtest.publishing import OpenLoop, broadcast_body, check_accepted, quantile
+from loadtest.publishing import broadcast_body, check_accepted, quantile
 from loadtest.report import Load, Row
 from loadtest.stage import Cast, Meter, Plan, Stage, cast
 
@@ -161,7 +161,7 @@ def _run_with_probes(plan: Plan, cast_: Cast, probes: Sequence[int], at_once: in
     volley = Volley(cast_, plan.devices, at_once)
     volley.begin()
     cast_.ledger.latencies.clear()
-    publisher = OpenLoop(cast_, probes, PROBE_RATE)
+    publisher = cast_.open_loop(probes, PROBE_RATE)
     deadline = time.perf_counter() + plan.seconds
     while time.perf_counter() < deadline:
         volley.step(publisher.send_due())

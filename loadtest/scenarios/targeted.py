@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from loadtest.publishing import OpenLoop, quantile
+from loadtest.publishing import quantile
 from loadtest.report import Load, Row
 from loadtest.stage import Cast, Meter, Stage, cast
 
@@ -41,7 +41,7 @@ def targeted(stage: Stage) -> list[Row]:
 def push_for(cast_: Cast, seconds: float) -> list[float]:
     """Latencies of the pushes of that time, all of which have arrived."""
     cast_.ledger.latencies.clear()
-    publisher = OpenLoop(cast_, range(cast_.fleet.online), RATE)
+    publisher = cast_.open_loop(range(cast_.fleet.online), RATE)
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline:
         cast_.reactor.turn(publisher.send_due())

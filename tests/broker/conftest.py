@@ -27,6 +27,17 @@ from broker.pushing.pushes import Pushes
 from broker.store_sqlite import SqliteStore
 from broker.telling.reports import Reports
 from broker.tenants.apps import Apps
+from tests.broker.redis_rigs import (
+    cluster,
+    plain,
+    plain_redis,
+    redis_cluster,
+    replicated,
+    replicated_redis,
+)
+
+# Fixtures.
+__all__ = ["cluster", "plain", "plain_redis", "redis_cluster", "replicated", "replicated_redis"]
 
 
 @dataclass

@@ -428,11 +428,11 @@ class MessageContract:
         await records.save(
             [
                 RecordChange(app.app_id, "a", "late", b"", 0, 30.0),
-                RecordChange(other.app_id, "b", "early", b"", 0, 10.0),
                 RecordChange(app.app_id, "b", "never", b"", 0),
                 RecordChange(app.app_id, "c", "other kind", b"", 0, 1.0),
             ]
         )
+        await records.save([RecordChange(other.app_id, "b", "early", b"", 0, 10.0)])
         assert [record.key for record in await records.due(["a", "b"], 30.0, 10)] == ["early", "late"]
         assert [record.key for record in await records.due(["a", "b"], 29.9, 10)] == ["early"]
         assert [record.key for record in await records.due(["a", "b"], 30.0, 1)] == ["early"]

@@ -496,6 +496,17 @@ class StoreContract:
         assert (await claimed(again, app, 1)).epoch > route.epoch
         await again.close()
 
+    async def test_a_route_names_the_node_while_it_holds(self, store: Store, app: App, other: App) -> None:
+        await store.register(app.app_id, [NewDevice("a"), NewDevice("b"), NewDevice("c")])
+        gone, there = await claimed(store, app, 0), await claimed(store, app, 1)
+        store.release_route(app.app_id, 0, gone.epoch, START + 3)
+        assert not await store.online(app.app_id, BitMap([0]))  # the release is done
+        found = await store.find_routes(app.app_id, [0, 1, 2, 77])
+        assert {devno: route.node for devno, route in found.items() if route.node} == {1: "node-1"}
+        assert found[1].epoch == there.epoch
+        assert await store.find_routes(other.app_id, [1]) == {}
+        assert await store.find_routes(app.app_id, []) == {}
+
     async def test_a_claim_tells_whether_the_inbox_may_hold_something(
         self, make_store: MakeStore, store: Store, app: App
     ) -> None:
@@ -773,7 +784,8 @@ class StoreContract:
         pieces = [b"x" * PIECE, b"", b"y"]
         assert await store.files.write(app.app_id, "f", _each(pieces)) == PIECE + 1
         assert await store.files.write(other.app_id, "f", _each([b"z"])) == 1
-        await store.records.save([RecordChange(a.app_id, "file", "f", b"{}", 0) for a in (app, other)])
+        for owner in (app, other):
+            await store.records.save([RecordChange(owner.app_id, "file", "f", b"{}", 0)])
         await store.close()
         again = await make_store()
         assert [piece async for piece in again.files.read(app.app_id, "f")] == pieces

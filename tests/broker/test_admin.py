@@ -18,7 +18,15 @@ import aiohttp
 import orjson
 import pytest
 
-from broker.admin import AdminFile, AdminListener, Health, LocalActions, read_admin_file, write_admin_file
+from broker.admin import (
+    AdminFile,
+    AdminListener,
+    Health,
+    LocalActions,
+    ProcessOverview,
+    read_admin_file,
+    write_admin_file,
+)
 from broker.broker import Broker
 from broker.bus_local import LocalBus
 from broker.config import Config, load_config
@@ -57,7 +65,7 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
     broker = Broker(store, bus)
     actions = LocalActions(broker, config.push.offline_limit)
     lag = LoopLag(metrics)
-    listener = AdminListener(config, actions, metrics, health, lag)
+    listener = AdminListener(config, actions, ProcessOverview(metrics, health, lag))
     address = await listener.open()
     found = read_admin_file(tmp_path)
     assert found is not None

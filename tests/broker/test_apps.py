@@ -9,7 +9,8 @@ import pytest
 from broker.bus import CredentialsChanged
 from broker.limits import Limits
 from broker.model import AccessRule
-from broker.tenants.apps import Apps, read_basic
+from broker.tenants.apps import MAX_AGE, Apps, read_basic
+from broker.tenants.keys import Keys
 
 
 def _basic(user: str, password: str) -> str:
@@ -133,3 +134,67 @@ async def test_caches_are_bounded(service: Any) -> None:
     assert [apps.peek(app.key) is not None for app in created] == [False, False, True, True]
     assert await apps.find(created[0].key) == created[0]
     apps.close()
+
+
+# A doorbell may be lost (bus B1)
+
+
+class Deaf:
+    """A bus that brings nothing, and says so when it is asked to."""
+
+    def subscribe(self, subscriber: object, missed: Any = None) -> Any:
+        del subscriber
+        self.missed = missed
+        return lambda: None
+
+    def ring(self, doorbells: object) -> None:
+        del doorbells
+
+
+async def test_what_changed_elsewhere_is_known_after_a_while(service: Any) -> None:
+    now = 1000.0
+    apps = Apps(service.store, Deaf(), clock=lambda: now)  # type: ignore[arg-type]
+    header = _basic(service.app.key, service.app.master_secret)
+    assert await apps.login(header) is not None
+    assert await apps.find("f" * 24) is None
+    await service.store.rotate_secret(service.app.key)
+    now += MAX_AGE - 1
+    assert await apps.login(header) is not None  # this is the bound
+    now += 1
+    assert apps.peek(service.app.key) is None
+    assert await apps.login(header) is None
+
+
+async def test_an_api_key_that_was_deleted_elsewhere_stops_after_a_while(service: Any) -> None:
+    now = 1000.0
+    apps = Apps(service.store, Deaf(), clock=lambda: now)  # type: ignore[arg-type]
+    keys = Keys(service.store, lambda _: None)
+    key, secret = await keys.create(service.app, b'{"name": "k", "scopes": ["push"]}')
+    header = _basic(service.app.key, secret)
+    assert (await apps.login(header)).key == key  # type: ignore[union-attr]
+    await keys.delete(service.app, key.key_id)
+    now += MAX_AGE
+    assert await apps.login(header) is None
+
+
+async def test_what_was_missed_is_asked_again_at_once(service: Any) -> None:
+    bus = Deaf()
+    apps = Apps(service.store, bus)  # type: ignore[arg-type]
+    header = _basic(service.app.key, service.app.master_secret)
+    assert await apps.login(header) is not None
+    await service.store.rotate_secret(service.app.key)
+    await bus.missed()
+    assert await apps.login(header) is None
+
+
+async def test_an_answer_that_is_given_again_lasts_anew(service: Any) -> None:
+    now = 1000.0
+    apps = Apps(service.store, Deaf(), Limits(max_apps_cached=2), clock=lambda: now)  # type: ignore[arg-type]
+    first = await service.apps.create("first")
+    second = await service.apps.create("second")
+    for app in (service.app, first):
+        await apps.find(app.key)
+    now += MAX_AGE
+    await apps.find(service.app.key)
+    await apps.find(second.key)  # the oldest goes
+    assert [apps.peek(app.key) for app in (service.app, first, second)] == [service.app, None, second]

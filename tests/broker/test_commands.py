@@ -12,15 +12,16 @@ import orjson
 import pytest
 from click.testing import CliRunner, Result
 
-from broker.admin import AdminFile, AdminListener, Health, LocalActions, write_admin_file
+from broker.admin import AdminFile, AdminListener, Health, LocalActions, ProcessOverview, write_admin_file
 from broker.broker import Broker
 from broker.bus_local import LocalBus
-from broker.command import app, audit, config, device, group, make_store
+from broker.command import app, audit, config, device, group, make_bus, make_store, node
 from broker.config import load_config
 from broker.metrics import LoopLag, Metrics
+from broker.store_redis import RedisStore
 from broker.tenants import tokens
 
-COMMANDS: dict[str, click.Command] = {c.name or "": c for c in (app, audit, config, device, group)}
+COMMANDS: dict[str, click.Command] = {c.name or "": c for c in (app, audit, config, device, group, node)}
 
 
 def _run(line: str, *more: str) -> Result:
@@ -231,7 +232,7 @@ async def running(data_dir: Path) -> AsyncIterator[Path]:
     await store.open()
     lag = LoopLag(metrics)
     actions = LocalActions(Broker(store, bus), settings.push.offline_limit)
-    listener = AdminListener(settings, actions, metrics, Health(), lag)
+    listener = AdminListener(settings, actions, ProcessOverview(metrics, Health(), lag))
     await listener.open()
     yield data_dir
     await listener.close()
@@ -283,6 +284,26 @@ async def test_settings_groups_and_the_audit_log_of_a_running_server(running: Pa
     assert (await asyncio.to_thread(_answer, running, f"audit --app {key}"))["entries"][-1] == entries[-1]
 
 
+async def test_devices_are_found_and_nodes_told_by_a_running_server(running: Path) -> None:
+    key = (await asyncio.to_thread(_answer, running, "app create Shop"))["app_key"]
+    await asyncio.to_thread(_answer, running, f"device token phone-1 --app {key}")
+    found = await asyncio.to_thread(_answer, running, f"device find phone-1 --app {key}")
+    assert found == {
+        "registration_id": "phone-1",
+        "online": False,
+        "node": None,
+        "epoch": 0,
+        "seen_at": None,
+        "waiting": 0,
+    }
+    missing = await asyncio.to_thread(_run, f"device find phone-2 --app {key}", "--data-dir", str(running))
+    assert (missing.exit_code, missing.output) == (1, "Error: there is no device phone-2\n")
+    assert await asyncio.to_thread(_answer, running, "node list --json") == []
+    for line in ("node drain a/b", "node drain x --share 0.5", "node resume x"):
+        done = await asyncio.to_thread(_run, line, "--data-dir", str(running))
+        assert (done.exit_code, done.output) == (1, f"Error: there is no live node {line.split()[2]}\n")
+
+
 async def test_the_running_server_says_why_not(running: Path) -> None:
     odd = "../../v1/apps?x=#/"
     done = await asyncio.to_thread(_run, f"app delete {odd}", "--data-dir", str(running))
@@ -311,3 +332,24 @@ def test_a_file_left_by_a_killed_server_is_in_nobodys_way(data_dir: Path) -> Non
     data_dir.mkdir()
     write_admin_file(data_dir, AdminFile("k" * 16, "http://127.0.0.1:9"))
     assert _answer(data_dir, "app list") == []
+
+
+# A fleet: on its Redis, beside whatever runs
+
+
+def test_a_redis_that_is_away_is_said_without_its_password(data_dir: Path) -> None:
+    done = _run("app list", "--store", "redis://:hush@127.0.0.1:1", "--data-dir", str(data_dir))
+    assert done.exit_code == 1
+    assert "127.0.0.1:1" in done.output
+    assert "hush" not in done.output
+    assert not data_dir.exists()
+
+
+def test_settings_choose_the_store_and_its_bus(data_dir: Path) -> None:
+    embedded = load_config(None, None, {"server.data_dir": str(data_dir)})
+    assert isinstance(make_bus(embedded, make_store(embedded)), LocalBus)
+    shared = load_config(None, None, {"store.url": "redis://127.0.0.1:1", "store.replicas": "2"})
+    store = make_store(shared)
+    assert isinstance(store, RedisStore)
+    assert make_bus(shared, store) is store.bus
+    assert store.engine.replicas == 2

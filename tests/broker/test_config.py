@@ -1,10 +1,20 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from broker.config import KEYS, Config, ConfigError, format_config, is_loopback, load_config, sample_config
+from broker.config import (
+    KEYS,
+    Config,
+    ConfigError,
+    format_config,
+    hide_password,
+    is_loopback,
+    load_config,
+    sample_config,
+)
 from broker.limits import Limits
 
 
@@ -54,7 +64,11 @@ def test_every_key_is_read_from_each_place(file: Path, path: str) -> None:
         "mqtt.tls_port": "7",
         "server.log_level": "debug",
         "server.log_format": "json",
-        "store.kind": "sqlite",
+        "server.role": "broker",
+        "server.workers": "7",
+        "server.advertise": "push.example.com:1883",
+        "store.url": "redis://127.0.0.1",
+        "store.unsafe": "true",
         "server.demo_app": "false",
         "mqtt.anonymous_anywhere": "false",
         "http.https_only": "false",
@@ -74,8 +88,8 @@ def test_every_key_is_read_from_each_place(file: Path, path: str) -> None:
     if "number" in key.allowed:
         expected = int(text)
     elif "true" in key.allowed:
-        expected = False
-    pair = {"mqtt.certificate": "c.pem", "mqtt.private_key": "k.pem"}
+        expected = text == "true"
+    pair = {"mqtt.certificate": "c.pem", "mqtt.private_key": "k.pem", "store.url": "redis://127.0.0.1"}
     pair.pop(path, None)
     if path == "bridge.host":
         rules = file.with_name("rules.toml")
@@ -238,3 +252,89 @@ def test_trusted_proxies_are_read() -> None:
     config = load_config(None, None, {"http.trusted_proxies": "10.0.0.0/8, ::1", "http.https_only": "true"})
     assert config.trusted_proxies == ("10.0.0.0/8", "::1/128")
     assert Config().trusted_proxies == ()
+
+
+REDIS = {"store.url": "redis://r"}
+FLEET_ROWS = [
+    ({"server.role": "broker"}, "server.role = 'broker': needs a Redis"),
+    ({"server.role": "gateway"}, "server.role = 'gateway': needs a Redis"),
+    ({"server.workers": "2"}, "server.workers = 2: needs a Redis"),
+    ({"server.workers": "1"}, "server.workers = 1: needs a Redis"),
+    ({"server.workers": "auto"}, "server.workers = 'auto': needs a Redis"),
+    ({"store.replicas": "1"}, "store.replicas = 1: needs a Redis"),
+    ({"store.unsafe": "true"}, "store.unsafe = true: needs a Redis"),
+    ({"store.url": "http://r"}, "store.url = 'http://r': a Redis URL has the form redis://"),
+    ({"store.url": "redis://u:hush@r:x"}, "store.url = 'redis://u:***@r:x': 'r:x' is no host and port"),
+    (
+        REDIS | {"server.advertise": "push.example.com"},
+        "server.advertise = 'push.example.com': must be host:port",
+    ),
+    (
+        REDIS | {"server.role": "gateway", "mqtt.port": "off", "mqtt.ws_port": "off"},
+        "server.role = 'gateway': needs mqtt.port, mqtt.tls_port or mqtt.ws_port",
+    ),
+    (
+        {"server.workers": "-1"},
+        "--workers (server.workers) = '-1': must be a whole number from 0 to 512, or \"auto\"",
+    ),
+    ({"server.workers": "many"}, "--workers (server.workers) = 'many': must be"),
+    ({"server.role": "boss"}, "--role (server.role) = 'boss': must be one of"),
+]
+
+
+@pytest.mark.parametrize(("flags", "expected"), FLEET_ROWS)
+def test_what_only_a_fleet_has_says_what_it_needs(flags: dict[str, str], expected: str) -> None:
+    [error] = _errors(flags=flags)
+    assert error.startswith(expected)
+
+
+@pytest.mark.parametrize("more", [{"server.workers": "2"}, {"server.role": "gateway"}])
+def test_the_bridge_is_in_one_process(tmp_path: Path, more: dict[str, str]) -> None:
+    rules = tmp_path / "rules.toml"
+    rules.write_text('[[rule]]\ntopic = "push"\napp = "x"\npayload = "push"\n')
+    flags = REDIS | {"bridge.host": "mqtt", "bridge.rules": str(rules)}
+    assert load_config(None, None, flags | {"server.role": "broker"}).bridge.host == "mqtt"
+    [error] = _errors(flags=flags | more)
+    assert error.startswith("bridge.host = 'mqtt': one process has the bridge")
+
+
+def test_how_many_workers() -> None:
+    assert [load_config(None, None, REDIS | {"server.workers": n}).workers for n in ("0", "7")] == [0, 7]
+    assert load_config(None, None, REDIS | {"server.workers": "auto"}).workers == len(os.sched_getaffinity(0))
+
+
+def test_roles_say_what_is_served() -> None:
+    served = {
+        role: (config.serves_devices, config.serves_api)
+        for role in ("all", "gateway", "broker")
+        for config in [load_config(None, None, REDIS | {"server.role": role})]
+    }
+    assert served == {"all": (True, True), "gateway": (True, False), "broker": (False, True)}
+
+
+def test_the_kind_of_store_follows_from_its_address() -> None:
+    assert (Config().store.kind, load_config(None, None, REDIS).store.kind) == ("sqlite", "redis")
+
+
+URLS = [
+    ("redis://127.0.0.1", "redis://127.0.0.1"),
+    ("redis://ann:hush@r:1/0", "redis://ann:***@r:1/0"),
+    ("redis://:hush@r", "redis://:***@r"),
+    ("redis://hush@r", "redis://***@r"),
+    ("redis://:hu@sh@r", "redis://:***@r"),
+    ("redis://:hu/sh@r,redis://:hush@s", "redis://:***@s"),
+    ("redis://:hush\n@r", "redis://:***@r"),
+    ("whatever://a:hush@r", "whatever://a:***@r"),
+]
+
+
+@pytest.mark.parametrize(("url", "shown"), URLS)
+def test_a_password_is_never_shown(url: str, shown: str, file: Path) -> None:
+    assert hide_password(url) == shown
+    assert "hush" not in "".join(_errors(flags={"store.url": url, "mqtt.port": "x"}))
+
+
+def test_shown_settings_hide_the_password_of_the_store() -> None:
+    config = load_config(None, None, {"store.url": "redis://:hush@r"})
+    assert 'url = "redis://:***@r"' in format_config(config)
+    assert config.store.url == "redis://:hush@r"

@@ -289,6 +289,21 @@ async def test_a_dead_line_is_noticed_by_the_heartbeat(server: LocalServer, netw
     assert network.connections == 2
 
 
+@pytest.mark.parametrize("chance", [0.01, 0.6])
+async def test_of_several_servers_the_next_is_tried(server: LocalServer, chance: float) -> None:
+    host, port = server.addresses.mqtt
+    servers = ["127.0.0.1:1", f"{host}:{port}"]
+    async with make_device(
+        server, "several", on_push=Inbox().take, servers=servers, jitter=lambda: chance
+    ) as device:
+        await online(device)
+
+
+def test_a_server_without_a_port_number_is_a_mistake(server: LocalServer) -> None:
+    with pytest.raises(ValueError, match="nine"):
+        make_device(server, "mistaken", on_push=Inbox().take, servers=["127.0.0.1:nine"])
+
+
 async def test_tls(start_server: Callable[..., LocalServer], tmp_path: Path) -> None:
     authority = trustme.CA()
     certificate = authority.issue_cert("127.0.0.1")

@@ -151,6 +151,64 @@ def test_a_server_reference_is_followed_and_left_when_nobody_answers_there(story
     assert story.wait() == [Open(None)]
 
 
+def test_a_server_reference_holds_for_one_connection(story: Story) -> None:
+    story.connect()
+    story.hear(Disconnect(Reason.USE_ANOTHER_SERVER, {"server_reference": "node-2:1883"}))
+    assert story.wait() == [Open("node-2:1883")]
+    story.session.opened(story.now)
+    story.hear(Connack())
+    story.session.lost("cable cut", story.now)
+    assert story.wait() == [Open(None)]
+
+
+def test_a_drained_node_sends_a_newcomer_elsewhere(story: Story) -> None:
+    story.wait()
+    story.session.opened(story.now)
+    story.hear(Connack(False, Reason.USE_ANOTHER_SERVER, {"server_reference": "node-2:1883"}))
+    assert story.wait() == [Open("node-2:1883")]
+
+
+def waited(story: Story, *told: tuple[str, str], packet: type[Connack] | type[Disconnect] = Connack) -> float:
+    """Until the next attempt, when the server said this."""
+    properties: Properties = {"user_properties": told}
+    if packet is Connack:
+        story.wait()
+        story.session.opened(story.now)
+        actions = story.hear(Connack(False, Reason.SERVER_BUSY, properties))
+    else:
+        story.connect()
+        actions = story.hear(Disconnect(Reason.SERVER_SHUTTING_DOWN, properties))
+    (_, offline) = actions
+    assert isinstance(offline, Offline)
+    assert story.session.deadline == story.now + offline.retry_in
+    return offline.retry_in
+
+
+@pytest.mark.parametrize("packet", [Connack, Disconnect])
+def test_a_server_may_say_when_to_come_back(story: Story, packet: type[Connack] | type[Disconnect]) -> None:
+    assert waited(story, ("retry_after", "12.0"), ("retry_jitter", "4.0"), packet=packet) == 14.0
+
+
+def test_what_else_it_says_beside_changes_nothing(story: Story) -> None:
+    assert waited(story, ("code", "7"), ("retry_after", "12.5")) == 12.5
+    assert waited(story, ("retry_jitter", "30")) == 15.0
+
+
+@pytest.mark.parametrize("told", ["soon", "-1", "nan", "inf", "3601", ""])
+def test_what_is_not_understood_was_not_said(story: Story, told: str) -> None:
+    assert waited(story, ("retry_after", told)) == 0.5  # the backoff
+
+
+def test_at_once_means_with_a_first_backoff(story: Story) -> None:
+    for _ in range(5):
+        assert waited(story, ("retry_after", "0.0"), ("retry_jitter", "0.0")) <= SETTINGS.backoff_base
+
+
+def test_after_an_appointment_the_backoff_goes_on(story: Story) -> None:
+    waited(story, ("retry_after", "12.0"))
+    assert waited(story) == 1.0
+
+
 def test_revoked_while_connected_is_a_refusal(story: Story) -> None:
     story.connect()
     assert story.hear(Disconnect(Reason.NOT_AUTHORIZED)) == [

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import orjson
 import pytest
@@ -11,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyroaring import BitMap
 
+import gateway.hub
 from broker.errors import ApiError
 from broker.limits import Limits
 from broker.metrics import Counter
-from broker.model import App, StoredBroadcast, StoredMessage
+from broker.model import App, StoredBroadcast, StoredMessage, Withdrawn
 from broker.pushing.requests import read_push
-from gateway.hub import FLEETING, Hub
+from gateway.hub import FLEETING, SPREADING, TAKEN_MEMORY, Hub, Resend, SessionEnds
 from gateway.live import LivePush, encoding
 from gateway.mqtt import Publish, decode
 from gateway.session import Inbox, Manners, Session
@@ -302,9 +305,150 @@ def test_a_session_lives_until_its_expiry(back: float, there: bool) -> None:
     assert hub.session_ends.take(8, 100.25) is False
 
 
+def test_sessions_of_few_devices_of_a_huge_app_take_little() -> None:
+    ends = SessionEnds()
+    for devno in (3, 99_999_999):
+        ends.note(devno, 100.0, 60)
+    assert sum(sys.getsizeof(page) for page in ends._pages.values()) < 1000
+    assert [ends.take(devno, 110.0) for devno in (3, 4, 99_999_999, 50)] == [True, False, True, False]
+    assert not ends.take(-1, 110.0)  # no device
+
+
+def test_past_the_limit_the_oldest_sessions_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway.hub, "MAX_PAGES", 2)
+    ends = SessionEnds()
+    for devno in (0, 100, 200):
+        ends.note(devno, 100.0, 60)
+    assert [ends.take(devno, 110.0) for devno in (0, 100, 200)] == [False, True, True]
+
+
 def test_a_hub_is_idle_once_its_sessions_are_over() -> None:
     hub = make_hub()
     assert hub.idle(100.0)
     hub.session_ends.note(7, 100.0, 60)
     assert not hub.idle(130.0)
     assert hub.idle(162.0)
+
+
+# What the store and other nodes know
+
+
+def owed_to_seven(hub: Hub) -> list[int]:
+    return [push.msg_id for push in hub.broadcasts() if push.owed_to(7)]
+
+
+def test_what_was_acknowledged_elsewhere_is_merged() -> None:
+    hub = make_hub()
+    for msg_id in (1, 2, 3):
+        hub.add_broadcast(broadcast(msg_id, (7, 8)))
+    hub.merge([broadcast(1, (7, 8), (8,)), broadcast(2, (7, 8), (7,)), broadcast(3, (7, 8))], NOW.wall)
+    assert owed_to_seven(hub) == [1, 3]
+
+
+def test_a_broadcast_that_the_store_does_not_list_before_one_that_it_lists_is_over() -> None:
+    hub = make_hub()
+    for msg_id in (1, 2, 3):
+        hub.add_broadcast(broadcast(msg_id))
+    hub.merge([broadcast(2)], NOW.wall)  # 3 has rung, and may not be listed yet
+    assert owed_to_seven(hub) == [2, 3]
+
+
+def test_a_broadcast_that_is_not_listed_for_long_is_over() -> None:
+    hub = make_hub()
+    hub.add_broadcast(broadcast(1))
+    hub.merge([], NOW.wall + SPREADING)
+    assert owed_to_seven(hub) == [1]
+    hub.merge([], NOW.wall + SPREADING + 1)
+    assert owed_to_seven(hub) == []
+
+
+def test_a_broadcast_without_time_to_live_is_never_listed() -> None:
+    hub = make_hub()
+    hub.online.add(7)
+    hub.add_broadcast(broadcast(1, expires_at=1000.0))
+    hub.merge([broadcast(2)], NOW.wall)
+    assert owed_to_seven(hub) == [1]
+
+
+def test_a_walk_leaves_out_who_has_it() -> None:
+    hub = make_hub()
+    hub.online |= BitMap((6, 7, 8))
+    added = hub.add_broadcast(broadcast(1, (6, 7, 8), (7,)))
+    assert added is not None
+    assert list(hub.walk(*added).todo) == [6, 8]
+
+
+def test_what_does_not_count_is_owed_again() -> None:
+    hub = make_hub()
+    hub.add_broadcast(broadcast(1, (7, 8), (7, 8)))
+    hub.unsettle(1, BitMap((7,)))
+    hub.unsettle(99, BitMap((7,)))
+    assert owed_to_seven(hub) == [1]
+
+
+def test_a_device_that_may_have_been_elsewhere_waits_until_the_store_was_asked() -> None:
+    hub = make_hub()
+    hub.add_broadcast(broadcast(1))
+    session = Session(encoding(5, "other"), devno=7)
+    hub.start(session, may_owe=False, elsewhere=True)
+    assert (session.unsure, session.fetch, hub.collect(session, NOW)) == (True, Inbox.WANTED, [])
+    session.unsure = False
+    hub.fetched(session, [], more=False)
+    assert sent(hub.collect(session, NOW)) == [1]
+
+
+def test_a_device_that_is_owed_no_broadcast_waits_for_nothing() -> None:
+    hub = make_hub()
+    hub.add_broadcast(broadcast(1, (8,)))
+    session = Session(encoding(5, "other"), devno=7)
+    hub.start(session, may_owe=False, elsewhere=True)
+    assert (session.unsure, session.fetch) == (False, Inbox.EMPTY)
+
+
+def test_a_claim_older_than_a_takeover_is_known_for_a_minute() -> None:
+    hub = make_hub()
+    hub.note_taken(7, 5, 100.0)
+    hub.note_taken(7, 4, 101.0)  # rang late
+    assert [hub.is_overtaken(7, epoch) for epoch in (4, 5, 6)] == [True, False, False]
+    assert not hub.is_overtaken(8, 1)
+    hub.forget(101.0 + TAKEN_MEMORY)
+    assert not hub.is_overtaken(7, 4)
+
+
+def test_a_session_that_goes_on_elsewhere_is_forgotten_here() -> None:
+    hub = make_hub()
+    hub.session_ends.note(7, 100.0, 60)
+    hub.resend[7] = Resend({1: 1}, 160.0)
+    hub.note_taken(7, 5, 101.0)
+    assert (hub.resend, hub.session_ends.take(7, 101.0)) == ({}, False)
+
+
+@pytest.mark.parametrize(("wall", "got"), [(LATER, [1]), (LATER + 1, [])])
+def test_a_doorbell_that_rings_after_its_push_expired_brings_nothing(wall: float, got: list[int]) -> None:
+    hub = make_hub()
+    session = connected(hub)
+    assert sent(hub.offer(session, targeted(1), Clock(5.0, wall))) == got
+
+
+def test_a_doorbell_that_rings_after_its_push_was_recalled_brings_nothing() -> None:
+    hub = make_hub()
+    session = connected(hub)
+    hub.members[7] = cast("Any", SimpleNamespace(session=session))
+    hub.recall(Withdrawn(1, 1, BitMap((7,)), BitMap()), NOW.now)
+    assert hub.offer(session, targeted(1), NOW) == []
+    assert sent(hub.offer(session, targeted(2), NOW)) == [2]
+
+
+def test_a_sweep_has_a_page_read_again_and_rows_fetched() -> None:
+    hub = make_hub()
+    session = connected(hub, may_owe=True, window=1)
+    hub.fetched(session, [targeted(1), targeted(2), targeted(3)], more=False)
+    assert sent(hub.collect(session, NOW)) == [1]
+    assert hub.look_again(session, owing=True)
+    assert (session.inbox, session.newest, session.fetch) == (None, 1, Inbox.WANTED)
+    idle = connected(hub, devno=8)
+    assert not hub.look_again(idle, owing=False)
+    assert hub.look_again(idle, owing=True)
+    idle.fetch = Inbox.FETCHING
+    assert not hub.look_again(idle, owing=True)
+    assert idle.fetch is Inbox.FETCHING_STALE

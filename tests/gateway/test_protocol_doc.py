@@ -13,7 +13,7 @@ import pytest
 from broker.config import KEYS, Config
 from broker.limits import Limits
 from broker.model import StoredMessage
-from gateway import admission, arrivals, connection, intake, node, session
+from gateway import admission, arrivals, connection, gate, handover, intake, node, session
 from gateway.carriers import Carriers
 from gateway.doorkeeper import TurnedAway
 from gateway.live import encoding, render
@@ -30,7 +30,7 @@ from gateway.websocket import MAX_FIRST_FRAME_SIZE, MAX_HANDSHAKE_SIZE
 from gateway.websocket import Refusal as WebSocketRefusal
 
 PAGE = (Path(__file__).parents[2] / "docs/protocol.md").read_text()
-SOURCES = [Path(str(module.__file__)) for module in (admission, arrivals, connection, intake, node)]
+SOURCES = [Path(str(module.__file__)) for module in (admission, arrivals, connection, handover, intake, node)]
 NOT_A_LIMIT = {
     "mqtt.port",
     "mqtt.tls_port",
@@ -169,6 +169,10 @@ def test_limits_that_are_no_setting_have_the_values_of_the_code() -> None:
     assert f"`keep_alive_max` ({profile.keep_alive_max})" in section("CONNECT")
     assert f"`window` ({profile.window})" in section("CONNECT")
     assert f"`ack_timeout` ({profile.ack_timeout:g} s" in section("Acknowledgement")
+    later = section("Come later")
+    assert f"at most {gate.LONGEST:g} each" in later
+    for name, _ in gate.Appointment(1.0, 1.0).properties:
+        assert f"| `{name}` |" in later
     limits = Limits()
     assert f"at most {limits.max_event} bytes" in section("What a device publishes")
     assert f"1 to {limits.max_event_name} bytes" in section("What a device publishes")

@@ -114,7 +114,7 @@ async def test_recalls_are_forgotten_when_no_page_can_be_on_its_way_any_more(wor
     phone = await world.online(0)
     await recall(world, await world.push(1))
     assert len(world.hub.recalled) == 1
-    world.hub.forget_recalls(world.node.clock.now + 3600)
+    world.hub.forget(world.node.clock.now + 3600)
     assert not world.hub.recalled
     assert not phone.closed
 

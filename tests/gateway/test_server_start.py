@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,7 +13,16 @@ from broker.config import Config, load_config
 from broker.store_sqlite import SqliteStore
 from gateway.mailbox import MailboxLimits
 from gateway.node import NodeSettings
-from gateway.server import Listening, Service, StartError, _check_anonymous, _node_settings
+from gateway.open_apps import StartError, check_anonymous
+from gateway.ports import hold_ports, release_ports, settle_ports
+from gateway.server import (
+    SPARE_FILES,
+    Listening,
+    Service,
+    _node_settings,
+    _within_files,
+    raise_file_limit,
+)
 
 ANY_PORT = {f"{key}": "0" for key in ("mqtt.port", "mqtt.ws_port", "http.port", "admin.port")}
 
@@ -88,7 +99,7 @@ OUTSIDE = {"server.host": "0.0.0.0", "mqtt.anonymous_app": "lab"}
     ],
 )
 def test_who_may_reach_the_anonymous_app_is_this_machine_or_said_so(flags: dict[str, str]) -> None:
-    _check_anonymous(load_config(None, None, flags))
+    check_anonymous(load_config(None, None, flags))
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "push.example.org"])
@@ -141,3 +152,99 @@ def test_every_setting_of_the_node_comes_from_the_configuration() -> None:
 
 def test_the_defaults_of_node_and_configuration_are_the_same() -> None:
     assert _node_settings(Config()) == NodeSettings(node_id=Config().server.node_id)
+
+
+# Files and connections
+
+
+def _limited(monkeypatch: pytest.MonkeyPatch, files: int) -> list[int]:
+    """The process's limits, as they are set."""
+    limits = [files // 4, files]
+    monkeypatch.setattr("resource.getrlimit", lambda _: tuple(limits))
+    monkeypatch.setattr("resource.setrlimit", lambda _, wanted: limits.__setitem__(slice(None), wanted))
+    return limits
+
+
+def test_the_limit_of_open_files_is_raised_to_what_the_system_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = _limited(monkeypatch, 20_000)
+    assert raise_file_limit() == 20_000
+    assert limits == [20_000, 20_000]
+
+
+FILES = [
+    ({}, 2_000_000, 1_000_000),
+    ({}, 20_000, 20_000 - 4096 - SPARE_FILES),
+    ({}, 4096, 2048),  # half, where the HTTP API could take them all
+    ({"store.url": "redis://r", "server.role": "gateway"}, 20_000, 20_000 - SPARE_FILES),
+    ({"mqtt.max_connections": "500"}, 20_000, 500),
+]
+
+
+@pytest.mark.parametrize(("flags", "files", "expected"), FILES)
+def test_no_more_connections_than_there_are_files_for(
+    monkeypatch: pytest.MonkeyPatch, flags: dict[str, str], files: int, expected: int
+) -> None:
+    _limited(monkeypatch, files)
+    raise_file_limit()
+    config = load_config(None, None, flags)
+    assert _within_files(_node_settings(config), config).max_connections == expected
+
+
+# Ports of workers
+
+
+def _config(**flags: str) -> Config:
+    return load_config(None, None, ANY_PORT | {key.replace("__", "."): value for key, value in flags.items()})
+
+
+def test_ports_are_held_by_number_and_nobody_else_gets_them() -> None:
+    config = _config(mqtt__ws_port="off")
+    ports = hold_ports(config, {})
+    try:
+        assert set(ports) == {"mqtt", "http", "admin"}
+        settled = settle_ports(config, ports)
+        assert settled.mqtt.ws_port is None
+        numbers = {settled.mqtt.port, settled.http.port, settled.admin.port}
+        assert 0 not in numbers
+        assert len(numbers) == 3
+        with pytest.raises(OSError, match="another process listens there"):
+            hold_ports(settled, {})
+        with socket.socket() as other:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with pytest.raises(OSError, match="in use"):
+                other.bind(("127.0.0.1", settled.mqtt.port))
+    finally:
+        release_ports(ports)
+
+
+def test_the_next_program_keeps_the_ports_that_it_still_wants() -> None:
+    before = hold_ports(_config(), {})
+    after = hold_ports(_config(mqtt__ws_port="off", server__host="127.0.0.2"), before)
+    try:
+        assert after["admin"] == before["admin"]
+        assert after["mqtt"] != before["mqtt"]
+        assert "ws" not in after
+        for name in ("mqtt", "ws", "http"):
+            with pytest.raises(OSError, match="Bad file"):
+                os.fstat(before[name].files[0])
+    finally:
+        release_ports(after)
+
+
+def test_where_one_port_is_taken_none_is_held_and_the_former_stay() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        before = hold_ports(_config(), {})
+        files = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(OSError, match=f":{taken.getsockname()[1]}: another"):
+            hold_ports(_config(http__port=str(taken.getsockname()[1]), server__host="127.0.0.1"), before)
+        assert len(os.listdir("/proc/self/fd")) == files
+        release_ports(before)
+
+
+def test_each_role_holds_what_it_serves() -> None:
+    for role, names in (("gateway", {"mqtt", "ws", "admin"}), ("broker", {"http", "admin"})):
+        ports = hold_ports(_config(store__url="redis://r", server__role=role), {})
+        release_ports(ports)
+        assert set(ports) == names

@@ -148,3 +148,113 @@ async def test_closing_records_what_was_noted_last() -> None:
     bench.settler.note(LivePush(message(1)), 5)
     await bench.settler.close()
     assert [one.msg_id for one in await bench.recorded()] == [1]
+
+
+# Devices that other nodes took
+
+
+class Fenced(Bench):
+    """Records when the test says; `certain` fails as often as `unsure`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unsure = 0
+        self.unsettled: list[tuple[int, int, list[int]]] = []
+        self.settler = Settler(
+            cast("Any", self.store),
+            self.metrics,
+            lambda: NOW,
+            certain=self._certain,
+            unsettle=lambda app_id, msg_id, devnos: self.unsettled.append((app_id, msg_id, list(devnos))),
+        )
+
+    async def _certain(self) -> None:
+        if self.unsure:
+            self.unsure -= 1
+            raise StoreUnavailable("cannot ask")
+
+    async def record(self) -> list[tuple[int, list[int], list[int]]]:
+        self.settler.fold()
+        await self.settler._record()
+        batch = [] if self.store.calls.empty() else self.store.calls.get_nowait()
+        return [(one.msg_id, list(one.delivered), list(one.evicted)) for one in batch]
+
+
+@pytest.fixture
+def fenced(monkeypatch: pytest.MonkeyPatch) -> Fenced:
+    monkeypatch.setattr(gateway.settler, "FOLD_AFTER", 3600)
+    return Fenced()
+
+
+async def test_what_a_taken_device_acknowledged_is_left_out_folded_or_not(fenced: Fenced) -> None:
+    targeted, to_many, evicting = LivePush(message(1)), broadcast(2, 5, 6), broadcast(3, 5, 6)
+    for devno in (5, 6):
+        fenced.settler.note(to_many, devno)
+    fenced.settler.fold()
+    fenced.settler.note(targeted, 5)
+    evicting.evicted.append(5)
+    assert evicting.settled is not None
+    evicting.settled.add(5)
+    fenced.settler.note_evicted(evicting)
+    fenced.settler.fence(1, 5)
+    fenced.settler.fence(2, 6)  # of another app
+    fenced.settler.returned(1, 5)
+    assert await fenced.record() == [(2, [6], [])]
+    assert fenced.unsettled == [(1, 2, [5])]
+    assert (len(evicting.settled), fenced.metrics.fenced.value, fenced.settler._backlog) == (0, 3, 0)
+
+
+async def test_what_comes_after_its_return_counts(fenced: Fenced) -> None:
+    fenced.settler.note(LivePush(message(1)), 5)
+    fenced.settler.fence(1, 5)
+    fenced.settler.returned(1, 5)
+    fenced.settler.note(LivePush(message(2)), 5)
+    assert await fenced.record() == [(2, [5], [])]
+
+
+async def test_who_was_not_taken_returns_without_effect(fenced: Fenced) -> None:
+    fenced.settler.note(LivePush(message(1)), 5)
+    fenced.settler.fence(1, 6)
+    fenced.settler.returned(1, 5)
+    assert await fenced.record() == [(1, [5], [])]
+
+
+async def test_nothing_is_recorded_while_it_is_not_certain(fenced: Fenced) -> None:
+    fenced.unsure = 1
+    fenced.settler.note(LivePush(message(1)), 5)
+    fenced.settler.note(LivePush(message(2)), 6)
+    assert await fenced.record() == []
+    fenced.settler.fence(1, 5)
+    assert await fenced.record() == [(2, [6], [])]
+    assert fenced.settler._backlog == 0
+
+
+async def test_a_bus_that_does_not_answer_is_not_waited_for(
+    fenced: Fenced, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(gateway.settler, "CERTAIN_LIMIT", 0.01)
+    answer = asyncio.Event()
+    monkeypatch.setattr(fenced.settler, "_certain", answer.wait)
+    monkeypatch.setattr(gateway.settler, "BACKLOG_MAX", 1)
+    for msg_id in (1, 2):
+        fenced.settler.note(LivePush(message(msg_id)), 5)
+    assert await fenced.record() == []
+    assert "which devices other nodes took is not known" in caplog.text
+    answer.set()
+    assert await fenced.record() == [(2, [5], [])]  # what waits is bounded
+
+
+async def test_all_that_is_not_recorded_is_known(fenced: Fenced) -> None:
+    fenced.settler.note(LivePush(message(1)), 5)
+    fenced.settler.fold()
+    fenced.settler.note(LivePush(message(2)), 6)
+    assert sorted(fenced.settler.unrecorded()) == [(1, (5,)), (1, (6,))]
+
+
+async def test_that_it_was_sent_is_true_whoever_has_it_now(fenced: Fenced) -> None:
+    fenced.settler.note_unanswered(LivePush(message(1)), 5, NOW - 1)
+    fenced.settler.fence(1, 5)
+    fenced.settler.fold()
+    await fenced.settler._record()
+    [one] = fenced.store.calls.get_nowait()
+    assert (list(one.sent), list(one.delivered)) == ([5], [])

@@ -19,7 +19,7 @@ from broker.bus import Broadcast, Doorbell, Targeted
 from broker.bus_local import LocalBus
 from broker.limits import Limits
 from broker.metrics import Metrics
-from broker.model import App, DeliveryState, NewDevice, NewMessage, StoredBroadcast, StoredMessage
+from broker.model import App, DeliveryState, NewDevice, NewMessage, NodeInfo, StoredBroadcast, StoredMessage
 from broker.pushing.pushes import Pushes
 from broker.store import Store
 from broker.store_sqlite import SqliteStore
@@ -29,6 +29,7 @@ from broker.tenants.apps import Apps
 from gateway.carriers import Carriers
 from gateway.connection import Connection, Phase
 from gateway.hub import Hub
+from gateway.membership import Membership
 from gateway.mqtt import Connack, Connect, Disconnect, Packet, Puback, Publish, decode, encode
 from gateway.node import Node, NodeSettings
 from gateway.session import Session
@@ -205,10 +206,11 @@ class World:
         assert hub is not None
         return hub
 
-    def new_node(self, store: Store | None = None) -> Node:
-        store = store or self.store
+    def new_node(self, store: Store | None = None, settings: NodeSettings | None = None) -> Node:
+        store, settings = store or self.store, settings or self._settings
+        info = NodeInfo(settings.node_id)
         return Node(
-            self._settings,
+            settings,
             store=store,
             bus=self.bus,
             apps=self.apps,
@@ -217,11 +219,12 @@ class World:
             reports=Reports(store, self.limits, self.clock),
             carriers=Carriers(),
             metrics=self.metrics,
+            membership=Membership(store.nodes, lambda: info, self.metrics),
             wall=self.clock,
         )
 
     async def close(self) -> None:
-        await self.node.drain(1.0)
+        await self.node.drain(0.0)
         await self.node.close()
         self.apps.close()
         await self.store.close()

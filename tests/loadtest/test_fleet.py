@@ -10,7 +10,7 @@ import pytest
 
 from loadtest.fleet import FleetError, connect_packet
 from loadtest.population import Population, register
-from loadtest.publishing import OpenLoop, batch_body, check_batch, keep_in_flight
+from loadtest.publishing import batch_body, check_batch, keep_in_flight
 from loadtest.scenarios.broadcast import Volley
 from loadtest.server import Server
 from loadtest.stage import QUICK, Cast, Meter, Stage, cast
@@ -66,7 +66,7 @@ def test_the_payload_is_100_bytes_on_the_wire(played: Cast, monkeypatch: pytest.
 
 def test_targeted_pushes_are_timed_from_when_they_were_due(played: Cast) -> None:
     played.fleet.connect(range(DEVICES))
-    publisher = OpenLoop(played, range(DEVICES), rate=1e6)
+    publisher = played.open_loop(range(DEVICES), rate=1e6)
     publisher.send_due()
     played.reactor.run_until(lambda: not played.ledger.missing, "arrival")
     assert publisher.sent == len(played.ledger.latencies) > 0

@@ -1,0 +1,54 @@
+-- Claims and releases of routes in one partition, in their order.
+-- KEYS[1]: {a.p}:routes (12 bytes a device at its place: node u32, epoch u32, last seen u32); beside it :on (a bit for
+-- each device with a route, the least significant first), :nodes (node -> devices), :formers, :in:<n> (inboxes).
+-- ARGV[1]: 11 bytes each: u8 0 release | 1 claim; u16 offset; u32 epoch (release)
+-- or node; u32 last seen (release).
+-- Answer: 9 bytes each: epoch u32, the node that had it before u32, u8 1 if something is in the inbox. Zeros for a release.
+-- repeatable
+local routes, ops = KEYS[1], ARGV[1]
+local prefix = string.sub(routes, 1, -7)
+local answers = {}
+
+local function count(node, by)
+  if node ~= 0 and redis.call("HINCRBY", prefix .. "nodes", node, by) == 0 then
+    redis.call("HDEL", prefix .. "nodes", node)
+  end
+end
+
+local function set(offset, node, epoch, seen)
+  redis.call("SETRANGE", routes, offset * 12, struct.pack(">I4I4I4", node, epoch, seen))
+  redis.call("SETBIT", prefix .. "on", offset - offset % 8 + 7 - offset % 8, node == 0 and 0 or 1)
+end
+
+for at = 1, #ops, 11 do
+  local op, offset, first, second = struct.unpack(">BI2I4I4", ops, at)
+  local old = redis.call("GETRANGE", routes, offset * 12, offset * 12 + 11)
+  local node, epoch, seen = 0, 0, 0
+  if #old == 12 then
+    node, epoch, seen = struct.unpack(">I4I4I4", old)
+  end
+  if op == 0 then
+    if node ~= 0 and epoch == first then
+      count(node, -1)
+      set(offset, 0, epoch, second)
+    end
+    answers[#answers + 1] = "\0\0\0\0\0\0\0\0\0"
+  else
+    local former = node
+    if node ~= first then
+      if node ~= 0 then
+        redis.call("HSET", prefix .. "formers", offset, node)
+        redis.call("PEXPIRE", prefix .. "formers", 60000)
+      end
+      count(node, -1)
+      count(first, 1)
+    else -- perhaps the first answer was lost
+      former = tonumber(redis.call("HGET", prefix .. "formers", offset) or 0)
+    end
+    epoch = epoch % 4294967295 + 1
+    set(offset, first, epoch, seen)
+    local owes = redis.call("HEXISTS", prefix .. "in:" .. math.floor(offset / 64), offset % 64)
+    answers[#answers + 1] = struct.pack(">I4I4B", epoch, former, owes)
+  end
+end
+return table.concat(answers)

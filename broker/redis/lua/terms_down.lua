@@ -1,0 +1,3 @@
+-- Terms hold for fewer devices. Not to be repeated: a count must never be too low. See terms_count.lua.
+-- include buckets
+-- include terms_count

@@ -1,0 +1,4 @@
+-- Terms hold for more devices. Once too often does no harm: see terms_count.lua.
+-- repeatable
+-- include buckets
+-- include terms_count

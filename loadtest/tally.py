@@ -1,0 +1,87 @@
+"""What the devices of one process got: a bit for each device and broadcast, a line for each targeted push.
+
+Who was to get a targeted push, and when it was due, the parent knows: it holds the arrivals against its ledger.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Iterator
+from typing import Final
+
+ARRIVAL: Final = 3  # numbers of one arrival: serial, device, microseconds of time.perf_counter
+US: Final = 1e6
+
+
+class Marks:
+    """One broadcast: a bit for each device that has it."""
+
+    __slots__ = ("_bits", "count", "first", "last", "repeats")
+
+    def __init__(self, devices: int) -> None:
+        self._bits = bytearray(-(-devices // 8))
+        self.count = 0
+        self.repeats = 0
+        self.first = 0.0  # when it came to a device of this process, time.perf_counter; 0: to none
+        self.last = 0.0
+
+    def mark(self, place: int) -> None:
+        byte, bit = place >> 3, 1 << (place & 7)
+        if self._bits[byte] & bit:
+            self.repeats += 1
+            return
+        self._bits[byte] |= bit
+        self.count += 1
+        self.last = time.perf_counter()
+        if self.count == 1:
+            self.first = self.last
+
+    def has(self, place: int) -> bool:
+        return bool(self._bits[place >> 3] & 1 << (place & 7))
+
+
+class Tally:
+    """Of the devices `first` to `first + count - 1`."""
+
+    __slots__ = ("_arrivals", "_broadcasts", "count", "first")
+
+    def __init__(self, first: int, count: int) -> None:
+        self.first = first
+        self.count = count
+        self._broadcasts: dict[int, Marks] = {}
+        self._arrivals = array("q")
+
+    def expect(self, serial: int) -> None:
+        """A broadcast of this serial is about to be made; any other serial is a targeted push's."""
+        self._broadcasts[serial] = Marks(self.count)
+
+    def take(self, device: int, serial: int) -> None:
+        """A push arrived: the hot path."""
+        marks = self._broadcasts.get(serial)
+        if marks is not None:
+            marks.mark(device - self.first)
+        else:
+            self._arrivals.extend((serial, device, int(time.perf_counter() * US)))
+
+    def marks(self, serial: int) -> Marks:
+        return self._broadcasts[serial]
+
+    def missing(self, serial: int, limit: int) -> list[int]:
+        """The first `limit` devices that have not got it."""
+        marks = self._broadcasts[serial]
+        lacking = (self.first + place for place in range(self.count) if not marks.has(place))
+        return [device for device, _ in zip(lacking, range(limit), strict=False)]
+
+    def drain(self) -> bytes:
+        """The targeted arrivals since the last call; see `read_arrivals`."""
+        arrivals, self._arrivals = self._arrivals, array("q")
+        return arrivals.tobytes()
+
+
+def read_arrivals(raw: bytes) -> Iterator[tuple[int, int, float]]:
+    """Serial, device and time.perf_counter of each."""
+    numbers = array("q", raw)
+    for place in range(0, len(numbers), ARRIVAL):
+        serial, device, at = numbers[place : place + ARRIVAL]
+        yield serial, device, at / US
