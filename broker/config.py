@@ -259,7 +259,12 @@ class Bridge(msgspec.Struct, frozen=True, kw_only=True):
     ca_file: Annotated[Path | None, _about("PEM file with its authority; off: the system's")] = None
     username: Annotated[Name | None, _about("user name there")] = None
     password: Annotated[Name | None, _about("password there", secret=True)] = None
-    client_id: Annotated[str, _about("the bridge's name there; empty: holdfast- and server.node_id")] = ""
+    client_id: Annotated[
+        str,
+        _about(
+            "its name there; empty: holdfast-bridge with a Redis and no group, else holdfast- and server.node_id"
+        ),
+    ] = ""
     keep_alive: Annotated[
         PositiveU16, _about("seconds of silence before it asks whether the broker is there")
     ] = 30

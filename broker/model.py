@@ -466,6 +466,7 @@ class NodeInfo(Struct, frozen=True):
     name: str  # unique among those that live
     role: str = "all"  # gateway | broker | all
     address: str = ""  # where devices reach it, host:port; "" if it has no such listener
+    direct: str = ""  # where other nodes reach it, and nobody else is served: likewise
     admin: str = ""  # where metrics, health and the admin API are, host:port
     pid: int = 0
     started_at: float = 0.0

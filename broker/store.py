@@ -246,8 +246,11 @@ class Store(Protocol):
     async def set_access(self, key: str, rules: Sequence[AccessRule]) -> App | None:
         """Put these access rules in place of the app's; None if there is no such app."""
 
-    async def set_settings(self, key: str, settings: AppSettings) -> App | None:
-        """Put these settings in place of the app's; None if there is no such app."""
+    async def set_settings(
+        self, key: str, settings: AppSettings, former: AppSettings | None = None
+    ) -> App | None:
+        """Put these settings in place of the app's; None if there is no such app. Raises Conflict if `former` is
+        given and the app has others by now."""
 
     async def delete_app(self, key: str) -> bool:
         """Remove the app at once and all its rows in the background. False: no such app."""
@@ -257,6 +260,10 @@ class Store(Protocol):
     async def register(self, app_id: int, devices: Sequence[NewDevice]) -> list[Device]:
         """Register devices, each with the next free devno. A registration id that exists already is left as
         it is and returned."""
+
+    async def register_new(self, app_id: int, device: NewDevice) -> Device | None:
+        """Register a device unless it exists: then None. Of all calls with one registration id, in any process, only
+        one gets the device."""
 
     async def find_devices(self, app_id: int, registration_ids: Sequence[str]) -> dict[str, Device]:
         """Whole records of those that exist."""
@@ -336,7 +343,8 @@ class Store(Protocol):
         by several requests is one object."""
 
     async def live_broadcasts(self, app_id: int) -> list[StoredBroadcast]:
-        """Unexpired broadcasts that some device is still owed, oldest first."""
+        """Unexpired broadcasts that some device is still owed, oldest first: all that were accepted before the call.
+        What is older than one of them is in its inboxes."""
 
     async def settle(self, settled: Sequence[Settled]) -> None:
         """Record deliveries and evictions, in bulk."""
@@ -374,7 +382,12 @@ class Store(Protocol):
 
     async def list_retained(self, app_id: int) -> list[Retained]: ...
 
-    # Durable MQTT sessions
+    async def find_home(self, app_id: int) -> NodeInfo | None:
+        """The node that the app's ordinary topics live on (decision 0022); None: this one, which takes the app on if
+        no live node has it."""
+
+    # Durable MQTT sessions. Of a node that is not the app's home any more, they and retained messages are refused
+    # with StoreUnavailable
 
     async def save_session_items(self, items: Sequence[SessionItem]) -> None:
         """Set values, or remove those that are None, of any apps, all or none (S11). To remove what is not there

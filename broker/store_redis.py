@@ -29,6 +29,7 @@ from broker.model import (
     MessageRecord,
     NewDevice,
     NewMessage,
+    NodeInfo,
     OwedRequest,
     Receipt,
     RecordChange,
@@ -52,6 +53,7 @@ from broker.redis.endings import Endings
 from broker.redis.engine import Engine
 from broker.redis.files import RedisFiles
 from broker.redis.generations import Generations
+from broker.redis.homes import Homes
 from broker.redis.log import Log
 from broker.redis.metering import count_redis
 from broker.redis.names import Names
@@ -143,8 +145,9 @@ class RedisStore:
         self.records, self.files = records, files
         self._events = RedisEvents(engine, clock, event_lifetime)
         self._audit = RedisAudit(engine, clock, audit_lifetime)
-        self._retained = RedisRetained(engine, clock)
-        self._sessions = RedisSessions(engine)
+        self._homes = Homes(engine, self.nodes)
+        self._retained = RedisRetained(engine, clock, self.nodes.mine)
+        self._sessions = RedisSessions(engine, self.nodes.mine)
         self._make_messages(clock, report_lifetime, cid_lifetime, event_lifetime, records)
         self._expiring += (files, self._audit)
         self._purging += (records, files, self._events, self._retained, self._sessions)
@@ -282,8 +285,10 @@ class RedisStore:
     async def set_access(self, key: str, rules: Sequence[AccessRule]) -> App | None:
         return await self._do(self._apps.set_access(key, rules))
 
-    async def set_settings(self, key: str, settings: AppSettings) -> App | None:
-        return await self._do(self._apps.set_settings(key, settings))
+    async def set_settings(
+        self, key: str, settings: AppSettings, former: AppSettings | None = None
+    ) -> App | None:
+        return await self._do(self._apps.set_settings(key, settings, former))
 
     async def delete_app(self, key: str) -> bool:
         return await self._do(self._apps.delete_app(key))
@@ -292,6 +297,9 @@ class RedisStore:
 
     async def register(self, app_id: int, devices: Sequence[NewDevice]) -> list[Device]:
         return await self._do(self._registry.register(app_id, devices))
+
+    async def register_new(self, app_id: int, device: NewDevice) -> Device | None:
+        return await self._do(self._registry.register_new(app_id, device))
 
     async def find_devices(self, app_id: int, registration_ids: Sequence[str]) -> dict[str, Device]:
         return await self._do(self._registry.find_devices(app_id, registration_ids))
@@ -395,6 +403,9 @@ class RedisStore:
 
     async def list_retained(self, app_id: int) -> list[Retained]:
         return await self._do(self._retained.list(app_id))
+
+    async def find_home(self, app_id: int) -> NodeInfo | None:
+        return await self._do(self._homes.find(app_id))
 
     # Durable MQTT sessions
 

@@ -39,6 +39,7 @@ from broker.model import (
     MessageRecord,
     NewDevice,
     NewMessage,
+    NodeInfo,
     OwedRequest,
     Receipt,
     RecordChange,
@@ -458,8 +459,10 @@ class SqliteStore:
         app: App | None = await self._write("set_access", (key, tuple(rules)))
         return app
 
-    async def set_settings(self, key: str, settings: AppSettings) -> App | None:
-        app: App | None = await self._write("set_settings", (key, settings))
+    async def set_settings(
+        self, key: str, settings: AppSettings, former: AppSettings | None = None
+    ) -> App | None:
+        app: App | None = await self._write("set_settings", (key, settings, former))
         return app
 
     async def delete_app(self, key: str) -> bool:
@@ -476,6 +479,11 @@ class SqliteStore:
     async def register(self, app_id: int, devices: Sequence[NewDevice]) -> list[Device]:
         self._check_app(app_id)
         registered: list[Device] = await self._write("register", (app_id, devices), 4 * len(devices))
+        return registered
+
+    async def register_new(self, app_id: int, device: NewDevice) -> Device | None:
+        self._check_app(app_id)
+        registered: Device | None = await self._write("register_new", (app_id, device), 4)
         return registered
 
     async def find_devices(self, app_id: int, registration_ids: Sequence[str]) -> dict[str, Device]:
@@ -678,6 +686,9 @@ class SqliteStore:
     async def list_retained(self, app_id: int) -> list[Retained]:
         retained: list[Retained] = await self._read(self._lister, "list_retained", app_id)
         return retained
+
+    async def find_home(self, app_id: int) -> NodeInfo | None:
+        return None
 
     # Durable MQTT sessions
 

@@ -91,6 +91,9 @@ TOO_LONG_ID = Refusal(
     Reason.CLIENT_IDENTIFIER_NOT_VALID, "a client id is at most 256 bytes long", "bad client id"
 )
 STORE_AWAY = Refusal(Reason.SERVER_UNAVAILABLE, "the store is not available; try again", "store away")
+HOME_AWAY = Refusal(
+    Reason.SERVER_BUSY, "the node that the app is at home on cannot be reached; try again", "home away"
+)
 DRAINING = Refusal(Reason.USE_ANOTHER_SERVER, "this node is about to stop", "draining")
 OVER_RATE = Refusal(Reason.CONNECTION_RATE_EXCEEDED, "too many CONNECTs; come back as told", "admit rate")
 BUSY = Refusal(Reason.SERVER_BUSY, "too many CONNECTs wait; come back as told", "busy")

@@ -24,6 +24,7 @@ from broker.store import Store, StoreError
 from gateway.admission import (
     BUSY,
     DRAINING,
+    HOME_AWAY,
     INTERNAL_ERROR,
     NO_CREDENTIALS,
     OVER_RATE,
@@ -45,14 +46,14 @@ from gateway.admission import (
     manners,
     welcome,
 )
-from gateway.connection import OPENING_CHECK, Connection, Phase
+from gateway.connection import FROM_NODES, OPENING_CHECK, Connection, Phase
 from gateway.doorkeeper import Doorkeeper, TurnedAway, source_of
 from gateway.gate import PATIENCE, Gate
-from gateway.hub import Hub
+from gateway.hub import Hub, Ordinary
 from gateway.live import SYS, encoding
 from gateway.logins import Login, Logins
 from gateway.mailbox import DEVICE, PUBLISHER, Mailbox
-from gateway.mqtt import Auth, Connect, MQTTError, Properties, Reason, Will
+from gateway.mqtt import Auth, Connect, MQTTError, Properties, Reason, Will, encode
 from gateway.scram import METHOD
 from gateway.session import Member, Session, SessionLimits
 
@@ -120,6 +121,8 @@ class Arrivals:
     def _asked(self, connection: Connection) -> TurnedAway | None:
         """What the doorkeeper says."""
         if self._doorkeeper is None:
+            return None
+        if connection.listener == FROM_NODES:
             return None
         source = source_of(connection.transport.get_extra_info("peername"))
         refused = self._doorkeeper.admit(source, self._node.clock.now)
@@ -245,6 +248,9 @@ class Arrivals:
 
     def _enter(self, connection: Connection, connect: Connect, hub: Hub) -> None:
         hub.touched = self._node.clock.now
+        if hub.ordinary is Ordinary.AWAY:
+            self._node.spawn(self._carry_home(connection, connect, hub))
+            return
         if "authentication_method" in connect.properties:
             connection.phase = Phase.PROVING
             self.logins.begin(connection, connect, hub)
@@ -252,6 +258,28 @@ class Arrivals:
                 connection.read_on()
         else:
             self._admit(connection, connect, hub)
+
+    async def _carry_home(self, connection: Connection, connect: Connect, hub: Hub) -> None:
+        """To the node where the app's ordinary topics are, which may be this one by now (decision 0022)."""
+        node = self._node
+        try:
+            home = await self._store.find_home(hub.app.app_id)
+        except StoreError:
+            self._refuse(connection, connect, STORE_AWAY)
+            return
+        if connection.phase is Phase.CLOSED:
+            return
+        if home is None:
+            if node.hubs.get(hub.app.app_id) is hub:
+                node.hubs.remove(hub)
+            node.hubs.load(hub.app.key, functools.partial(self._loaded, connection, connect))
+        elif connection.listener == FROM_NODES or not home.direct:  # one of us is wrong about the home
+            self._refuse(connection, connect, HOME_AWAY)
+        elif await node.tunnels.open(connection.transport, home.direct, lambda: _said(connection, connect)):
+            connection.give_away()
+            self.left(connection)
+        else:
+            self._refuse(connection, connect, HOME_AWAY)
 
     def authenticate(self, connection: Connection, packet: Auth) -> None:
         """An AUTH came, before CONNACK or after. Raises ProtocolError."""
@@ -336,10 +364,10 @@ class Arrivals:
         self, connection: Connection, connect: Connect, hub: Hub, devno: int, platform: str, claim: Claim
     ) -> None:
         if connection.phase is Phase.CLOSED:
-            self._store.release_route(hub.app.app_id, devno, claim.epoch, self._wall())
+            self._give_back(hub.app.app_id, devno, claim.epoch)
             return
         if self._node.hubs.get(hub.app.app_id) is not hub:  # the app was deleted meanwhile
-            self._store.release_route(hub.app.app_id, devno, claim.epoch, self._wall())
+            self._give_back(hub.app.app_id, devno, claim.epoch)
             self._refuse(connection, connect, UNKNOWN_APP)
             return
         if hub.is_overtaken(devno, claim.epoch):
@@ -356,6 +384,15 @@ class Arrivals:
         for push in hub.start(session, may_owe=claim.may_owe, elsewhere=elsewhere):
             self._node.settler.note_evicted(push)
         self._welcome(connection, connect, hub, session, role="device", prefix=DEVICE)
+
+    def _give_back(self, app_id: int, devno: int, epoch: int) -> None:
+        """A claim that nobody is here to use. It was the newer one all the same: an older connection of the device
+        has lost its route to it, and with no node in the route nobody else would ever tell (G5)."""
+        hub = self._node.hubs.get(app_id)
+        old = None if hub is None else hub.members.get(devno)
+        if old is not None and old.epoch < epoch:
+            self._take_over(old)
+        self._store.release_route(app_id, devno, epoch, self._wall())
 
     def _welcome_other(
         self, connection: Connection, connect: Connect, hub: Hub, role: str, prefix: str
@@ -474,6 +511,11 @@ class Arrivals:
 def _go_on(connection: Connection, mailbox: Mailbox) -> None:
     mailbox.waits = False
     connection.catch_up()
+
+
+def _said(connection: Connection, connect: Connect) -> bytes:
+    """All that the peer has sent."""
+    return encode(connect, connect.version) + bytes(connection.partial or b"")
 
 
 def _is_same(peer: Admission, connection: Connection) -> bool:

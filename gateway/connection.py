@@ -59,12 +59,16 @@ TURN: Final = 512  # packets of one peer taken in a row, about 2 ms: a flood hol
 MAX_UNREAD: Final = 1_048_576  # bytes not sent yet, above which nothing is read: a peer that never listens
 
 
+FROM_NODES: Final = "node"  # the listener of connections that another node carried here
+
+
 class Phase(enum.IntEnum):
     OPENING = 0  # no CONNECT yet
     JOINING = 1  # CONNECT is being decided; reading is paused
     PROVING = 2  # CONNECT came, and AUTH is awaited
     LIVE = 3
     CLOSED = 4
+    CARRIED = 5  # its socket is a tunnel's now
 
 
 class Connection(asyncio.Protocol):
@@ -93,7 +97,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, node: Node, listener: str) -> None:
         self.node = node
-        self.listener = listener  # tcp | tls | ws
+        self.listener = listener  # tcp | tls | ws | FROM_NODES
         self.phase = Phase.OPENING
         self.transport: asyncio.Transport = cast("asyncio.Transport", None)
         self.session: Session | None = None
@@ -336,6 +340,8 @@ class Connection(asyncio.Protocol):
 
     def check(self, now: float) -> float | None:
         """On the timer wheel: when to look again, None if the connection is over."""
+        if self.phase is Phase.CARRIED:
+            return None
         if self.phase is Phase.CLOSED:
             if now < self.last_seen + LINGER:
                 return self.last_seen + LINGER
@@ -417,6 +423,11 @@ class Connection(asyncio.Protocol):
         else:
             self.transport.close()
         self._end(label)
+
+    def give_away(self) -> None:
+        """The socket belongs to somebody else."""
+        self.phase = Phase.CARRIED
+        self.partial = None
 
     def _end(self, label: str) -> None:
         if self.phase is Phase.CLOSED:

@@ -14,8 +14,9 @@ been elsewhere since is *unsure*: the store is asked again before it is sent a b
 
 from __future__ import annotations
 
+import enum
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from math import ceil
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -109,6 +110,14 @@ class Resend(NamedTuple):
     expires_at: float  # with its session, monotonic
 
 
+class Ordinary(enum.Enum):
+    """Where the app's ordinary topics are (decision 0022)."""
+
+    HERE = enum.auto()  # this node is their home
+    AWAY = enum.auto()  # another one is: who connects is carried there
+    NONE = enum.auto()  # nobody may use any
+
+
 class Hub:
     __slots__ = (
         "_base",
@@ -123,6 +132,7 @@ class Hub:
         "mailboxes",
         "members",
         "online",
+        "ordinary",
         "others",
         "recalled",
         "resend",
@@ -150,6 +160,7 @@ class Hub:
         self.taken: dict[
             int, tuple[int, float]
         ] = {}  # devno -> epoch of another node's claim; until when, likewise
+        self.ordinary = Ordinary.HERE
         self.subscriptions = SubscriptionIndex()
         self.retained = RetainedMessages(max_retained, max_retained_bytes)
         self.mailboxes: dict[str, Mailbox] = {}  # session key -> what absent clients left
@@ -258,14 +269,18 @@ class Hub:
             assert push.settled is not None
             push.settled -= devnos
 
-    def drop_finished(self, now: float) -> None:
-        """Forget broadcasts that expired or that every target has."""
+    def drop_finished(self, now: float, unrecorded: Collection[tuple[int, int]] = ()) -> None:
+        """Forget broadcasts that expired or that every target has; `unrecorded` (app_id, msg_id) stay, for what was
+        acknowledged may turn out not to count (`unsettle`)."""
         for i, push in enumerate(self._log):
             if push is None:
                 continue
             assert push.targets is not None
             assert push.settled is not None
-            if push.message.expires_at <= now or len(push.targets) == len(push.settled):
+            finished = len(push.targets) == len(push.settled)
+            if finished and (self.app.app_id, push.msg_id) in unrecorded:
+                finished = False
+            if finished or push.message.expires_at <= now:
                 self._log[i] = None
                 del self._positions[push.msg_id]
         keep = next((i for i, push in enumerate(self._log) if push is not None), len(self._log))

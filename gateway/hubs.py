@@ -7,16 +7,18 @@ meanwhile are heard again when it is there.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Final
 
 from broker.bus import Broadcast, Doorbell, Recalled
+from broker.model import App
 from broker.store import Store, StoreError
 from broker.tenants.apps import Apps
 from gateway.exchange import Exchange
 from gateway.fanout import Fanout
-from gateway.hub import Hub
+from gateway.hub import Hub, Ordinary
 from gateway.keeper import Keeper
 from gateway.metrics import NodeMetrics
 from gateway.wheel import Clock
@@ -29,6 +31,11 @@ Loaded = Callable[
 ]  # the hub, None if there is no such app or (True) the store is away
 
 log = logging.getLogger(__name__)
+
+
+def has_topics(app: App) -> bool:
+    """Somebody may use ordinary topics (decision 0009)."""
+    return app.open or bool(app.access)
 
 
 @dataclass(slots=True)
@@ -54,7 +61,10 @@ class Hubs:
         max_retained: int,
         max_retained_bytes: int,
         spawn: Callable[[Coroutine[Any, Any, None]], None],
+        unrecorded: Callable[[], Collection[tuple[int, int]]],
     ) -> None:
+        """`unrecorded`: see `Settler.unrecorded_broadcasts`."""
+        self._unrecorded = unrecorded
         self._store = store
         self._apps = apps
         self._exchange = exchange
@@ -133,10 +143,12 @@ class Hubs:
             max_retained_bytes=self._max_retained_bytes,
             too_large=self._metrics.too_large,
         )
+        hub.ordinary = await self._find_ordinary(app)
         for row in await self._store.live_broadcasts(app.app_id):
             hub.add_broadcast(row)
-        retained = await self._store.list_retained(app.app_id)
-        items = await self._store.list_session_items(app.app_id)
+        here = hub.ordinary is Ordinary.HERE
+        retained = await self._store.list_retained(app.app_id) if here else ()
+        items = await self._store.list_session_items(app.app_id) if here else ()
         while load.missed:
             load.missed = False
             for row in await self._store.live_broadcasts(app.app_id):
@@ -152,6 +164,17 @@ class Hubs:
                 self._fanout.recalled(hub, doorbell)
         return hub
 
+    async def _find_ordinary(self, app: App) -> Ordinary:
+        if self._store.nodes.lease == inf:
+            return Ordinary.HERE  # there is no other node
+        if not has_topics(app):
+            return Ordinary.NONE
+        return Ordinary.HERE if await self._store.find_home(app.app_id) is None else Ordinary.AWAY
+
+    async def is_right(self, hub: Hub) -> bool:
+        """Whether the app's ordinary topics still are where the hub has them. Raises StoreError."""
+        return hub.ordinary is await self._find_ordinary(hub.app)
+
     # Upkeep
 
     def upkeep(self) -> None:
@@ -159,8 +182,9 @@ class Hubs:
         if not self._upkeep_todo:
             self._upkeep_todo = list(self._by_id.values())
         now, wall = self._clock.now, self._clock.wall
+        unrecorded = self._unrecorded()
         for hub in self._upkeep_todo[-UPKEEP_SLICE:]:
-            hub.drop_finished(wall)
+            hub.drop_finished(wall, unrecorded)
             hub.forget(now)
             self._keeper.expire(hub)
             if hub.idle(now) and now > hub.touched + HUB_REST and not self._fanout.walking:

@@ -91,6 +91,11 @@ class Journal:
         if self._timer is None and not self._closing:
             self._timer = asyncio.get_running_loop().call_later(LAZY, self._wake.set)
 
+    def drop(self, app_id: int) -> None:
+        """Another node is the app's home now, and what is noted here would be refused for ever."""
+        self._noted = {key: value for key, value in self._noted.items() if key[0] != app_id}
+        self._touched = {message: app for message, app in self._touched.items() if app != app_id}
+
     def when_saved(self, then: Then) -> None:
         """Call `then` once all that was noted so far is durable, or with why it is not."""
         if self._noted or self._touched:

@@ -16,7 +16,7 @@ from pyroaring import BitMap
 
 from broker.logs import log_event
 from broker.model import SessionItem
-from gateway.hub import Hub, Resend
+from gateway.hub import Hub, Ordinary, Resend
 from gateway.journal import (
     COPIES,
     MESSAGE,
@@ -90,6 +90,9 @@ class Keeper:
             self._wills.note(self.adopt(connection), connection.will)
 
     def _make_durable(self, hub: Hub, mailbox: Mailbox, expiry: int) -> None:
+        """Without ordinary topics there is nothing in it that must survive (decision 0022)."""
+        if hub.ordinary is Ordinary.NONE:
+            return
         if mailbox.log is None:
             mailbox.log = StoredSession(self._journal, hub.app.app_id, hub.new_session_number())
             mailbox.note_received()
@@ -180,16 +183,16 @@ class Keeper:
             self.end(hub, mailbox)
             return 0
         self._make_durable(hub, mailbox, expiry)
-        assert mailbox.log is not None
         for packet_id, copy in mailbox.in_flight.items():
-            if copy.left is not None:
+            if copy.left is not None and mailbox.log is not None:
                 mailbox.log.sent(packet_id, copy, released=packet_id in mailbox.released)
         self._keep_for(hub, mailbox, expiry, expiry)
         return expiry
 
     def _keep_for(self, hub: Hub, mailbox: Mailbox, expiry: int, left: float) -> None:
         mailbox.expires_at = asyncio.get_running_loop().time() + left if expiry != NEVER else None
-        self._save(hub, mailbox, expiry, self._clock.wall + left)
+        if mailbox.log is not None:
+            self._save(hub, mailbox, expiry, self._clock.wall + left)
         hub.mailboxes[mailbox.key] = mailbox
 
     def end(self, hub: Hub, mailbox: Mailbox) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from gateway.connection import Connection
+from gateway.connection import FROM_NODES, Connection
 from gateway.node import Node
 from gateway.websocket import SAME_ORIGIN, WebSocketFactory
 
@@ -51,6 +51,11 @@ async def listen_tcp(
     return await _listen(
         lambda: Connection(node, listener), host, port, context, node.settings.connect_timeout, shared=shared
     )
+
+
+async def listen_to_nodes(node: Node, host: str) -> asyncio.Server:
+    """For connections that other nodes carry here, on any free port: they have been through those nodes' doors."""
+    return await _listen(lambda: Connection(node, FROM_NODES), host, 0, None, shared=False)
 
 
 async def listen_websocket(

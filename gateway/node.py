@@ -33,7 +33,7 @@ from gateway.fetcher import Fetcher
 from gateway.gate import Gate
 from gateway.handover import Handover
 from gateway.hub import Hub
-from gateway.hubs import Hubs
+from gateway.hubs import Hubs, has_topics
 from gateway.intake import Intake
 from gateway.journal import Journal
 from gateway.keeper import Keeper
@@ -45,6 +45,7 @@ from gateway.postman import Postman
 from gateway.session import Session
 from gateway.settler import Settler
 from gateway.sweeper import Sweeper
+from gateway.tunnels import Tunnels
 from gateway.wheel import Clock, Wheel
 from gateway.wills import Wills
 
@@ -167,6 +168,7 @@ class Node:
             max_retained=settings.max_retained,
             max_retained_bytes=settings.max_retained_bytes,
             spawn=self.spawn,
+            unrecorded=self.settler.unrecorded_broadcasts,
         )
         self.sweeper = Sweeper(
             self,
@@ -179,6 +181,7 @@ class Node:
         )
         self.fetcher = Fetcher(store, self.metrics, self.clock, look=self.sweeper.look, sure=self._is_sure)
         self.handover = Handover(self, store.nodes)
+        self.tunnels = Tunnels()
         self.arrivals = Arrivals(
             self,
             store=store,
@@ -222,6 +225,7 @@ class Node:
         if self._tick_timer is not None:
             self._tick_timer.cancel()
         self.handover.cancel()
+        self.tunnels.close()
         if self._round is not None:
             self._round.cancel()
             await asyncio.wait([self._round])
@@ -343,9 +347,12 @@ class Node:
             for key, member in list(hub.others.items()):
                 if key.startswith(PUBLISHER):
                     member.close("secret rotated", Reason.NOT_AUTHORIZED)
-        rules_changed = (app.access, app.open) != (hub.app.access, hub.app.open)
+        before = hub.app
+        rules_changed = (app.access, app.open) != (before.access, before.open)
         hub.change_app(app)
-        if rules_changed:
+        if has_topics(app) is not has_topics(before) and not self.membership.alone:
+            self._moved(hub)
+        elif rules_changed:
             self.exchange.rules_changed(hub)
 
     # One node of many
@@ -381,8 +388,18 @@ class Node:
             member.close("taken over", Reason.SESSION_TAKEN_OVER)
         hub.note_taken(devno, epoch, self.clock.now)
 
+    def _moved(self, hub: Hub) -> None:
+        """The app's ordinary topics are elsewhere, or there are some now: everybody comes in anew."""
+        self.hubs.remove(hub)
+        self.journal.drop(hub.app.app_id)
+        for member in hub.everyone():
+            member.close("app moved", Reason.USE_ANOTHER_SERVER)
+
     async def look_at_app(self, hub: Hub) -> None:
-        """Whether the app changed, or tokens were revoked, and nobody told. Raises StoreError."""
+        """Whether the app changed or moved, or tokens were revoked, and nobody told. Raises StoreError."""
+        if not await self.hubs.is_right(hub) and self.hubs.get(hub.app.app_id) is hub:
+            self._moved(hub)
+            return
         app = await self._store.find_app(hub.app.key)
         if app != hub.app and self.hubs.get(hub.app.app_id) is hub:
             self._apps.forget(hub.app.app_id)
@@ -458,6 +475,11 @@ def _declare_gauges(node: Node, metrics: Metrics) -> None:
     )
     metrics.gauge(
         "deliveries_in_flight", "Pushes sent and not yet acknowledged.", node.metrics.count_in_flight
+    )
+    metrics.gauge(
+        "connections_carried",
+        "Connections passed on to the node where their app is at home.",
+        lambda: len(node.tunnels),
     )
     metrics.gauge("connections_opening", "Connections before CONNACK.", lambda: len(node.arrivals.opening))
     metrics.gauge("connects_waiting", "CONNECTs that stand in line.", lambda: node.arrivals.waiting)

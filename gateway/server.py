@@ -34,7 +34,15 @@ from broker.telling.callbacks import CallbackMetrics
 from gateway.carriers import Carriers
 from gateway.doorkeeper import DoorLimits
 from gateway.inquiries import Inquiries
-from gateway.listeners import Certificate, TlsError, address_of, format_address, listen_tcp, listen_websocket
+from gateway.listeners import (
+    Certificate,
+    TlsError,
+    address_of,
+    format_address,
+    listen_tcp,
+    listen_to_nodes,
+    listen_websocket,
+)
 from gateway.mailbox import MailboxLimits
 from gateway.membership import Membership
 from gateway.node import Node, NodeSettings
@@ -131,6 +139,7 @@ class Service:
         self._admin: AdminListener | None = None
         self._inquiries = Inquiries({"metrics": self._export, "health": self._report})
         self._address = ""  # where devices reach it
+        self._direct = ""  # where other nodes do
         self._tasks: list[asyncio.Task[None]] = []
         self._bridge = self._make_bridge()
 
@@ -229,6 +238,7 @@ class Service:
             server.node_id,
             role=server.role,
             address=self._address,
+            direct=_reachable(self._direct, self._address),
             admin=admin,
             pid=os.getpid(),
             started_at=self._started_at,
@@ -242,7 +252,8 @@ class Service:
             return None
         from broker.bridging.bridge import make_bridge  # an MQTT client: 4 MB that few need
 
-        return make_bridge(self._config, self._broker.apps, self._broker.pushes, self.metrics)
+        broker = self._broker
+        return make_bridge(self._config, broker.apps, broker.pushes, self.metrics, self._store.records)
 
     # Listeners
 
@@ -263,6 +274,8 @@ class Service:
         if node is None:
             return None, None, None
         tcp = tls = ws = None
+        if not self._membership.alone:
+            self._direct = self._add(await listen_to_nodes(node, host))
         if mqtt.port is not None:
             tcp = self._add(await listen_tcp(node, host, mqtt.port, shared=shared))
         if mqtt.tls_port is not None:
@@ -395,6 +408,14 @@ def _within_files(settings: NodeSettings, config: Config) -> NodeSettings:
         connections=room,
     )
     return replace(settings, max_connections=room)
+
+
+def _reachable(bound: str, advertised: str) -> str:
+    """The port of the one, and where it is bound to all addresses the host of the other."""
+    host, colon, port = bound.rpartition(":")
+    if host in ("0.0.0.0", "[::]"):
+        host = advertised.rpartition(":")[0]
+    return f"{host}{colon}{port}"
 
 
 @cache

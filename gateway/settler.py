@@ -198,6 +198,15 @@ class Settler:
         for settled in (*self._recording, *self._batch):
             yield settled.app_id, (*settled.delivered, *settled.evicted)
 
+    def unrecorded_broadcasts(self) -> set[tuple[int, int]]:
+        """app_id and msg_id of the broadcasts among these."""
+        dirty = {(push.message.app_id, push.msg_id) for push in self._dirty if push.broadcast}
+        return dirty | {
+            (settled.app_id, settled.msg_id)
+            for settled in (*self._recording, *self._batch)
+            if settled.broadcast and (settled.delivered or settled.evicted)
+        }
+
     def _leave_out_fenced(self) -> None:
         if not self._fenced:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Final, cast
 
 OPEN_LIMIT: Final = 5.0  # seconds to reach the home
@@ -50,9 +51,9 @@ class Tunnels:
     def __len__(self) -> int:
         return len(self._ends)
 
-    async def open(self, transport: asyncio.Transport, address: str, first: bytes) -> bool:
-        """Send what the peer has said so far to the home at host:port, and connect the two. The caller has paused
-        reading; from a True on the transport is not its own any more."""
+    async def open(self, transport: asyncio.Transport, address: str, first: Callable[[], bytes]) -> bool:
+        """Connect the peer with the home at host:port. `first` gives what the peer has said so far, and is asked when
+        the home is reached; from a True on the transport is not the caller's own any more."""
         host, _, port = address.rpartition(":")
         loop = asyncio.get_running_loop()
         home, edge = _End(), _Edge(self._ends)
@@ -69,7 +70,7 @@ class Tunnels:
         edge.connection_made(transport)
         self._ends.add(edge)
         transport.set_protocol(edge)
-        home.transport.write(first)
+        home.transport.write(first())
         transport.resume_reading()
         return True
 

@@ -49,6 +49,7 @@ class Plan:
     fleet_devices: int = 100_000  # of fleet and crowd
     nodes: int = 6  # processes of a fleet's server
     hold: float = 600.0  # seconds for which a fleet must be stable
+    calm: float = 3.0  # seconds between two measurements of a fleet
 
 
 QUICK: Final = Plan(
@@ -70,6 +71,7 @@ QUICK: Final = Plan(
     fleet_devices=1_500,
     nodes=2,
     hold=5.0,
+    calm=0.5,
 )
 
 

@@ -150,10 +150,12 @@ class Server(Protocol):
 class Load:
     """What devices and publishers share: the server, its tags as the ledger models them, and the gate."""
 
-    def __init__(self, server: Server, seed: int, *, patient: bool = False) -> None:
-        """`patient`: the store may be away for a while, and those who push are told so."""
+    def __init__(self, server: Server, seed: int, *, patient: bool = False, pace: float = 1.0) -> None:
+        """`patient`: the store may be away for a while, and those who push are told so; nodes may send devices away.
+        `pace`: how long publishers rest between pushes; 1 is nearly nothing."""
         self.server = server
         self.patient = patient
+        self.pace = pace
         self.app: AppKeys = server.app
         self.random = Random(seed)
         self.ledger = Ledger()
@@ -258,6 +260,7 @@ class Wire:
         self._writer = writer
         self._buffer = bytearray()
         self._version = version
+        self.port: int = writer.get_extra_info("sockname")[1]
 
     @classmethod
     async def open(cls, address: tuple[str, int], connect: Connect) -> Wire:
@@ -399,6 +402,17 @@ class Device:
 
     async def _stay(self) -> None:
         """Take everything and acknowledge it, until the server has that on record."""
+        while True:
+            try:
+                await self._stay_once()
+            except GONE:
+                if not self._load.patient:
+                    raise
+                await asyncio.sleep(AGAIN_AFTER)
+            else:
+                return
+
+    async def _stay_once(self) -> None:
         wire = await Wire.open(self._load.server.addresses.mqtt, self._connect(steady=True))
         recorded = asyncio.create_task(self._load.recorded.wait())
         last = 0
@@ -429,11 +443,11 @@ class HttpPublisher:
             while True:
                 async with self._load.turn():
                     await self._send(http)
-                await asyncio.sleep(self._random.random() * 0.02)
+                await asyncio.sleep(self._random.random() * 0.02 * self._load.pace)
 
     async def _single(self, http: aiohttp.ClientSession) -> None:
         push = self._load.new_push(self._random)
-        answer = await self._call(http, "/v3/push", push.body(), again=push.cid is not None)
+        answer = await self.call(http, "/v3/push", push.body(), again=push.cid is not None)
         if answer is not None:
             self._load.ledger.answered(push, answer["msg_id"])
 
@@ -446,15 +460,16 @@ class HttpPublisher:
             for push in pushes
         }
         body = orjson.dumps({"pushlist": items})
-        answer = await self._call(http, "/v3/push/batch/regid/single", body, again=True)
+        answer = await self.call(http, "/v3/push/batch/regid/single", body, again=True)
         for push in pushes:
             self._load.ledger.answered(push, answer[push.cid]["msg_id"])
 
-    async def _call(self, http: aiohttp.ClientSession, path: str, body: bytes, *, again: bool) -> Any:
+    async def call(self, http: aiohttp.ClientSession, path: str, body: bytes, *, again: bool) -> Any:
         """The answer; None if the server went away and the push must not be tried again."""
         while True:
             try:
-                async with http.post(path, data=body) as answer:
+                address = self._load.server.addresses.http  # of another broker, if there are several
+                async with http.post(address + path, data=body) as answer:
                     raw = await answer.read()
                     if self._load.patient and answer.status == 503:
                         raise TryAgain
@@ -481,7 +496,7 @@ class MqttPublisher:
                 async with self._load.turn():
                     count = self._random.randint(1, 10)
                     await self._burst([self._load.new_push(self._random) for _ in range(count)])
-                await asyncio.sleep(self._random.random() * 0.05)
+                await asyncio.sleep(self._random.random() * 0.05 * self._load.pace)
         finally:
             self._drop()
 

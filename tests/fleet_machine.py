@@ -155,7 +155,7 @@ class Link(asyncio.Transport):
         self._sent = [0.0] * SHARDS  # when the last request arrives: what is sent later arrives later
         self._answered = 0.0  # likewise
         self._asked: deque[_Asked] = deque()
-        self._flying = 0  # requests on their way
+        self.flying = 0  # requests on their way
         self._lost: set[int] = set()  # shards to which nothing gets through any more
         self.over = False  # for the process
         process.links.append(self)
@@ -174,7 +174,7 @@ class Link(asyncio.Transport):
             shard = zlib.crc32(_tag(request)) % SHARDS
             whole = machine.whole(self.process)
             self._sent[shard] = max(self._sent[shard], machine.now + machine.latency(), whole)
-            self._flying += 1
+            self.flying += 1
             asked = _Asked(request)
             self._asked.append(asked)
             machine.at(self._sent[shard], self._arrive, asked, shard)
@@ -191,7 +191,7 @@ class Link(asyncio.Transport):
     def finish(self) -> None:
         """The run is over."""
         self.over = True
-        self._flying = 0
+        self.flying = 0
         self._hang_up()
 
     def abort(self) -> None:
@@ -214,7 +214,7 @@ class Link(asyncio.Transport):
     def _drop(self) -> None:
         with suppress(ValueError):
             self.process.links.remove(self)
-        if not self._flying:
+        if not self.flying:
             self._hang_up()
 
     def _hang_up(self) -> None:
@@ -224,7 +224,7 @@ class Link(asyncio.Transport):
     # On the side of Redis
 
     def _arrive(self, asked: _Asked, shard: int) -> None:
-        self._flying -= 1
+        self.flying -= 1
         machine = self._machine
         if self.over and machine.dice.random() < machine.lost_in_flight:
             self._lost.add(shard)  # and what was sent after it
@@ -234,7 +234,7 @@ class Link(asyncio.Transport):
             if self.over:
                 machine.note("carried out late")
             self._exchange(asked)
-        if self.over and not self._flying:
+        if self.over and not self.flying:
             self._hang_up()
 
     def _exchange(self, asked: _Asked) -> None:

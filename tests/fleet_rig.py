@@ -11,20 +11,27 @@ import signal
 import socket
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from random import Random, SystemRandom
 from typing import Final
 
+import orjson
 import pytest
 import redis
 
 from clients.local_server import Addresses, AppKeys, LocalServer
+from tests.faulty_bus import FaultyBus
 
-START_LIMIT: Final = 20.0  # seconds
+START_LIMIT: Final = 30.0  # seconds
+ROLL_LIMIT: Final = 120.0  # seconds until all workers of a machine are replaced
 DURABLE: Final = ("--appendonly", "yes", "--appendfsync", "always", "--save", "")
 PROGRAM: Final = "redis-server"
+NOWHERE: Final = "127.0.0.1:1"  # what a node of one role has not
+ALL: Final = "all"
 
 
 def free_port() -> int:
@@ -61,11 +68,12 @@ class Redis:
     def client(self) -> redis.Redis:
         return redis.Redis("127.0.0.1", self.port)
 
-    def start(self) -> None:
+    def start(self, *more: str) -> None:
+        """`more`: flags of this start only."""
         command = (PROGRAM, "--port", str(self.port), "--bind", "0.0.0.0", "--protected-mode", "no")
         with (self._directory / "redis.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [*command, "--dir", str(self._directory), *DURABLE, *self._flags],
+                [*command, "--dir", str(self._directory), *DURABLE, *self._flags, *more],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -95,7 +103,9 @@ class Redis:
 
 
 class OneRedis:
-    """What a fleet keeps its data in: a single server."""
+    """What a fleet keeps its data in: a single server. `flags` are those that its nodes need."""
+
+    flags: tuple[str, ...] = ()
 
     def __init__(self, directory: Path) -> None:
         self.servers = [Redis(directory / "redis")]
@@ -116,8 +126,71 @@ class OneRedis:
         return {msg_id for server in self.servers for msg_id in _stored_ids(server)}
 
 
+class RedisBehindFaultyBus(OneRedis):
+    """It loses and doubles doorbells on their way to the nodes."""
+
+    def __init__(self, directory: Path, seed: int) -> None:
+        super().__init__(directory)
+        self.bus = FaultyBus(self.servers[0].port, seed)
+
+    def start(self) -> None:
+        super().start()
+        self.bus.start()
+
+    def close(self) -> None:
+        self.bus.close()
+        super().close()
+
+    def url(self, node: int) -> str:
+        return f"redis://127.0.{node + 1}.1:{self.bus.port}"
+
+
+class RedisPair(OneRedis):
+    """A master and its replica, which has each write before it is answered."""
+
+    flags = ("--store-replicas", "1")
+
+    def __init__(self, directory: Path) -> None:
+        self.servers = [Redis(directory / f"redis-{n}") for n in range(2)]
+
+    def start(self) -> None:
+        master, replica = self.servers
+        master.start()
+        replica.start(*self._follow(master))
+        self._until_in_step(replica)
+
+    @staticmethod
+    def _follow(master: Redis) -> tuple[str, ...]:
+        return ("--replicaof", f"127.0.0.1 {master.port}")
+
+    @staticmethod
+    def _until_in_step(replica: Redis) -> None:
+        deadline = time.monotonic() + START_LIMIT
+        with replica.client() as client:
+            while client.info("replication").get("master_link_status") != "up":
+                assert time.monotonic() < deadline, "the replica is not in step"
+                time.sleep(0.02)
+
+    def kill_the_master(self) -> None:
+        self.servers[0].kill()
+
+    def promote_the_replica(self) -> None:
+        """And the old master comes back as its replica."""
+        old, new = self.servers
+        with new.client() as client:
+            client.replicaof("NO", "ONE")
+        old.start(*self._follow(new))
+        self._until_in_step(old)
+        self.servers.reverse()
+
+    def url(self, node: int) -> str:
+        return ",".join(f"redis://127.0.{node + 1}.1:{server.port}" for server in self.servers)
+
+
 class RedisCluster(OneRedis):
-    """Three masters, a replica each."""
+    """Three masters, a replica each, which has each write before it is answered."""
+
+    flags = ("--store-replicas", "1")
 
     def __init__(self, directory: Path) -> None:
         flags = (
@@ -167,26 +240,60 @@ def _stored_ids(server: Redis) -> Iterator[str]:
             yield key.decode().partition("/")[2].partition("}")[0]
 
 
-class Fleet:
-    """Nodes that all do everything. Stands in for a `LocalServer` in `tests.crash_load`: whoever asks for addresses
-    gets those of one of the nodes, by chance."""
+class Node(LocalServer):
+    """Of any role: what it does not listen on has an address where nobody is."""
 
-    def __init__(self, directory: Path, store: OneRedis, count: int, *flags: str) -> None:
+    def _take_listening(self, line: bytes) -> None:
+        told = orjson.loads(line)
+        super()._take_listening(
+            orjson.dumps(told | {name: told[name] or NOWHERE for name in ("mqtt", "http", "admin")})
+        )
+
+    def workers(self) -> dict[str, int]:
+        """Of a node with `--workers`: name -> process of those that are ready."""
+        with urllib.request.urlopen(f"{self.addresses.admin}/healthz", timeout=10) as response:
+            workers = orjson.loads(response.read())["workers"]
+        return {worker["name"]: worker["pid"] for worker in workers if worker["state"] == "ready"}
+
+    def replace_workers(self) -> None:
+        """The rolling restart of one machine; returns when it is done."""
+        before, replaced = set(self.workers().values()), self._replaced()
+        os.kill(self.pid, signal.SIGUSR2)
+        deadline = time.monotonic() + ROLL_LIMIT
+        while self._replaced() == replaced:
+            assert time.monotonic() < deadline, self.log_text()[-2000:]
+            time.sleep(0.1)
+        assert not before & set(self.workers().values())
+
+    def _replaced(self) -> int:
+        return self.log_text().count("the workers are replaced")
+
+
+class Fleet:
+    """Nodes of these roles. Stands in for a `LocalServer` in `tests.crash_load`: whoever asks for addresses gets
+    those of one of the nodes, by chance."""
+
+    def __init__(self, directory: Path, store: OneRedis, roles: int | Sequence[str], *flags: str) -> None:
+        """A number: so many that do everything."""
+        roles = (ALL,) * roles if isinstance(roles, int) else roles
         self.store = store
         self.nodes = [
-            LocalServer(
+            Node(
                 directory / f"node-{n}",
-                "--store", store.url(n), "--node-id", f"node-{n}", "--server-demo-app", "false", *flags,
+                "--store", store.url(n), "--node-id", f"node-{n}", "--role", role,
+                "--server-demo-app", "false", *store.flags, *flags,
             )
-            for n in range(count)
+            for n, role in enumerate(roles)
         ]  # fmt: skip
+        self.gateways = [node for node, role in zip(self.nodes, roles, strict=True) if role != "broker"]
+        self.brokers = [node for node, role in zip(self.nodes, roles, strict=True) if role != "gateway"]
         self._random = Random(0)
         self._app: AppKeys | None = None
 
     def start(self) -> None:
         for node in self.nodes:
             node.start()
-        self._app = self.nodes[0].create_app("fleet")  # not open: it would have a home
+        self._app = self.brokers[0].create_app("fleet")  # not open: it would have a home
 
     @property
     def app(self) -> AppKeys:
@@ -195,11 +302,8 @@ class Fleet:
 
     @property
     def addresses(self) -> Addresses:
-        return self._random.choice(self.nodes).addresses
-
-    @property
-    def running(self) -> Sequence[LocalServer]:
-        return [node for node in self.nodes if node.running]
+        broker = self._random.choice(self.brokers).addresses
+        return replace(broker, mqtt=self._random.choice(self.gateways).addresses.mqtt)
 
     def close(self) -> None:
         for node in self.nodes:

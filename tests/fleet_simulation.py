@@ -359,7 +359,8 @@ class Publication:
     msg_id: int | None = None
     created_at: float = 0.0  # of the first try
     tries: int = 0
-    withdrawn: bool = False  # by whatever: somebody may not get it
+    withdrawn: bool = False  # its publisher asked for it
+    recalled: bool = False  # and was answered
 
 
 # Processes
@@ -452,6 +453,7 @@ class Scenario:
     redis_kills: float = 0.0
     slow: float = 0.0
     tampering: float = 0.0
+    victims: Sequence[str] = ("gateway", "broker")
     offline_limit: int = 100
     restless: float = 3.0
     patience: Sequence[float] = (0.005, 0.05, 0.05, 1.0, NEVER)  # of devices, before they acknowledge
@@ -470,6 +472,16 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "cuts": Scenario(cuts=0.4, breaks=0.4, slow=0.05),
     "stops": Scenario(stops=0.5, seconds=12, tampering=0.02),
     "kills": Scenario(kills=0.3, brokers=2, seconds=12),
+    "holders": Scenario(
+        stops=1.5,
+        longest_stop=9,
+        kills=0.5,
+        seconds=6,
+        victims=("broker",),
+        pushes=12,
+        special=0.0,
+        restless=20,
+    ),
     "redis": Scenario(redis_kills=0.2, seconds=10, slow=0.05),
     "restless": Scenario(restless=0.5, gateways=3, slow=0.05, breaks=0.1),
     "overtaken": Scenario(restless=0.7, tampering=0.4, patience=(0.3, 1.0, 2.0), grace=0.05),
@@ -620,7 +632,7 @@ class Fleet:
             self.machine.after(self.dice.expovariate(rate), self._again, rate, fault)
 
     def _anyone(self) -> Process | None:
-        alive = self._alive()
+        alive = [one for one in self._alive() if one.name.partition("-")[0] in self.scenario.victims]
         return self.dice.choice(alive) if alive else None
 
     def _cut(self) -> None:
@@ -645,7 +657,8 @@ class Fleet:
         process.stopped = self.machine.now + seconds
 
     def _kill(self) -> None:
-        process = self._anyone()
+        stopped = [one for one in self._alive() if one.stopped > self.machine.now]
+        process = self.dice.choice(stopped) if stopped else self._anyone()
         if process is None:
             return
         self.tell(f"{process.name} is killed")
@@ -758,6 +771,7 @@ class Fleet:
         except StoreError as error:
             self.tell(f"{publication.msg_id} is not recalled: {error}")
         else:
+            publication.recalled = True
             self._withdrawn(found)
 
     # When all is over
@@ -771,7 +785,9 @@ class Fleet:
             process.stopped = machine.now
             if process.cut > machine.now:
                 process.cut = machine.now
-                for link in list(process.links):  # what was sent over them is planned for when the cut would have ended
+                for link in list(
+                    process.links
+                ):  # what was sent over them is planned for when the cut would have ended
                     link.cut("reset by peer")
         for line in (line for device in self.devices for line in device.lines):
             if line.patience < NEVER:
@@ -878,6 +894,8 @@ class Fleet:
                 device = self.devices[devno]
                 if state is DeliveryState.DELIVERED and one.msg_id not in device.truly:
                     self.wrong.append(f"G4/G5: {one.msg_id} counts as delivered to {device.name}")
+                elif state is DeliveryState.PENDING and self._is_taken_back(one, devno):
+                    self.wrong.append(f"G4: {one.msg_id} waits for {device.name}, and was taken back")
 
     def _check_connected(self) -> None:
         """Who stayed has it without coming back."""
@@ -915,6 +933,24 @@ class Fleet:
                     self.wrong.append(f"G2: {where} counts as evicted")
                 elif state is DeliveryState.RECALLED and not self._may_be_taken_back(one, devno):
                     self.wrong.append(f"G2: {where} counts as recalled")
+
+    def _is_taken_back(self, one: Publication, devno: int) -> bool:
+        """For certain."""
+        if one.recalled:
+            return True
+        return any(
+            (
+                other.replaces == one.msg_id
+                or (
+                    other.collapse
+                    and other.collapse == one.collapse
+                    and (other.msg_id or 0) > (one.msg_id or 0)
+                )
+            )
+            and devno in other.targets
+            for other in self.publications
+            if other is not one
+        )
 
     def _may_be_taken_back(self, one: Publication, devno: int | None = None) -> bool:
         if one.withdrawn or (one.collapse and not one.once):  # a second copy takes the place of the first

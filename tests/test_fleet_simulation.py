@@ -20,12 +20,15 @@ from tests.fleet_machine import Machine, Process, RedisBehind
 from tests.fleet_simulation import SCENARIOS, URL, learn_scripts, running_redis
 
 PROGRAM: Final = Path(__file__).with_name("fleet_simulation.py")
-RUNS: Final = 200  # of each scenario
+RUNS: Final = 155  # of each scenario
 PROCESSES: Final = 2
 TIMEOUT: Final = 300  # seconds
 
-REGRESSIONS: Final[dict[int, str]] = {}
-"""Seeds that found something once, and what."""
+LIVE: Final = (
+    "what was rung before live_broadcasts was called, and was still in the app's log, was not in its answer"
+)
+REGRESSIONS: Final[dict[int, str]] = {40: LIVE, 59: LIVE, 79: LIVE, 150: LIVE}
+"""Seeds that found something once, and what. With the code a seed becomes another run; these are not forgotten."""
 
 if shutil.which("redis-server", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/bin") is None:
     pytest.skip("redis-server is not installed", allow_module_level=True)
@@ -120,9 +123,8 @@ def test_time_goes_on_by_what_happens(world: World) -> None:
     for process in world.processes:
         world.start(process)
     world.machine.run(2.5)
-    assert sorted(world.said) == ["0.0 a 1", "0.0 b 2", "1.0 a 3", "1.0 b 4", "2.0 a 5", "2.0 b 6"] or (
-        len(world.said) == 6
-    )
+    assert [text.split()[0] for text in world.said] == ["0.0", "0.0", "1.0", "1.0", "2.0", "2.0"]
+    assert sorted(int(text.split()[2]) for text in world.said) == [1, 2, 3, 4, 5, 6]
     assert world.machine.now == 2.5
 
 
@@ -137,25 +139,29 @@ def test_a_stopped_process_goes_on_as_if_nothing_had_been(world: World) -> None:
 
 def test_a_killed_process_does_nothing_more_and_what_it_had_sent_arrives(world: World) -> None:
     a, _ = world.processes
-    world.machine.lost_in_flight = 0.0
+    machine = world.machine
+    machine.lost_in_flight = 0.0
     world.start(a)
-    world.machine.run(1.5)
-    world.machine.at(2.0059, a.kill)
-    world.machine.run(9.0)
-    assert world.said[-1].startswith("1.0 ")
-    assert int(world.machine.redis.command("GET", "n")) >= 2
+    machine.run(1.5)
+    while not a.links[0].flying:
+        machine.run(machine.now + 0.0001)
+    assert machine.redis.command("GET", "n") == b"2"
+    a.kill()
+    machine.run(9.0)
+    assert world.said == ["0.0 a 1", "1.0 a 2"]
+    assert machine.redis.command("GET", "n") == b"3"
 
 
 def test_a_broken_connection_loses_an_answer_that_may_have_been_given(world: World) -> None:
     a, _ = world.processes
     world.start(a, 0.001)
     world.machine.run(0.5)
-    for number in range(40):
+    for number in range(100):
         world.machine.at(0.5 + 0.0777 * number, lambda: [link.cut("reset") for link in list(a.links)])
-    world.machine.run(4.0)
+    world.machine.run(10.0)
     counted = [text for text in world.said if "lost" not in text]
     lost = len(world.said) - len(counted)
-    assert lost > 5
+    assert lost > 3
     assert len(counted) < int(world.machine.redis.command("GET", "n")) < len(counted) + lost
 
 
@@ -164,11 +170,12 @@ def test_a_process_that_is_cut_off_waits_and_what_was_on_its_way_may_come_late(w
     world.start(a)
     world.start(b)
     world.machine.run(0.5)
-    a.cut = 9.5
-    world.machine.run(9.0)
-    assert [text for text in world.said if text.split()[1] == "a"][-1].startswith(
-        "6.0 a Redis: the answer was lost"
-    )
-    assert len([text for text in world.said if text.split()[1] == "b"]) == 9
-    world.machine.run(20.0)
-    assert world.said[-2].split()[1] != world.said[-1].split()[1], "it is back"
+    a.cut = 60.0
+    world.machine.run(50.0)
+    of_a = [text for text in world.said if text.split()[1] == "a"]
+    assert of_a[0] == "0.0 a 1"
+    assert "the answer was lost" in of_a[1]
+    assert len(world.said) - len(of_a) == 50
+    world.machine.run(70.0)
+    assert {text.split()[1] for text in world.said[-4:]} == {"a", "b"}, "it is back"
+    assert world.machine.counts.keys() & {"carried out late", "lost in flight"}

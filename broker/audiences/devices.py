@@ -68,7 +68,6 @@ class Devices:
         self._bus = bus
         self._limits = limits or Limits()
         self._clock = clock
-        self._claiming: set[tuple[int, str]] = set()  # chosen ids whose registration is under way
 
     # Registration and tokens
 
@@ -268,20 +267,13 @@ class Devices:
     # Store
 
     async def _register_unclaimed(self, app: App, new: NewDevice) -> Device:
-        claim = (app.app_id, new.registration_id)
-        taken = ApiError(
-            7002,
-            f"registration_id: {new.registration_id} is registered; renew its token or use the master secret",
-        )
-        if claim in self._claiming:
-            raise taken
-        self._claiming.add(claim)
-        try:
-            if await self._store.resolve(app.app_id, [new.registration_id]):
-                raise taken
-            return (await self._store.register(app.app_id, [new]))[0]
-        finally:
-            self._claiming.discard(claim)
+        device = await self._store.register_new(app.app_id, new)
+        if device is None:
+            raise ApiError(
+                7002,
+                f"registration_id: {new.registration_id} is registered; renew its token or use the master secret",
+            )
+        return device
 
     async def _register_or_change(
         self, app: App, new: Sequence[NewDevice], given: Sequence[Properties]

@@ -35,12 +35,13 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from broker.bridging.bridge_rules import Incoming, Rule, Unfit, read_rules
+from broker.bridging.lead import LOOK_EVERY, Lead
 from broker.config import Config
 from broker.errors import ApiError
 from broker.logs import log_event
 from broker.metrics import Metrics
 from broker.pushing.pushes import Pushes
-from broker.store import StoreError
+from broker.store import Records, StoreError
 from broker.tenants.apps import Apps
 
 log: Final = logging.getLogger(__name__)
@@ -96,15 +97,21 @@ class Stats:
         """Called with the reason, of few."""
 
 
-def make_bridge(config: Config, apps: Apps, pushes: Pushes, metrics: Metrics) -> Bridge | None:
-    """The bridge that the settings ask for. Raises RulesError."""
+def make_bridge(
+    config: Config, apps: Apps, pushes: Pushes, metrics: Metrics, records: Records
+) -> Bridge | None:
+    """The bridge that the settings ask for. Raises RulesError.
+
+    Of the processes that share a store one works, unless the foreign broker shares the messages out (`group`). They
+    have one session there, which the next leader takes over with all that waits in it."""
     wanted = config.bridge
     if wanted.host is None or wanted.rules is None:
         return None
+    leads = bool(config.store.url) and not wanted.group
     settings = BridgeSettings(
         host=wanted.host,
         port=wanted.port,
-        client_id=wanted.client_id or f"holdfast-{config.server.node_id}",
+        client_id=wanted.client_id or ("holdfast-bridge" if leads else f"holdfast-{config.server.node_id}"),
         rules=read_rules(wanted.rules, config.limits()),
         tls=wanted.tls,
         ca_file=None if wanted.ca_file is None else str(wanted.ca_file),
@@ -117,7 +124,8 @@ def make_bridge(config: Config, apps: Apps, pushes: Pushes, metrics: Metrics) ->
         group=wanted.group,
         dead_topic=wanted.dead_topic,
     )
-    bridge = Bridge(settings, apps, pushes)
+    lead = Lead(records, "bridge", config.server.node_id) if leads else None
+    bridge = Bridge(settings, apps, pushes, lead=lead)
     BridgeMetrics(metrics, bridge.stats)
     return bridge
 
@@ -149,13 +157,20 @@ class Bridge:
     """`open` starts it, `close` ends it: what was not acknowledged by then comes again to whoever connects next."""
 
     def __init__(
-        self, settings: BridgeSettings, apps: Apps, pushes: Pushes, first_pause: float = FIRST_PAUSE
+        self,
+        settings: BridgeSettings,
+        apps: Apps,
+        pushes: Pushes,
+        first_pause: float = FIRST_PAUSE,
+        *,
+        lead: Lead | None = None,
     ) -> None:
         self.stats = Stats()
         self._settings = settings
         self._apps = apps
         self._pushes = pushes
         self._first_pause = first_pause
+        self._lead = lead  # None: always
         self._pushed: dict[int, _Known] = {}  # by packet id (16 bits)
         self._lost_at = -math.inf  # when the last connection ended
         self._unburied_at = -math.inf  # when a dead letter ended a connection last
@@ -173,10 +188,16 @@ class Bridge:
             await asyncio.wait([self._run], timeout=CLOSE_LIMIT if self._subscribed else 0)
             self._run.cancel()
             await asyncio.wait([self._run])
+        if self._lead is not None:
+            await self._lead.release()
 
     async def _keep_on(self) -> None:
         failures = 0
         while not self._stop.is_set():
+            if self._lead is not None and not await self._lead.look():
+                self._pushed.clear()  # meanwhile others get messages under these packet ids
+                await _wait(self._stop, LOOK_EVERY)
+                continue
             began = time.monotonic()
             try:
                 await self._connect()
@@ -296,7 +317,7 @@ class Bridge:
 
     async def _until_end(self, client: aiomqtt.Client, pushing: asyncio.Task[None]) -> None:
         lost = asyncio.create_task(_drain(client))
-        stopped = asyncio.create_task(self._stop.wait())
+        stopped = asyncio.create_task(self._until_stopped())
         try:
             await asyncio.wait([lost, stopped, pushing], return_when=asyncio.FIRST_COMPLETED)
             if pushing.done():
@@ -307,6 +328,16 @@ class Bridge:
             for task in (lost, stopped):
                 task.cancel()
             await asyncio.wait([lost, stopped])
+
+    async def _until_stopped(self) -> None:
+        """Or until another process leads."""
+        if self._lead is None:
+            await self._stop.wait()
+            return
+        while not self._stop.is_set() and await self._lead.look():
+            await _wait(self._stop, LOOK_EVERY)
+        if not self._stop.is_set():
+            log_event(log, logging.WARNING, "another process has the bridge", host=self._settings.host)
 
     # Messages
 

@@ -3,7 +3,9 @@ by the handler of its kind.
 
 A handler changes the record that it was called with, or removes it: to another time, because of the version, only
 one of several brokers succeeds (S12), and the others get Conflict, which is as good. So a broker that dies while it
-handles a record leaves it due, and whoever looks next takes it up.
+handles a record leaves it due, and whoever looks next takes it up. Where many are due at one time, a broker that is
+overtaken with most of them takes fewer of those it sees, at random: so what all of them do together in vain stays in
+proportion to what they do, however many they are.
 
 A record whose handler fails is put off in the store, each time for longer: it neither spins nor stands in the way of
 others. `due` is therefore only when to look; a handler keeps in the record's value what it has to know exactly.
@@ -14,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import random
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
@@ -32,6 +35,8 @@ Handle = Callable[[Record], Awaitable[None]]
 LOOK_EVERY: Final = 5.0  # seconds: what other brokers saved is seen this late at most
 STORE_PAUSE: Final = 2.0  # seconds until the store is asked again after it failed
 AT_ONCE: Final = 64  # records handled together; their writes share commits
+CROWDED: Final = 1 / 2  # others were faster with more than this part of what was tried: take less
+ALONE: Final = 1 / 4  # with less than this: take more
 PUT_OFF: Final = (
     1.0,
     300.0,
@@ -51,6 +56,8 @@ class Timekeeper:
         self._woken = asyncio.Event()
         self._turn = asyncio.Lock()  # one round at a time: a test's, or the task's
         self._failures: OrderedDict[_Key, int] = OrderedDict()
+        self._take = AT_ONCE  # of those that are due, at once
+        self._beaten = 0  # times that others were faster
         self._task: asyncio.Task[None] | None = None
         self.failed = 0  # calls of handlers that ended with an error
 
@@ -108,10 +115,20 @@ class Timekeeper:
     async def _handle_some(self) -> bool:
         """Whether there may be more. Raises StoreError."""
         records = await self._look()
+        if len(records) > self._take:
+            records = random.sample(records, self._take)
+        before = self._beaten
         results = await asyncio.gather(*map(self._handle, records))
+        self._make_way(self._beaten - before, len(records))
         if records and not any(results):
             raise StoreError("none of the records that are due could be handled")
         return bool(records)
+
+    def _make_way(self, beaten: int, tried: int) -> None:
+        if beaten > CROWDED * tried:
+            self._take = max(1, self._take // 2)
+        elif beaten < ALONE * tried:
+            self._take = min(AT_ONCE, self._take * 2)
 
     async def _look(self) -> list[Record]:
         """AT_ONCE of what is due, the kinds in turn: many of one kind at once do not hold up those of another."""
@@ -146,6 +163,7 @@ class Timekeeper:
         try:
             await self._handlers[record.kind](record)
         except Conflict:
+            self._beaten += 1
             return True
         return False
 

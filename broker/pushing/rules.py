@@ -122,11 +122,12 @@ class _Window:
     """What one cap of an app counts in the hour or day that it is. What is not saved yet is also counted apart, so
     that several brokers can each add theirs to the one record."""
 
-    __slots__ = ("added", "counts", "start", "taken", "version")
+    __slots__ = ("added", "counts", "read_at", "start", "taken", "version")
 
     def __init__(self, start: float, counts: Counts, version: int) -> None:
         self.begin(start, counts)
         self.version = version  # of its record
+        self.read_at = 0.0  # or saved
 
     def begin(self, start: float, counts: Counts) -> None:
         self.start = start
@@ -152,6 +153,12 @@ class _Window:
         for counts in (self.added, self.taken):
             if not any(counts.digits):
                 counts.digits.clear()
+
+    def catch_up(self, saved: _Window) -> None:
+        """The same, maybe of a later hour or day."""
+        if not self.changed:
+            self.begin(saved.start, Counts())
+        self.merge(saved)
 
     def merge(self, saved: _Window) -> None:
         """Another broker wrote the record."""
@@ -225,13 +232,20 @@ class Rules:
     async def _window(self, app: App, cap: FrequencyCap) -> _Window:
         key = (app.app_id, _key(cap))
         window = self._windows.get(key)
-        if window is None:
+        if window is None or self._is_old(window):
             loaded = await self._load(*key)
             window = self._windows.setdefault(key, loaded)  # another call may have been faster
+            if loaded.version > window.version:
+                window.catch_up(loaded)
+            window.read_at = self._clock()
         start = window_start(cap, self._clock())
         if window.start != start:
             window.begin(start, Counts())
         return window
+
+    def _is_old(self, window: _Window) -> bool:
+        """Nothing was counted here for a while: others may have counted something."""
+        return not (window.changed or 0 <= self._clock() - window.read_at < SAVE_DELAY)
 
     async def _load(self, app_id: int, key: str) -> _Window:
         record = await self._store.records.find(app_id, KIND, key)
@@ -273,6 +287,7 @@ class Rules:
             except Conflict:
                 window.merge(await self._load(app_id, key))
                 continue
+            window.read_at = self._clock()
             if window.start == start:
                 window.saved(added, taken)
             return

@@ -21,7 +21,7 @@ from broker.redis.generations import Generations
 from broker.redis.keys import of_app
 from broker.redis.scripts import load
 from broker.redis.wire import Argument
-from broker.store import StoreError
+from broker.store import Conflict, StoreError
 from broker.tenants.tokens import new_credentials, new_secret
 
 log = logging.getLogger(__name__)
@@ -139,12 +139,32 @@ class RedisApps:
     async def set_access(self, key: str, rules: Sequence[AccessRule]) -> App | None:
         return await self._change(key, "access", msgspec.json.encode(tuple(rules)))
 
-    async def set_settings(self, key: str, settings: AppSettings) -> App | None:
-        return await self._change(key, "settings", msgspec.json.encode(settings))
+    async def set_settings(
+        self, key: str, settings: AppSettings, former: AppSettings | None = None
+    ) -> App | None:
+        """What was written by an older release may read the same and be other bytes: these are compared as they are
+        there."""
+        wanted = msgspec.json.encode(settings)
+        if former is None:
+            return await self._change(key, "settings", wanted)
+        fields = await self._fields(key)
+        if not fields:
+            return None
+        there = fields.get(b"settings", b"")
+        if _settings.decode(there or b"{}") != former:
+            raise _overtaken(key)
+        fields = await self._fields(key, "settings", wanted, there)
+        if fields and fields[b"settings"] != wanted:
+            raise _overtaken(key)
+        return _app_of(key, fields) if fields else None
 
     async def _change(self, key: str, *field: Argument) -> App | None:
+        fields = await self._fields(key, *field)
+        return _app_of(key, fields) if fields else None
+
+    async def _fields(self, key: str, *field: Argument) -> dict[bytes, bytes]:
         words = await self._engine.call(_set, [_key(key)], field)
-        return _app_of(key, dict(zip(words[::2], words[1::2], strict=True))) if words else None
+        return dict(zip(words[::2], words[1::2], strict=True))
 
     # Deletion
 
@@ -192,6 +212,10 @@ class RedisApps:
             await self._engine.run("HDEL", DELETED, app_id)
         else:
             await self._finish(app_id, note)
+
+
+def _overtaken(key: str) -> Conflict:
+    return Conflict(f"the settings of app {key} were changed meanwhile")
 
 
 def _key(key: str) -> str:

@@ -22,9 +22,9 @@ class Homes:
         holder = int(await self._engine.run("GET", of_app(app_id, "home")) or 0)
         while holder != mine:
             entry = self._nodes.live.get(holder)
-            if entry is not None:
+            if entry is not None and not entry.info.draining:
                 return entry.info
-            if self._nodes.is_live(holder) and await self._nodes.refresh():
+            if entry is None and self._nodes.is_live(holder) and await self._nodes.refresh():
                 continue  # it has just joined
             holder = await self._engine.call(_take_home, (of_app(app_id, "home"),), (holder, mine))
         return None

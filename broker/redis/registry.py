@@ -3,8 +3,10 @@
 A registration: the name is reserved with a devno; then the device's entry, its posting pieces and its alias digest
 are written, one script a partition; then the name is confirmed. A device is there once its entry is. Whoever finds a
 name that was reserved and left so completes it under the same devno; two brokers that register the same name agree on
-the devno of the one that reserved first. Devnos are given to each call in a block, so they are dense but for crashes
-and for names that two brokers reserve in the same moment.
+the devno of the one that reserved first. Whoever writes the entry has registered the device. Where that matters
+(`register_new`), the script leaves a mark of its call beside it for a minute: so a call that is repeated, because its
+answer was lost, is told from that of another broker that wrote the same. Devnos are given to each call in a block, so
+they are dense but for crashes and for names that two brokers reserve in the same moment.
 
 A change: entries are read, changed here, and written if they still are as they were read; else read again. Everything
 about up to 100 devices of one partition happens or does not. Over several such slices, all that can refuse a change
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -59,6 +62,7 @@ _older: Final = load("devices_older")
 LastSeen: TypeAlias = Callable[[int, Sequence[int]], Awaitable[Mapping[int, float]]]
 Handler: TypeAlias = Callable[[int, Sequence["_Call"]], Awaitable[Sequence[Any]]]
 Known: TypeAlias = dict[int, tuple[Device, bytes]]  # devno -> the device, its entry as it was read
+_Named: TypeAlias = dict[str, Device]  # by registration id
 Changes: TypeAlias = Mapping[int, Sequence[DeviceChange]]  # by devno, in order
 
 
@@ -194,21 +198,44 @@ class Registry:
         for call in calls:
             for new in call.argument:
                 wanted.setdefault(new.registration_id, new)
-        found: dict[str, Device] = {}
+        there, made = await self._register_all(app_id, wanted)
+        found = there | made
+        return [[found[new.registration_id] for new in call.argument] for call in calls]
+
+    async def register_new(self, app_id: int, device: NewDevice) -> Device | None:
+        registered: Device | None = await self._submit(app_id, self._register_new, device, 1)
+        return registered
+
+    async def _register_new(self, app_id: int, calls: Sequence[_Call]) -> list[Device | None]:
+        wanted = {call.argument.registration_id: call.argument for call in reversed(calls)}
+        _, made = await self._register_all(app_id, wanted, secrets.token_bytes(8))
+        # The first of several calls with one id gets the device.
+        return [made.pop(call.argument.registration_id, None) for call in calls]
+
+    async def _register_all(
+        self, app_id: int, wanted: Mapping[str, NewDevice], mark: bytes = b""
+    ) -> tuple[_Named, _Named]:
+        """Those that were there, and those that were made here (certainly: only with a mark)."""
+        there: _Named = {}
+        made: _Named = {}
         for _ in range(TRIES):
-            left = [rid for rid in wanted if rid not in found]
+            left = [new for rid, new in wanted.items() if rid not in there and rid not in made]
             if not left:
-                return [[found[new.registration_id] for new in call.argument] for call in calls]
-            found |= await self._register_some(app_id, [wanted[rid] for rid in left])
+                return there, made
+            found, fresh = await self._register_some(app_id, left, mark)
+            there |= found
+            made |= fresh
         raise StoreUnavailable("devices are registered too often at the same time")
 
-    async def _register_some(self, app_id: int, wanted: Sequence[NewDevice]) -> dict[str, Device]:
-        """Those that are there, or were made; those that somebody else is just making are left out."""
+    async def _register_some(
+        self, app_id: int, wanted: Sequence[NewDevice], mark: bytes
+    ) -> tuple[_Named, _Named]:
+        """Those that are there, and those that were made; those that somebody else is just making are left out."""
         devnos, known = await self._look_up(app_id, [new.registration_id for new in wanted])
         found = {device.registration_id: device for device, _ in known.values()}
         missing = [new for new in wanted if new.registration_id not in found]
         if not missing:
-            return found
+            return found, {}
         unnamed = [new.registration_id for new in missing if new.registration_id not in devnos]
         now = self._clock()
         if unnamed:
@@ -216,9 +243,9 @@ class Registry:
         edits = [
             _Edit(None, b"", _new_device(app_id, devnos[new.registration_id], new, now)) for new in missing
         ]
-        refused = await self._store(app_id, edits, confirm=True)
+        refused = await self._store(app_id, edits, confirm=True, mark=mark)
         made = [edit.after for edit in edits if edit.after.devno not in refused]
-        return found | {device.registration_id: device for device in made}
+        return found, {device.registration_id: device for device in made}
 
     async def _reserve(self, app_id: int, rids: Sequence[str], now: float) -> dict[str, int]:
         keys = [of_app(app_id, what) for what in ("devnos", "begun", "deleted")]
@@ -308,7 +335,9 @@ class Registry:
 
     # Writing
 
-    async def _store(self, app_id: int, edits: Iterable[_Edit], confirm: bool = False) -> set[int]:
+    async def _store(
+        self, app_id: int, edits: Iterable[_Edit], confirm: bool = False, mark: bytes = b""
+    ) -> set[int]:
         """Write devices with what follows from them. Returns the devnos of those slices in which somebody else
         was faster: nothing was changed there."""
         parts: dict[tuple[int, int], _Part] = {}
@@ -319,7 +348,7 @@ class Registry:
             sizes[partition] += 1
         await self._index.count_up(app_id, _places(parts, on=True))
         answers = await asyncio.gather(
-            *[self._write(app_id, partition, part) for (partition, _), part in parts.items()],
+            *[self._write(app_id, partition, part, mark) for (partition, _), part in parts.items()],
             return_exceptions=True,
         )
         written, refused, failed = {}, {}, []
@@ -341,9 +370,9 @@ class Registry:
             raise failed[0]
         return {edit.after.devno for part in refused.values() for edit in part.edits}
 
-    def _write(self, app_id: int, partition: int, part: _Part) -> asyncio.Future[Any]:
+    def _write(self, app_id: int, partition: int, part: _Part, mark: bytes) -> asyncio.Future[Any]:
         keys = [of_partition(app_id, partition, what) for what in KEYS]
-        return self._engine.call(_write, keys, (part.packed(),))
+        return self._engine.call(_write, keys, (part.packed(), mark) if mark else (part.packed(),))
 
     async def _tell(self, app_id: int, partitions: Iterable[int], parts: Iterable[_Part]) -> None:
         """Everybody who remembers posting lists or token generations."""

@@ -80,9 +80,11 @@ class Reports:
         return None
 
     async def live_broadcasts(self, app_id: int) -> list[StoredBroadcast]:
-        """See Store. Those that are still in the log are left out: their doorbells will ring."""
-        now = self._clock()
-        ids: list[bytes] = await self._engine.call(_live, (of_app(app_id, "live"),), (now,))
+        """See Store. An entry leaves the log after its doorbell rang, and before that it may not be in the inboxes
+        yet: what is in the log now is waited for. Raises StoreUnavailable if that takes too long."""
+        in_log, *ids = await self._engine.call(_live, (of_app(app_id, "live"),), (self._clock(),))
+        if in_log:
+            await self._spread(app_id)
         live: list[StoredBroadcast] = []
         finished: list[int] = []
         for msg_id, row, targets, settled in await self._rows.read_live(app_id, sorted(map(int, ids))):

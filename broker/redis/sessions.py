@@ -35,10 +35,11 @@ _retained: Final = msgspec.msgpack.Decoder(_Retained)
 class _Writer:
     """Numbers the calls of one process."""
 
-    def __init__(self, engine: Engine, script: Script, what: str) -> None:
+    def __init__(self, engine: Engine, script: Script, what: str, node: Callable[[], int]) -> None:
         self._engine = engine
         self._script = script
         self._what = what
+        self._node = node
         self._name = secrets.token_hex(8)
         self._numbers = itertools.count(1)
 
@@ -50,7 +51,7 @@ class _Writer:
                 self._engine.call(
                     self._script,
                     [of_app(app_id, self._what)],
-                    (tag_of_app(app_id), self._name, number, *arguments),
+                    (tag_of_app(app_id), self._name, number, self._node(), *arguments),
                 )
                 for app_id, arguments in calls.items()
             ],
@@ -59,16 +60,19 @@ class _Writer:
         for answer in answers:
             if isinstance(answer, BaseException):
                 raise answer
+        if -1 in answers:
+            raise StoreUnavailable("another node is the app's home now")
         if not all(answers):
             raise StoreUnavailable("a later call was stored before this one")
 
 
 class RedisSessions:
-    """Of one call over several apps that raises, some apps' items may be stored: those of one app are all or none."""
+    """Of one call over several apps that raises, some apps' items may be stored: those of one app are all or none.
+    `node`: the number of this process, 0 if it is none."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, node: Callable[[], int] = lambda: 0) -> None:
         self._engine = engine
-        self._writer = _Writer(engine, _save, "sessions")
+        self._writer = _Writer(engine, _save, "sessions", node)
 
     async def save(self, items: Sequence[SessionItem]) -> None:
         newest: dict[int, dict[_Item, bytes | None]] = {}
@@ -88,7 +92,7 @@ class RedisSessions:
 
     async def purge(self, app_id: int, _partitions: range, _budget: int) -> int:
         """Of a deleted app."""
-        gone: int = await self._engine.run("UNLINK", of_app(app_id, "sessions"))
+        gone: int = await self._engine.run("UNLINK", of_app(app_id, "sessions"), of_app(app_id, "home"))
         return gone
 
 
@@ -111,12 +115,14 @@ def _order(key: _Item) -> tuple[int, bytes, bool, int, bytes]:
 
 
 class RedisRetained:
-    """`clock` gives Unix seconds."""
+    """`clock` gives Unix seconds; `node`: as above."""
 
-    def __init__(self, engine: Engine, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, engine: Engine, clock: Callable[[], float], node: Callable[[], int] = lambda: 0
+    ) -> None:
         self._engine = engine
         self._clock = clock
-        self._writer = _Writer(engine, _retain, "retained")
+        self._writer = _Writer(engine, _retain, "retained", node)
 
     async def retain(self, retained: Sequence[Retained]) -> None:
         newest = {(one.app_id, one.topic): one for one in retained}

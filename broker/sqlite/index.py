@@ -16,7 +16,7 @@ from broker.bitmaps import decode_bits, encode_bits
 from broker.model import AccessRule, App, AppSettings, Device, DeviceChange, NewDevice, Term, TermKey
 from broker.sqlite.engine import Row, delete_rows, read_rows, write_rows
 from broker.sqlite.threads import Effects, Handler
-from broker.store import StoreError, TooMany, UnknownDevice
+from broker.store import Conflict, StoreError, TooMany, UnknownDevice
 from broker.tenants.tokens import new_credentials, new_secret
 
 APP_COLUMNS: Final = (
@@ -121,6 +121,7 @@ class IndexWrites:
             "set_settings": lambda calls: [self._set_settings(*call) for call in calls],
             "delete_app": lambda calls: [self._delete_app(key) for key in calls],
             "register": self._register,
+            "register_new": self._register_new,
             "change_devices": self._change_devices,
             "drop_term": self._drop_terms,
             "load_postings": lambda calls: [self._load_postings(*call) for call in calls],
@@ -168,7 +169,12 @@ class IndexWrites:
         )
         return self._app(key)
 
-    def _set_settings(self, key: str, settings: AppSettings) -> App | None:
+    def _set_settings(
+        self, key: str, settings: AppSettings, former: AppSettings | None
+    ) -> App | Exception | None:
+        app = self._app(key)
+        if former is not None and app is not None and app.settings != former:
+            return Conflict(f"the settings of app {key} were changed meanwhile")
         self._connection.execute(
             "UPDATE apps SET settings = ? WHERE key = ? AND NOT deleted",
             (msgspec.json.encode(settings).decode(), key),
@@ -192,7 +198,7 @@ class IndexWrites:
 
     # Devices
 
-    def _register(self, calls: list[tuple[int, Sequence[NewDevice]]]) -> list[list[Device] | Exception]:
+    def _register(self, calls: list[tuple[int, Sequence[NewDevice]]]) -> list[list[Device]]:
         wanted = list({(app, new.registration_id): None for app, devices in calls for new in devices})
         found = {
             (device.app_id, device.registration_id): device
@@ -209,6 +215,18 @@ class IndexWrites:
         for device in fresh:
             self._post(device, terms(device), True)
         return [[found[app, new.registration_id] for new in devices] for app, devices in calls]
+
+    def _register_new(self, calls: list[tuple[int, NewDevice]]) -> list[Device | None]:
+        wanted: dict[tuple[int, str], tuple[int, Sequence[NewDevice]]] = {
+            (app_id, new.registration_id): (app_id, [new]) for app_id, new in reversed(calls)
+        }
+        for row in read_rows(self._connection, DEVICES_BY_RID, list(wanted)):
+            device = device_from_row(row)
+            del wanted[device.app_id, device.registration_id]
+        made = self._register(list(wanted.values()))
+        left = {key: device for key, (device,) in zip(wanted, made, strict=True)}
+        # The first of several calls with one id gets the device.
+        return [left.pop((app_id, new.registration_id), None) for app_id, new in calls]
 
     def _new_device(self, app_id: int, new: NewDevice) -> Device:
         return Device(

@@ -259,6 +259,7 @@ INDEX_KINDS: Final = frozenset(
         "set_settings",
         "delete_app",
         "register",
+        "register_new",
         "change_devices",
         "drop_term",
         "load_postings",

@@ -15,13 +15,14 @@ from typing import Final, Generic, TypeVar
 from broker.bus import Bus, CredentialsChanged, Doorbell
 from broker.limits import Limits
 from broker.model import AccessRule, App, AppSettings
-from broker.store import Store
+from broker.store import Conflict, Store, StoreUnavailable
 from broker.tenants.keys import ApiKey, find_key
 
 _V = TypeVar("_V")
 MAX_AGE: Final = (
     60.0  # seconds that an answer is good for, if no doorbell says that it changed: one may be lost
 )
+TRIES: Final = 20  # of a change that other processes are faster with
 MAX_KEY: Final = 64  # characters; no app has a longer key, and what was asked in vain is remembered
 
 
@@ -93,7 +94,7 @@ class Apps:
         # Authorization header -> what it proved
         self._logins: _Answers[Login] = _Answers(limits.max_apps_cached, clock)
         self._changes = 0  # a lookup that spans a change is not cached
-        self._settling = asyncio.Lock()
+        self._settling = asyncio.Lock()  # those of this process need not get in each other's way
         self._unsubscribe = bus.subscribe(self._heard, self._missed)
 
     def close(self) -> None:
@@ -168,17 +169,28 @@ class Apps:
 
     async def set_settings(self, key: str, settings: AppSettings) -> App | None:
         """Other settings; they hold at once. None: no such app."""
-        return await self.change_settings(key, lambda _: settings)
-
-    async def change_settings(self, key: str, change: Callable[[AppSettings], AppSettings]) -> App | None:
-        """Other settings, made from those that are there now: nobody of this process sets others in between. What
-        `change` raises passes."""
-        async with self._settling:
-            app = await self._store.find_app(key)
-            app = app and await self._store.set_settings(key, change(app.settings))
+        app = await self._store.set_settings(key, settings)
         if app is not None:
             self.changed(app.app_id)
         return app
+
+    async def change_settings(self, key: str, change: Callable[[AppSettings], AppSettings]) -> App | None:
+        """Other settings, made from those that are there now: nobody sets others in between. What `change` raises
+        passes."""
+        async with self._settling:
+            app = await self._change_settings(key, change)
+        if app is not None:
+            self.changed(app.app_id)
+        return app
+
+    async def _change_settings(self, key: str, change: Callable[[AppSettings], AppSettings]) -> App | None:
+        for _ in range(TRIES):
+            app = await self._store.find_app(key)
+            try:
+                return app and await self._store.set_settings(key, change(app.settings), app.settings)
+            except Conflict:
+                continue
+        raise StoreUnavailable(f"others change the settings of app {key} all the time")
 
     async def delete(self, key: str) -> bool:
         app = await self._store.find_app(key)

@@ -30,6 +30,7 @@ Clock = Callable[[], float]
 KIND: Final = "quota"
 KEY: Final = "spent"
 SAVE_DELAY: Final = 1.0
+SAVE_ATTEMPTS: Final = 5  # against other brokers; the rest goes the next time
 
 
 class Spent(Struct, frozen=True):
@@ -67,6 +68,7 @@ class _Count:
     saved: Spent
     version: int  # of the record, 0: there is none
     fresh: Spent  # spent here and not saved yet
+    read_at: float  # or saved
 
     @property
     def clean(self) -> bool:
@@ -103,7 +105,9 @@ class Quotas:
         StoreError pass."""
         self.check_restricted(app)
         limits = limits_of(self._limits, app)
-        count = self._counts.get(app.app_id) or await self._load(app.app_id)
+        count = self._counts.get(app.app_id)
+        if count is None or (count.clean and not 0 <= self._clock() - count.read_at < SAVE_DELAY):
+            count = await self._load(app.app_id)
         day = self._day()
         now = count.saved.plus(count.fresh).on(day)
         _check(2006, "daily_pushes", "pushes a day", now.pushes, pushes, limits.daily_pushes)
@@ -152,8 +156,14 @@ class Quotas:
         return datetime.fromtimestamp(self._clock(), UTC).date().isoformat()
 
     async def _load(self, app_id: int) -> _Count:
+        """Also once more, after a while in which nothing was spent here: others may have spent something."""
+        now = self._clock()
         saved, version = await self._find(app_id)
-        return self._counts.setdefault(app_id, _Count(saved, version, Spent(self._day())))
+        count = self._counts.setdefault(app_id, _Count(saved, version, Spent(self._day()), now))
+        if version > count.version:
+            count.saved, count.version = saved, version
+        count.read_at = now
+        return count
 
     async def _find(self, app_id: int) -> tuple[Spent, int]:
         record = await self._store.records.find(app_id, KIND, KEY)
@@ -171,21 +181,30 @@ class Quotas:
             await self.save()
 
     async def _save(self, app_id: int, count: _Count) -> None:
-        fresh = count.fresh
-        saved = count.saved.plus(fresh)
-        change = RecordChange(app_id, KIND, KEY, msgspec.json.encode(saved), count.version)
         try:
-            (count.version,) = await self._store.records.save([change])
-            count.saved = saved
-            count.fresh = count.fresh.plus(
-                Spent(fresh.day, -fresh.pushes, -fresh.broadcasts, -fresh.month_pushes)
-            )
-        except Conflict:  # another broker was faster; the next time ours is added to what it wrote
-            count.saved, count.version = await self._find(app_id)
+            for _ in range(SAVE_ATTEMPTS):
+                if await self._save_once(app_id, count):
+                    break
         except (StoreFull, StoreUnavailable) as error:
             log.warning("what app %d spent is not saved, trying again: %s", app_id, error)
         except StoreError:  # the app is gone
             self._counts.pop(app_id, None)
+
+    async def _save_once(self, app_id: int, count: _Count) -> bool:
+        """False: another broker was faster; the next time ours is added to what it wrote."""
+        now, fresh = self._clock(), count.fresh
+        saved = count.saved.plus(fresh)
+        change = RecordChange(app_id, KIND, KEY, msgspec.json.encode(saved), count.version)
+        try:
+            (count.version,) = await self._store.records.save([change])
+        except Conflict:
+            count.saved, count.version = await self._find(app_id)
+            return False
+        count.saved, count.read_at = saved, now
+        count.fresh = count.fresh.plus(
+            Spent(fresh.day, -fresh.pushes, -fresh.broadcasts, -fresh.month_pushes)
+        )
+        return True
 
 
 def _check(code: int, limit: str, unit: str, spent: int, more: int, most: int | None) -> None:

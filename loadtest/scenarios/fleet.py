@@ -44,7 +44,6 @@ PROBE_RATE: Final = 200.0
 TARGETED_RATE: Final = 3000.0
 TARGETED_RUNS: Final = 4.0  # times as long as other open loops: it is to be sustained
 BROADCAST_DEVICES, BROADCAST_GOAL = 100_000, 5.0  # so many, in so many seconds
-CALM: Final = 3.0  # seconds between two measurements
 REPORT_LIMIT: Final = 120.0
 ARRIVAL_LIMIT: Final = 120.0
 RETURN_LIMIT: Final = 180.0  # seconds for all devices to be back after a node's death
@@ -336,7 +335,7 @@ def _broadcasts(scene: Scene) -> list[Row]:
     runs: list[Broadcast] = []
     spent: list[Spent] = []
     for _ in range(scene.stage.plan.runs):
-        scene.run_for(CALM)
+        scene.run_for(scene.stage.plan.calm)
         before = scene.spent()
         runs.append(_broadcast(scene))
         spent.append(scene.spent().since(before))
@@ -434,7 +433,7 @@ def _targeted(scene: Scene) -> list[Row]:
     _push_for(scene, TARGETED_RUNS * scene.stage.plan.seconds)  # warm
     runs: list[Volley] = []
     for _ in range(scene.stage.plan.runs):
-        scene.run_for(CALM)
+        scene.run_for(scene.stage.plan.calm)
         runs.append(_push_for(scene, TARGETED_RUNS * scene.stage.plan.seconds))
         scene.stage.say(
             f"fleet: targeted, {runs[-1].rate:,.0f}/s, p50 {runs[-1].p50:.1f}, p99 {runs[-1].p99:.1f} ms"
@@ -497,7 +496,7 @@ def _targeted_amid(scene: Scene) -> list[Row]:
     scene.guard.what = "fleet: targeted amid broadcasts"
     medians, worst = [], []
     for _ in range(scene.stage.plan.runs):
-        scene.run_for(CALM)
+        scene.run_for(scene.stage.plan.calm)
         _take_all(scene)
         scene.ledger.latencies.clear()
         _broadcast(scene, _publisher(scene, range(PROBES), PROBE_RATE).send_due)
@@ -516,7 +515,7 @@ def _death(scene: Scene) -> list[Row]:
     """One process is killed while pushes come in, and everybody is pushed to at once; the supervisor starts it again.
     Publishers post again, with the same cid, what it did not answer."""
     scene.guard.what = "fleet: a node's death"
-    scene.run_for(CALM)
+    scene.run_for(scene.stage.plan.calm)
     watch = Comeback(scene, _publisher(scene, range(scene.devices), PROBE_RATE, cids=True))
     os.kill(scene.server.addresses["workers"][0]["pid"], signal.SIGKILL)
     told = _broadcast(scene, watch.turn)

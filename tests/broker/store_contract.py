@@ -34,7 +34,7 @@ from broker.model import (
     Settled,
     Term,
 )
-from broker.store import PIECE, Store, StoreError, StoreUnavailable, TooMany, UnknownDevice
+from broker.store import PIECE, Conflict, Store, StoreError, StoreUnavailable, TooMany, UnknownDevice
 
 START = 1_800_000_000.0
 HOUR = 3600.0
@@ -155,6 +155,22 @@ class StoreContract:
         assert [device.devno for device in first] == [0, 1, 0]
         assert [device.devno for device in again] == [2, 0]
         assert again[1].alias == "me"
+
+    async def test_one_call_of_all_gets_a_device_that_is_to_be_new(
+        self, store: Store, app: App, other: App
+    ) -> None:
+        await store.register(app.app_id, [NewDevice("there")])
+        calls = [store.register_new(app.app_id, NewDevice(rid, "ios")) for rid in ("a", "b", "there") * 5]
+        made = [device for device in await asyncio.gather(*calls) if device is not None]
+        assert sorted(device.registration_id for device in made) == ["a", "b"]
+        assert {d.registration_id: d for d in made} == await store.find_devices(app.app_id, ["a", "b"])
+        assert await store.register_new(app.app_id, NewDevice("a")) is None
+        assert (await store.register_new(other.app_id, NewDevice("a"))) is not None
+        (tagged,) = [await store.register_new(app.app_id, NewDevice("c", tags=frozenset("x"), alias="me"))]
+        assert tagged is not None
+        assert await store.postings(app.app_id, [(Term.TAG, "x"), (Term.ALIAS, "me")]) == 2 * [
+            BitMap([tagged.devno])
+        ]
 
     async def test_concurrent_registrations_get_distinct_devnos(self, store: Store, app: App) -> None:
         lists = await asyncio.gather(
@@ -681,8 +697,24 @@ class StoreContract:
         assert await store.list_apps() == [replace(app, settings=settings)]
         assert await store.set_settings(app.key, AppSettings()) == app
         assert await store.set_settings("f" * 24, settings) is None
+        assert await store.set_settings("f" * 24, AppSettings(), settings) is None
         await store.delete_app(app.key)
         assert await store.set_settings(app.key, settings) is None
+        assert await store.set_settings(app.key, settings, AppSettings()) is None
+
+    async def test_settings_change_only_from_those_that_are_named(self, store: Store, app: App) -> None:
+        first, second = AppSettings(restricted=True), AppSettings(limits={"max_ids": 7})
+        assert await store.set_settings(app.key, first, AppSettings()) == replace(app, settings=first)
+        with pytest.raises(Conflict):
+            await store.set_settings(app.key, second, AppSettings())
+        assert await store.find_app(app.key) == replace(app, settings=first)
+        assert await store.set_settings(app.key, second, first) == replace(app, settings=second)
+        calls = [
+            store.set_settings(app.key, AppSettings(limits={"max_ids": n}), second) for n in range(100, 110)
+        ]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        (won,) = [answer for answer in answers if not isinstance(answer, Conflict)]
+        assert await store.find_app(app.key) == won
 
     async def test_the_audit_log_is_kept_for_its_lifetime(self, store: Store, app: App) -> None:
         """Longer than anything else: a year."""

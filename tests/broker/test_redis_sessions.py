@@ -37,7 +37,7 @@ def kept(topic: str, payload: bytes, expires_at: float | None = None, app_id: in
 
 async def replay(engine: Engine, script: str, key: str, number: int, *arguments: str | bytes | int) -> int:
     """A call of writer "w" as it stands on the wire."""
-    call = ("{7}", "w", number, *arguments)
+    call = ("{7}", "w", number, 0, *arguments)
     answer: int = await engine.call(load(script), [of_app(7, key)], call)
     return answer
 
@@ -110,3 +110,20 @@ async def test_retained_messages_that_are_over_make_room(engine: Engine) -> None
     await retained.retain([kept("x", b"1")])
     assert await engine.run("HLEN", of_app(7, "retained")) == 61
     assert await engine.run("ZCARD", of_app(7, "retained:over")) == 59
+
+
+async def test_what_an_old_home_saves_is_refused(engine: Engine) -> None:
+    """Decision 0022."""
+    old, new = (RedisSessions(engine, lambda number=number: number) for number in (1, 2))
+    retained = RedisRetained(engine, lambda: 0.0, lambda: 1)
+    await engine.run("SET", of_app(7, "home"), 1)
+    await old.save([item(1, b"a")])
+    await retained.retain([kept("t", b"a")])
+    await engine.run("SET", of_app(7, "home"), 2)
+    with pytest.raises(StoreUnavailable, match="home"):
+        await old.save([item(1, b"b")])
+    with pytest.raises(StoreUnavailable, match="home"):
+        await retained.retain([kept("t", b"b")])
+    await new.save([item(2, b"c")])
+    assert await new.list(7) == [item(1, b"a"), item(2, b"c")]
+    assert [one.payload for one in await retained.list(7)] == [b"a"]

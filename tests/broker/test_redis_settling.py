@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import pytest
 from hypothesis import given
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pyroaring import BitMap
 
 from broker.bitmaps import encode_bits
+from broker.bus import Doorbell
 from broker.model import Callback, DeliveryState, NewMessage, RecordChange, Settled
 from broker.redis.fates import (
     ENTRY,
@@ -262,6 +263,30 @@ async def test_a_broadcast_is_live_until_nobody_waits_and_then_has_no_body(world
     assert b"message" not in row
     assert await world.engine.run("ZCARD", f"{{{APP}}}:live") == 0
     assert await world.counts(msg_id) == {"delivered": 10}
+
+
+async def test_what_is_still_in_the_log_is_waited_for_and_in_the_answer(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its doorbell may have been rung and lost already: an entry leaves the log afterwards."""
+    one, two = await make_world(), await make_world()
+    older = await one.push(range(3), broadcast=True)
+    ringing, go_on = asyncio.Event(), asyncio.Event()
+
+    async def ring(numbers: Sequence[int] | None, doorbells: Sequence[Doorbell]) -> None:
+        ringing.set()
+        await go_on.wait()
+
+    monkeypatch.setattr(one, "ring_nodes", ring)
+    pushing = asyncio.ensure_future(one.push(range(3), broadcast=True))
+    await ringing.wait()
+    assert await one.engine.run("LLEN", f"{{{APP}}}:log") == 1
+    asking = [asyncio.ensure_future(world.reports.live_broadcasts(APP)) for world in (one, two)]
+    mine = await asking[0]  # who spreads knows that the row and the inboxes are there
+    go_on.set()
+    newer, others = await pushing, await asking[1]
+    for live in (mine, others):
+        assert [row.message.msg_id for row in live] == [older, newer]
 
 
 async def test_everything_of_a_message_lapses_with_its_row(world: World) -> None:

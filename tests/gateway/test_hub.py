@@ -266,6 +266,18 @@ def test_a_broadcast_that_everybody_has_is_dropped() -> None:
     assert [push.msg_id for push in hub.broadcasts()] == [2]
 
 
+def test_one_whose_acknowledgements_are_not_recorded_stays_until_it_expires() -> None:
+    hub = make_hub()
+    for msg_id in (1, 2):
+        hub.add_broadcast(broadcast(msg_id, settled=(7,), expires_at=1500.0))
+    hub.drop_finished(1000.0, {(1, 1), (2, 2)})
+    assert [push.msg_id for push in hub.broadcasts()] == [1]
+    hub.unsettle(1, BitMap([7]))
+    assert sent(hub.collect(connected(hub), NOW)) == [1]
+    hub.drop_finished(1500.0, {(1, 1)})
+    assert list(hub.broadcasts()) == []
+
+
 @given(
     st.lists(
         st.one_of(

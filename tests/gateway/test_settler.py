@@ -251,6 +251,25 @@ async def test_all_that_is_not_recorded_is_known(fenced: Fenced) -> None:
     assert sorted(fenced.settler.unrecorded()) == [(1, (5,)), (1, (6,))]
 
 
+async def test_broadcasts_that_are_not_recorded_are_known_at_each_step(fenced: Fenced) -> None:
+    settler, store = fenced.settler, fenced.store
+    settler.note(LivePush(message(1)), 5)
+    settler.note_unanswered(broadcast(2, 5), 5, NOW - 1)
+    acked, evicted = broadcast(3, 5), broadcast(4, 5)
+    settler.note(acked, 5)
+    evicted.evicted.append(5)
+    settler.note_evicted(evicted)
+    assert settler.unrecorded_broadcasts() == {(1, 3), (1, 4)}
+    settler.fold()
+    assert settler.unrecorded_broadcasts() == {(1, 3), (1, 4)}
+    fenced.unsure = 1
+    assert not await settler._record()
+    assert settler.unrecorded_broadcasts() == {(1, 3), (1, 4)}
+    assert await settler._record()
+    assert len(store.calls.get_nowait()) == 4
+    assert settler.unrecorded_broadcasts() == set()
+
+
 async def test_that_it_was_sent_is_true_whoever_has_it_now(fenced: Fenced) -> None:
     fenced.settler.note_unanswered(LivePush(message(1)), 5, NOW - 1)
     fenced.settler.fence(1, 5)

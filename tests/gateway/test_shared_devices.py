@@ -98,6 +98,21 @@ async def test_what_was_folded_and_does_not_count_is_owed_here_again(world: Flee
     assert (await world.online_at(0, 0)).got == [msg_id]
 
 
+async def test_what_everybody_has_but_is_not_recorded_is_not_forgotten(world: FleetWorld) -> None:
+    """An acknowledgement may still be found not to count: the store gives the broadcast to a hub once only."""
+    phones = [await world.online_at(0, devno) for devno in (0, 1)]
+    msg_id = await world.push(0, 1)
+    for phone in phones:
+        await phone.pushed(1)
+        raw_ack(phone)
+    world.node.settler.fold()
+    world.node.hubs.upkeep()
+    (await world.online_at(1, 0)).leave()
+    await world.nodes[0].recorded()
+    assert (await world.online_at(0, 0)).got == [msg_id]
+    world.node.settler.fold()
+
+
 async def test_who_is_back_before_the_batch_is_recorded_counts_from_then_on(world: FleetWorld) -> None:
     old = await world.online_at(0, 0)
     first = await world.push(0)
@@ -221,6 +236,39 @@ async def test_a_device_that_leaves_before_its_claim_is_answered_is_taken_all_th
     done(answer)
     world.hear()
     assert old.closed
+
+
+@pytest.mark.parametrize("hung_up", [True, False], ids=["hung up", "the app was loaded anew"])
+async def test_a_claim_that_nobody_uses_ends_the_older_connection_here(
+    world: FleetWorld, monkeypatch: pytest.MonkeyPatch, hung_up: bool
+) -> None:
+    """No node is in the route then, so the next node to claim the device could tell nobody."""
+    old = await world.online_at(0, 0)
+    held: list[tuple[Callable[[Claim], None], Claim]] = []
+    store = world.nodes[0].store
+    claim = store.claim_route
+    monkeypatch.setattr(
+        store,
+        "claim_route",
+        lambda app_id, devno, node, done: claim(app_id, devno, node, lambda a: held.append((done, a))),
+    )
+    newer = world.connect_at(0, 0)
+    await world.when(lambda: held)
+    monkeypatch.undo()
+    if hung_up:
+        newer.leave()
+    else:
+        hub = world.hub
+        world.node.hubs.remove(hub)
+        phone = await world.online_at(0, 1)
+        assert world.hub is not hub
+        world.hub.members[0] = old.connection
+        assert not phone.closed
+    [(done, answer)] = held
+    done(answer)
+    assert old.closed
+    assert old.goodbye.reason == Reason.SESSION_TAKEN_OVER
+    assert (world.app.app_id, 0) not in world.table.routes
 
 
 # What the device did elsewhere

@@ -48,7 +48,7 @@ class Edge(asyncio.Protocol):
         self._task = asyncio.create_task(self._pass_on(data))
 
     async def _pass_on(self, data: bytes) -> None:
-        if not await self._tunnels.open(self._transport, self._address, data):
+        if not await self._tunnels.open(self._transport, self._address, lambda: data):
             self._transport.write(b"no home")
             self._transport.close()
 

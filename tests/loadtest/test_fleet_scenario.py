@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from loadtest.bench import SCENARIOS
+from loadtest.bench import SCENARIOS, main
+from loadtest.ledger import Ledger
 from loadtest.report import Row, write_json
 from loadtest.scenarios.crowd import crowd
-from loadtest.scenarios.fleet import Spent, fleet
-from loadtest.stage import QUICK, Stage
+from loadtest.scenarios.fleet import Spent, _tell_log, fleet
+from loadtest.server import Server
+from loadtest.stage import QUICK, Plan, Stage
 
-SMALL = replace(QUICK, runs=1, seconds=0.2, fleet_devices=1_300, hold=0.5)
+SMALL = replace(QUICK, runs=1, seconds=0.2, fleet_devices=1_300, hold=0.5, calm=0.1)
 
 
 def _stage(tmp_path: Path, nodes: int) -> Iterator[Stage]:
@@ -51,6 +55,7 @@ def test_the_embedded_server_goes_through_all_but_a_nodes_death(embedded: Stage)
     assert rows[f"{name}: a broadcast to all: nodes, for each delivery"].median > 0
     assert not any("killed" in what or "Redis" in what for what in rows)
     assert SCENARIOS["fleet"] is fleet
+    assert list(embedded.directory.iterdir()) == [], "it may be measured again"
 
 
 @pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed")
@@ -74,6 +79,66 @@ def test_a_crowd_is_held_by_bare_servers(embedded: Stage) -> None:
     assert rows[f"{name}: connects"].median > 0
     assert rows[f"{name}: a broadcast, acknowledged"].median > 0
     assert SCENARIOS["crowd"] is crowd
+
+
+def test_what_is_not_accepted_must_not_arrive() -> None:
+    ledger = Ledger(0)
+    serial = ledger.add_targeted(3)
+    ledger.forget(serial)
+    assert ledger.missing == 0
+    ledger.take_targeted(3, serial, 1.0)
+    assert ledger.errors() == "1 repeated"
+
+
+def test_the_log_is_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [
+        "2026-11-22T08:00:00.000Z WARNING gateway.membership lease had run out node=vm-1",
+        "2026-11-22T08:00:01.000Z WARNING gateway.membership lease had run out node=vm-2",
+        "2026-11-22T08:00:01.000Z INFO gateway.server started",
+        "2026-11-22T08:00:02.000Z ERROR broker.redis.engine it is away",
+    ]
+    server = Server(tmp_path / "data")
+    server.log.write_text("\n".join(lines))
+    affinity = os.sched_getaffinity(0)
+    _tell_log(Stage(SMALL, tmp_path), server)
+    os.sched_setaffinity(0, affinity)
+    told = capsys.readouterr().err
+    assert "2 x WARNING gateway.membership lease had run out\n" in told
+    assert "1 x ERROR broker.redis.engine it is away\n" in told
+    assert "INFO" not in told
+
+
+def test_the_bench_writes_rows_and_its_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    seen: list[Plan] = []
+
+    def crowd(stage: Stage) -> list[Row]:
+        seen.append(stage.plan)
+        return [Row("it", "s", [1.0])]
+
+    monkeypatch.setattr("loadtest.bench.SCENARIOS", {"crowd": crowd})
+    before, terminated = os.sched_getaffinity(0), signal.getsignal(signal.SIGTERM)
+    flags = [
+        "--devices",
+        "7000",
+        "--nodes",
+        "0",
+        "--hold",
+        "0",
+        "--label",
+        "7000",
+        "--json",
+        "rows.json",
+        "--write",
+    ]
+    answer = CliRunner().invoke(main, ["crowd", *flags])
+    os.sched_setaffinity(0, before)
+    signal.signal(signal.SIGTERM, terminated)
+    assert answer.exit_code == 0, answer.output
+    assert (seen[0].fleet_devices, seen[0].nodes, seen[0].hold) == (7000, 0, 0.0)
+    assert "<!-- bench crowd 7000 -->" in (tmp_path / "docs/numbers.md").read_text()
+    assert json.loads((tmp_path / "rows.json").read_text())["scenarios"]["crowd"][0]["what"] == "it"
 
 
 def test_what_was_spent_is_counted_from_a_moment() -> None:

@@ -4,6 +4,7 @@
 --   1: place, entry as it was ('': none), entry as it is to be, …
 --   2: term, places it holds for from now on, places it holds for no more, …   places: two bytes each, low one first
 --   3: place, digest, …   8 bytes each, zeros: no alias
+-- and maybe a mark of the call: then what is there already counts as written by it only if the mark is, too.
 -- Answer: 0, or else the places + 1 of those devices that are not as they were: then nothing was changed.
 --
 -- A piece is a list of up to 255 places in order, or one bit for each of the 4,096, low bits first: then it has 512
@@ -107,16 +108,23 @@ end
 
 local devices, terms, digests = unpack(cmsgpack.unpack(ARGV[1]))
 local pages, differ = {}, {}
+
+local function by(place)
+  return KEYS[1] .. ':by:' .. place
+end
+
 for i = 1, #devices, 3 do
   local place = devices[i]
   local number, index = math.floor(place / PAGE), place % PAGE + 1
   pages[number] = pages[number] or read_page(KEYS[1], number)
   local now = entry_of(pages[number], index)
-  if now ~= devices[i + 1] and now ~= devices[i + 2] then differ[#differ + 1] = place + 1 end
+  local mine = now == devices[i + 2] and (not ARGV[2] or redis.call('GET', by(place)) == ARGV[2])
+  if now ~= devices[i + 1] and not mine then differ[#differ + 1] = place + 1 end
 end
 if #differ > 0 then return differ end
 for i = 1, #devices, 3 do
   put_entry(pages[math.floor(devices[i] / PAGE)], devices[i] % PAGE + 1, devices[i + 2])
+  if ARGV[2] then redis.call('SET', by(devices[i]), ARGV[2], 'PX', 60000) end
 end
 for number, page in pairs(pages) do write_page(KEYS[1], number, page) end
 for i = 1, #terms, 3 do
