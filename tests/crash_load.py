@@ -36,6 +36,7 @@ DEVICES: Final = 50
 TAGS: Final = tuple(f"tag{n}" for n in range(6))
 MAX_PACKET: Final = 1 << 20
 HANDSHAKE_LIMIT: Final = 10.0  # seconds; far beyond what a live server takes
+CLOSED_LIMIT: Final = 60.0  # seconds until a connection that was taken over must be closed
 AGAIN_AFTER: Final = 0.05  # seconds until a device or publisher tries a dead server again
 BUSY: Final = (
     Reason.SERVER_UNAVAILABLE,
@@ -325,9 +326,9 @@ class Device:
                 with contextlib.suppress(*GONE):
                     await self._live()
                 await self._either(self._load.draining.wait(), self._random.choice((0.0, 0.02, 0.3, 1.0)))
+            await asyncio.gather(self._stay(), self._see_ghost_closed())
         finally:
             self._bury()
-        await self._stay()
 
     @staticmethod
     async def _either(waiting: Any, seconds: float) -> None:
@@ -370,6 +371,19 @@ class Device:
         if self._ghost is not None:
             self._ghost.abort()
             self._ghost = None
+
+    async def _see_ghost_closed(self) -> None:
+        """G5: by the server, as there is a newer connection."""
+        if self._ghost is None:
+            return
+        try:
+            async with asyncio.timeout(CLOSED_LIMIT):
+                while True:
+                    await self._ghost.fill()
+        except TimeoutError:
+            self._load.ledger.wrong.append(f"{self.name}: an older connection stays open (G5)")
+        except GONE:
+            pass
 
     async def _behave(self, wire: Wire) -> None:
         habit = self._random.choice(self.HABITS)
@@ -516,6 +530,8 @@ class MqttPublisher:
         async with asyncio.timeout(HANDSHAKE_LIMIT):
             while by_id:
                 for packet in wire.waiting():
+                    if self._load.patient and isinstance(packet, Disconnect):  # sent to another node
+                        raise TryAgain
                     assert isinstance(packet, Puback), packet
                     if self._load.patient and packet.reason is Reason.IMPLEMENTATION_SPECIFIC_ERROR:
                         raise TryAgain

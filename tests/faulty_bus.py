@@ -33,15 +33,15 @@ def end_of(data: bytes | bytearray, start: int = 0) -> int | None:
 
 
 def is_message(frame: bytes | bytearray) -> bool:
-    """Of pub/sub, and not the answer to a call."""
-    return frame[:1] in {b">", b"*"} and frame[4:].startswith((b"$8\r\nsmessage", b"$7\r\nmessage"))
+    """Of sharded pub/sub, and not the answer to a call."""
+    return frame.startswith((b">3\r\n$8\r\nsmessage\r\n", b"*3\r\n$8\r\nsmessage\r\n"))
 
 
 class FaultyBus:
     """Nodes connect to `port` on any address of this machine. `lost` and `doubled` count."""
 
-    def __init__(self, target: int, seed: int, *, lose: float = 0.3, double: float = 0.3) -> None:
-        self.port = 0
+    def __init__(self, port: int, target: int, seed: int, *, lose: float = 0.3, double: float = 0.3) -> None:
+        self.port = port
         self.lost = 0
         self.doubled = 0
         self._target = target
@@ -71,8 +71,7 @@ class FaultyBus:
             lines.add(line)
             line.add_done_callback(lines.discard)
 
-        server = await asyncio.start_server(take, "0.0.0.0", 0)
-        self.port = server.sockets[0].getsockname()[1]
+        server = await asyncio.start_server(take, "0.0.0.0", self.port)
         self._ready.set()
         await self._stop.wait()
         server.close()

@@ -12,8 +12,8 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Container, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from random import Random, SystemRandom
@@ -131,7 +131,7 @@ class RedisBehindFaultyBus(OneRedis):
 
     def __init__(self, directory: Path, seed: int) -> None:
         super().__init__(directory)
-        self.bus = FaultyBus(self.servers[0].port, seed)
+        self.bus = FaultyBus(free_port(), self.servers[0].port, seed)
 
     def start(self) -> None:
         super().start()
@@ -249,24 +249,25 @@ class Node(LocalServer):
             orjson.dumps(told | {name: told[name] or NOWHERE for name in ("mqtt", "http", "admin")})
         )
 
-    def workers(self) -> dict[str, int]:
-        """Of a node with `--workers`: name -> process of those that are ready."""
+    def workers(self) -> dict[int, str]:
+        """Of a node with `--workers`: process -> state."""
         with urllib.request.urlopen(f"{self.addresses.admin}/healthz", timeout=10) as response:
-            workers = orjson.loads(response.read())["workers"]
-        return {worker["name"]: worker["pid"] for worker in workers if worker["state"] == "ready"}
+            return {worker["pid"]: worker["state"] for worker in orjson.loads(response.read())["workers"]}
 
     def replace_workers(self) -> None:
         """The rolling restart of one machine; returns when it is done."""
-        before, replaced = set(self.workers().values()), self._replaced()
+        before = self.workers()
         os.kill(self.pid, signal.SIGUSR2)
         deadline = time.monotonic() + ROLL_LIMIT
-        while self._replaced() == replaced:
-            assert time.monotonic() < deadline, self.log_text()[-2000:]
+        while not self._are_ready(len(before), before):
+            assert time.monotonic() < deadline, (before, self.workers(), self.log_text()[-2000:])
             time.sleep(0.1)
-        assert not before & set(self.workers().values())
 
-    def _replaced(self) -> int:
-        return self.log_text().count("the workers are replaced")
+    def _are_ready(self, count: int, gone: Container[int]) -> bool:
+        with suppress(OSError):  # the worker that answers is being replaced
+            now = self.workers()
+            return len(now) == count and all(s == "ready" and pid not in gone for pid, s in now.items())
+        return False
 
 
 class Fleet:

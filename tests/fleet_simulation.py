@@ -25,6 +25,7 @@ import logging
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -1059,6 +1060,7 @@ def main(arguments: Sequence[str]) -> int:
     logging.getLogger().addHandler(logging.NullHandler())
     warnings.simplefilter("ignore")
     sys.unraisablehook = lambda _found: None  # what a killed process leaves half done
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the server goes, too
     first, *rest = options.seeds
     seeds: Sequence[int] = range(first, rest[0] if rest else first + 1)
     if options.kind:

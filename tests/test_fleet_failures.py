@@ -28,7 +28,7 @@ import orjson
 import pytest
 
 from gateway.mqtt import Connect, Puback, Publish
-from tests.crash_load import AGAIN_AFTER, GONE, HttpPublisher, Load, TryAgain, Wire
+from tests.crash_load import GONE, HttpPublisher, Load, TryAgain, Wire
 from tests.fleet_rig import Fleet, OneRedis, RedisBehindFaultyBus, RedisCluster, RedisPair
 from tests.test_crash import fleet as devices_of
 from tests.test_crash import publishers, running, wrong_counts
@@ -38,7 +38,7 @@ NODES: Final = 3
 STALL: Final = 45.0  # seconds in which nothing owed has come: far beyond a lease, a beat and a sweep
 PAUSE: Final = float(os.environ.get("HOLDFAST_PAUSE", "12"))  # seconds that a node is away: over its lease
 PACE: Final = 4.0  # devices, nodes and Redis share the machine, and failures are the point, not rates
-IN_MID_REQUEST: Final = 40  # pushes that a broker has when it is killed
+IN_MID_REQUEST: Final = 20  # requests that a broker has when it is killed
 INSIDE: Final = "HOLDFAST_IN_NAMESPACE"
 FLAGS: Final = (
     "--push-fanout-limit", "12",
@@ -108,37 +108,34 @@ async def kill_a_node(fleet: Fleet, load: Load) -> None:
 
 
 async def kill_a_broker_in_mid_request(fleet: Fleet, load: Load) -> None:
-    """It has many pushes at once when it dies. Those with a cid are tried again, at any broker."""
+    """It has many when it dies. Those with a cid are tried again, at any broker."""
     broker = load.random.choice(fleet.brokers)
-    address = broker.addresses.http
-    moment = load.random.random() * 0.3
-    async with contextlib.AsyncExitStack() as requests:
-        http = await requests.enter_async_context(load.session())
-        for _ in range(IN_MID_REQUEST):
-            await requests.enter_async_context(load.turn())
-        sent = [asyncio.create_task(_push_once(load, http, address)) for _ in range(IN_MID_REQUEST)]
-        await asyncio.sleep(moment)
+    async with load.session() as http, load.turn():
+        lines = [
+            asyncio.create_task(_push_until_cut(load, http, broker.addresses.http))
+            for _ in range(IN_MID_REQUEST)
+        ]
+        await asyncio.sleep(0.1 + load.random.random() * 0.4)
         os.kill(broker.pid, signal.SIGKILL)
-        await asyncio.gather(*sent)
+        async with asyncio.timeout(STALL):
+            await asyncio.gather(*lines)
     await asyncio.to_thread(broker.restart)
 
 
-async def _push_once(load: Load, http: aiohttp.ClientSession, address: str) -> None:
-    push = load.new_push(load.random)
-    publisher = HttpPublisher(load, 0)
-    try:
-        async with http.post(f"{address}/v3/push", data=push.body()) as answer:
-            raw = await answer.read()
-            if answer.status == 503:
-                raise TryAgain
-            assert answer.status == 200, raw
-            told = orjson.loads(raw)
-    except GONE:
-        if push.cid is None:
-            return
-        await asyncio.sleep(AGAIN_AFTER)
-        told = await publisher.call(http, "/v3/push", push.body(), again=True)
-    load.ledger.answered(push, told["msg_id"])
+async def _push_until_cut(load: Load, http: aiohttp.ClientSession, address: str) -> None:
+    """One request after the other, until one has no answer."""
+    while True:
+        push = load.new_push(load.random)
+        try:
+            async with http.post(f"{address}/v3/push", data=push.body()) as answer:
+                raw = await answer.read()
+                assert answer.status == 200, raw
+                load.ledger.answered(push, orjson.loads(raw)["msg_id"])
+        except GONE:
+            break
+    if push.cid is not None:
+        told = await HttpPublisher(load, 0).call(http, "/v3/push", push.body(), again=True)
+        load.ledger.answered(push, told["msg_id"])
 
 
 async def kill_redis(fleet: Fleet, load: Load) -> None:
@@ -345,8 +342,8 @@ async def survive(fleet: Fleet, disturb: Disturb, seed: int) -> None:
                 lambda: still_unrecorded(load, http)
             ):
                 load.recorded.set()
-                async with asyncio.timeout(STALL):
-                    await asyncio.gather(*devices)
+                _, left = await asyncio.wait(devices, timeout=STALL)
+                load.ledger.wrong += [f"{load.names[devices.index(one)]} has no PINGRESP" for one in left]
         mistakes = load.ledger.mistakes() + await wrong_accounts(fleet, load, http)
     counts = f"{len(load.ledger.pushes)} pushes, {load.ledger.copies} copies"
     print(counts)  # noqa: T201
@@ -428,11 +425,10 @@ class Mover:
 
 async def take_push(wire: Wire) -> Publish:
     async with asyncio.timeout(20):
-        while True:
-            for packet in wire.waiting():
-                assert isinstance(packet, Publish), packet
-                return packet
+        while (packet := wire.next()) is None:
             await wire.fill()
+    assert isinstance(packet, Publish), packet
+    return packet
 
 
 async def is_closed(wire: Wire) -> bool:

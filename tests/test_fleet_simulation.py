@@ -50,7 +50,7 @@ def outcome(*processes: subprocess.Popen[str]) -> str:
         return "".join(process.communicate(timeout=TIMEOUT)[0] for process in processes)
     finally:
         for process in processes:
-            process.kill()
+            process.terminate()
             process.wait()
 
 

@@ -6,6 +6,7 @@ import asyncio
 import random
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -274,6 +275,7 @@ async def test_what_is_still_in_the_log_is_waited_for_and_in_the_answer(
     ringing, go_on = asyncio.Event(), asyncio.Event()
 
     async def ring(numbers: Sequence[int] | None, doorbells: Sequence[Doorbell]) -> None:
+        del numbers, doorbells
         ringing.set()
         await go_on.wait()
 
@@ -287,6 +289,33 @@ async def test_what_is_still_in_the_log_is_waited_for_and_in_the_answer(
     newer, others = await pushing, await asking[1]
     for live in (mine, others):
         assert [row.message.msg_id for row in live] == [older, newer]
+
+
+async def test_a_broadcast_is_live_once_what_is_older_is_in_the_inboxes(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that hears of it sends it at once; what an inbox gets afterwards would come out of order (G3)."""
+    one, two = await make_world(), await make_world()
+    putting, go_on, put = asyncio.Event(), asyncio.Event(), one.partitions.put
+
+    async def held(*arguments: Any) -> Any:
+        putting.set()
+        await go_on.wait()
+        return await put(*arguments)
+
+    monkeypatch.setattr(one.partitions, "put", held)
+    messages = [one.message([1]), one.message(range(3), broadcast=True)]
+    pushing = asyncio.ensure_future(one.append(*messages))
+    await putting.wait()
+    asking = asyncio.ensure_future(two.reports.live_broadcasts(APP))
+    for _ in range(10):
+        await two.engine.run("PING")
+    early = asking.done()
+    go_on.set()
+    assert not early
+    older, newer = [appended.msg_id for appended in await pushing]
+    assert [row.message.msg_id for row in await asking] == [newer]
+    assert await two.owed(1) == [older]
 
 
 async def test_everything_of_a_message_lapses_with_its_row(world: World) -> None:

@@ -14,7 +14,7 @@ import gateway.membership
 import gateway.settler
 import gateway.sweeper
 from broker.bus import CredentialsChanged, Doorbell, Taken, Targeted
-from broker.model import Claim, DeliveryState, DeviceChange, StoredMessage
+from broker.model import Claim, DeliveryState, DeviceChange, StoredBroadcast, StoredMessage
 from gateway.mqtt import Puback, Reason
 from tests.gateway.fleet_world import LEASE, FleetWorld
 from tests.gateway.world import Phone
@@ -455,12 +455,14 @@ async def test_doorbells_lost_while_an_app_is_loaded_are_found(
     store = world.nodes[0].store
     read, go_on = asyncio.Event(), asyncio.Event()
 
-    async def list_retained(app_id: int) -> list[object]:
-        read.set()
-        await go_on.wait()
-        return list(await world.store.list_retained(app_id))
+    async def live_broadcasts(app_id: int) -> list[StoredBroadcast]:
+        rows = await world.store.live_broadcasts(app_id)
+        if not read.is_set():
+            read.set()
+            await go_on.wait()
+        return rows
 
-    monkeypatch.setattr(store, "list_retained", list_retained, raising=False)
+    monkeypatch.setattr(store, "live_broadcasts", live_broadcasts)
     phone = world.connect_at(0, 0)
     await read.wait()
     lose_all(world)
