@@ -291,8 +291,8 @@ class Arrivals:
             connection.phase = Phase.JOINING
             if self._node.hubs.get(hub.app.app_id) is hub:
                 self._admit(connection, connect, hub)
-            else:  # the app was deleted meanwhile
-                self._refuse(connection, connect, UNKNOWN_APP)
+            else:  # the app was deleted meanwhile, or has moved
+                self._refuse(connection, connect, UNKNOWN_APP if self._node.membership.alone else HOME_AWAY)
             return
         generations = self._store.token_generations(hub.app.app_id)
         again = admit(hub.app, hub.access, connect, generations, self._wall())
@@ -366,9 +366,9 @@ class Arrivals:
         if connection.phase is Phase.CLOSED:
             self._give_back(hub.app.app_id, devno, claim.epoch)
             return
-        if self._node.hubs.get(hub.app.app_id) is not hub:  # the app was deleted meanwhile
+        if self._node.hubs.get(hub.app.app_id) is not hub:  # the app was deleted meanwhile, or has moved
             self._give_back(hub.app.app_id, devno, claim.epoch)
-            self._refuse(connection, connect, UNKNOWN_APP)
+            self._node.hubs.load(hub.app.key, functools.partial(self._loaded, connection, connect))
             return
         if hub.is_overtaken(devno, claim.epoch):
             self._refuse(connection, connect, OVERTAKEN)  # it has come back since, and the newer wins (G5)

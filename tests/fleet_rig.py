@@ -27,6 +27,7 @@ from clients.local_server import Addresses, AppKeys, LocalServer
 from tests.faulty_bus import FaultyBus
 
 START_LIMIT: Final = 30.0  # seconds
+NODE_TIMEOUT: Final = 1000  # milliseconds until a master of a cluster is found dead
 ROLL_LIMIT: Final = 120.0  # seconds until all workers of a machine are replaced
 DURABLE: Final = ("--appendonly", "yes", "--appendfsync", "always", "--save", "")
 PROGRAM: Final = "redis-server"
@@ -197,14 +198,15 @@ class RedisCluster(OneRedis):
             "--cluster-enabled",
             "yes",
             "--cluster-node-timeout",
-            "1000",
+            str(NODE_TIMEOUT),
             "--cluster-config-file",
             "nodes.conf",
         )
         self.servers = [Redis(directory / f"redis-{n}", *flags) for n in range(6)]
 
     def start(self) -> None:
-        super().start()
+        for server in self.servers:
+            server.start("--cluster-node-timeout", "15000")  # who does not answer MEET in time is forgotten
         members = [f"127.0.0.1:{server.port}" for server in self.servers]
         create = ("redis-cli", "--cluster", "create", *members, "--cluster-replicas", "1", "--cluster-yes")
         subprocess.run(create, check=True, capture_output=True, timeout=60)
@@ -212,15 +214,17 @@ class RedisCluster(OneRedis):
         while not all(self._agrees(server) for server in self.servers):
             assert time.monotonic() < deadline, "the cluster does not agree"
             time.sleep(0.05)
+        for server in self.servers:
+            with server.client() as client:
+                client.config_set("cluster-node-timeout", NODE_TIMEOUT)
 
     @staticmethod
     def _agrees(server: Redis) -> bool:
         with server.client() as client:
             state = client.execute_command("CLUSTER INFO")
             links = client.info("replication")
-        return state["cluster_state"] == "ok" and (
-            links["role"] == "master" or links["master_link_status"] == "up"
-        )
+        in_step = links["role"] == "master" or links["master_link_status"] == "up"
+        return bool(state["cluster_state"] == "ok" and in_step)
 
     def url(self, node: int) -> str:
         return ",".join(f"redis://127.0.0.1:{server.port}" for server in self.servers)

@@ -10,7 +10,6 @@ loss is what does not come any more: the time that a slow machine takes for the 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import os
 import shutil

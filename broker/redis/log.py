@@ -5,6 +5,8 @@
    their turn.
 2. *Spread*: whoever has the lock takes the log from its front. For each entry, in the order of the ids: what it takes
    back is taken back; its row is written and its id put into the inboxes; the doorbells are rung; it leaves the log.
+   While doorbells are on their way the next entries are put: those that this process commits while it has the lock
+   it knows already, and need not be read back.
 
 Any process may stop between any two of these, for ever or for a minute. So each step may be done twice, and late: a
 row is written once; a partition ignores ids that are not above the greatest it had; an old doorbell finds nothing to
@@ -66,6 +68,7 @@ LOOKS: Final = 1_000  # apps that all processes look at in one turn
 IDLE: Final = 10.0  # seconds without a push after which an app leaves the index
 PATIENCE: Final = 10.0  # seconds to wait for somebody else's spreading
 RING_WAIT: Final = 1.0  # seconds for the doorbells of one step; the bus keeps their order
+MAX_UNRUNG: Final = 8  # steps whose doorbells are on their way while the next one is put
 POLL: Final = 0.005  # seconds between two looks whether it is done
 TRIES: Final = 20  # times a commit is prepared anew
 INDEX: Final = "{spread}:apps"
@@ -123,6 +126,13 @@ class Entry(NamedTuple):
     targets: BitMap
 
 
+class _Step(NamedTuple):
+    """Entries that are in the inboxes, and their doorbells."""
+
+    entries: list[Entry]
+    ringing: asyncio.Task[None]
+
+
 def read_entry(packed: bytes) -> tuple[int, Row]:
     """As the log has it; the row knows the lasting broadcast before it."""
     msg_id, after, row = packed.split(b" ", 2)
@@ -157,7 +167,11 @@ class _App:
         "awaited",
         "committing",
         "counted",
+        "more",
+        "newest",
         "online",
+        "ready",
+        "ringing",
         "run",
         "spread_to",
         "waiting",
@@ -170,6 +184,12 @@ class _App:
         self.waiting: deque[_Call] = deque()
         self.committing: asyncio.Task[None] | None = None
         self.run: asyncio.Task[None] | None = None  # the newest one: it waits for those before it
+        self.ready: list[Entry] = []  # committed here, behind all that the run has in its hands
+        self.newest = 0  # msg_id of the last of these; 0: what is behind them is not known
+        self.more: asyncio.Future[None] | None = None  # ends when some get ready
+        self.ringing: asyncio.Task[None] | None = (
+            None  # the newest doorbells: they wait for those before them
+        )
         self.spread_to = 0  # msg_id: this process has put everything up to it into the inboxes
         self.watched: deque[tuple[int, asyncio.Future[None]]] = deque()  # whoever waits for that, in order
         self.counted: asyncio.Future[None] | None = None  # ends with the commit that is under way
@@ -191,6 +211,27 @@ class _App:
         while self.watched:
             _wake(self.watched.popleft()[1])
         self.online.clear()
+        self.ready, self.newest = [], 0
+
+    def extend(self, entries: Sequence[Entry], before: int) -> None:
+        """These were committed, behind the entry with the id `before`."""
+        if entries and self.run is not None and before == self.newest:
+            self.ready += entries
+            self.newest = entries[-1].msg_id
+            if self.more is not None:
+                _wake(self.more)
+
+    async def wait(self, ringing: asyncio.Task[None], *, more: bool) -> None:
+        """Until these doorbells have rung, or (`more`) entries are ready."""
+        self.more = asyncio.get_running_loop().create_future()
+        await asyncio.wait((ringing, self.more) if more else (ringing,), return_when=asyncio.FIRST_COMPLETED)
+        self.more = None
+
+    def take_ready(self) -> list[Entry]:
+        """As many as are spread in one step."""
+        some = _bounded(self.ready)
+        del self.ready[: len(some)]
+        return some
 
 
 class Log:
@@ -306,7 +347,7 @@ class Log:
         if isinstance(answer, BaseException):
             raise answer
         first, owner, before, after = int(answer[0]), answer[1], answer[2], int(answer[3])
-        used = _used(answer[4:])
+        used = _used(answer[5:])
         entries: list[Entry] = []
         for place, (row, message) in enumerate(zip(rows, messages, strict=True)):
             if place not in used:
@@ -319,6 +360,8 @@ class Log:
                 (entry.msg_id, count) for entry, count in zip(entries, _counts(entries, online), strict=True)
             )
         _wake(app.counted)
+        if ours and owner != 1:
+            app.extend(entries, int(answer[4]))
         if owner == 1:
             self._start(app, holder, None if before else entries)
         elif ours and app.run is None:  # it stopped because Redis was away
@@ -472,12 +515,8 @@ class Log:
         try:
             if before is not None:
                 await asyncio.wait((before,))
-            entries = (
-                await self._take(app.app_id, holder, [], acquire) if entries is None else _bounded(entries)
-            )
-            while entries:
-                await self._spread(app, entries)
-                entries = await self._take(app.app_id, holder, entries)
+            app.ready, app.newest = list(entries or ()), entries[-1].msg_id if entries else 0
+            await self._spread_all(app, holder, acquire)
         except StoreError as error:
             log.warning("app %d: its pushes are spread later: %s", app.app_id, error)
         except Exception:
@@ -488,28 +527,74 @@ class Log:
                 app.give_up()
                 self._forget(app)
 
+    async def _spread_all(self, app: _App, holder: str, acquire: bool) -> None:
+        """Until the log is empty, or another process has the lock."""
+        unrung: deque[_Step] = deque()
+        while True:
+            rung = _take_rung(unrung)
+            if app.ready:
+                entries = app.take_ready()
+                steps = [self._spread(app, entries)]
+                if rung:
+                    held = sum(len(step.entries) for step in unrung) + len(entries) + len(app.ready)
+                    steps.append(self._let_go(app.app_id, holder, rung, held))
+                if not all(await asyncio.gather(*steps)):
+                    return
+                assert app.ringing is not None
+                unrung.append(_Step(entries, app.ringing))
+            elif not await self._take_next(
+                app, holder, rung, sum(len(step.entries) for step in unrung), acquire
+            ):
+                return
+            if unrung and (not app.ready or len(unrung) >= MAX_UNRUNG):
+                await app.wait(unrung[0].ringing, more=len(unrung) < MAX_UNRUNG)
+
+    async def _take_next(
+        self, app: _App, holder: str, rung: Sequence[Entry], held: int, acquire: bool
+    ) -> bool:
+        """See `_take`: they are ready. Some of them may be already: those that were committed here meanwhile."""
+        taken = await self._take(app.app_id, holder, rung, acquire, held=held)
+        if taken is None:
+            return False
+        known = app.newest if app.ready else 0
+        app.ready += [entry for entry in taken if entry.msg_id > known]
+        if app.ready:
+            app.newest = app.ready[-1].msg_id
+        return True
+
+    async def _let_go(self, app_id: int, holder: str, rung: Sequence[Entry], held: int) -> bool:
+        return await self._take(app_id, holder, rung, held=held, most=0) is not None
+
     async def _take(
-        self, app_id: int, holder: str, spread: Sequence[Entry], acquire: bool = False
-    ) -> list[Entry]:
-        """Let these go, and get the next ones; none: the log is empty, or another process has the lock."""
+        self,
+        app_id: int,
+        holder: str,
+        rung: Sequence[Entry],
+        acquire: bool = False,
+        *,
+        held: int = 0,
+        most: int = SPREAD_ENTRIES,
+    ) -> list[Entry] | None:
+        """Let these go, and get those behind the `held` next ones; None: the log is empty, or another process has the
+        lock."""
         now = self._clock()
         answer = await self._engine.call(
             _take,
             (of_app(app_id, "log"),),
             (
                 *(tag_of_app(app_id), holder, *self._lock_times(now), int(now * 1000)),
-                *(len(spread), spread[0].msg_id if spread else 0, SPREAD_ENTRIES, SPREAD_BYTES, int(acquire)),
+                *(len(rung), rung[0].msg_id if rung else 0, most, SPREAD_BYTES, int(acquire), held),
             ),
         )
         if answer[0] != b"more":
-            return []
-        return _bounded(
-            Entry(msg_id, row, decode_bits(row.targets)) for msg_id, row in map(read_entry, answer[1:])
-        )
+            return None
+        return [Entry(msg_id, row, decode_bits(row.targets)) for msg_id, row in map(read_entry, answer[1:])]
 
-    async def _spread(self, app: _App, entries: Sequence[Entry]) -> None:
+    async def _spread(self, app: _App, entries: Sequence[Entry]) -> bool:
+        """Their doorbells ring afterwards: `app.ringing`."""
         for part in _independent(entries):
             await self._spread_part(app, part)
+        return True
 
     async def _spread_part(self, app: _App, entries: Sequence[Entry]) -> None:
         app_id, settling = app.app_id, self._settling
@@ -528,15 +613,18 @@ class Log:
         await self._settle(app_id, entries, put.evictions)
         app.withdrawn.update((i, some) for i, some in withdrawn.items() if i in app.awaited)
         app.passed(entries[-1].msg_id)
-        await self._ring(entries, put.routes, withdrawn)
+        app.ringing = asyncio.create_task(self._ring(app.ringing, entries, put.routes, withdrawn))
 
     async def _ring(
         self,
+        before: asyncio.Task[None] | None,
         entries: Sequence[Entry],
         routes: Mapping[int, int],
         withdrawn: Mapping[int, Sequence[Withdrawn]],
     ) -> None:
-        """A node that cannot be rung now is not waited for: the bus lets it know that it missed something."""
+        """After the doorbells before them. A node that cannot be rung now is not waited for: the bus lets it know."""
+        if before is not None:
+            await asyncio.wait((before,))
         for rings in _rings(entries, routes, withdrawn):
             rung = [asyncio.ensure_future(self._bell.ring_nodes(*ring)) for ring in rings]
             _, late = await asyncio.wait(rung, timeout=RING_WAIT)
@@ -650,6 +738,13 @@ class Log:
 def _rung(ring: asyncio.Future[None]) -> None:
     if not ring.cancelled() and (error := ring.exception()) is not None:
         log.warning("a node was not rung, it will notice: %s", error)
+
+
+def _take_rung(steps: deque[_Step]) -> list[Entry]:
+    rung: list[Entry] = []
+    while steps and steps[0].ringing.done():
+        rung += steps.popleft().entries
+    return rung
 
 
 def _wake(future: asyncio.Future[None]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import ceil, inf
@@ -140,6 +141,8 @@ class Partitions:
         self._tasks: set[asyncio.Task[None]] = set()
         self._timers: dict[int, asyncio.TimerHandle] = {}  # until something is tried again
         self._timer_count = 0
+        self._name = secrets.token_hex(4)  # of the caller, for Redis
+        self._calls = 0
         self._reaped: set[int] = set()  # dead nodes without routes
         self._closed = False
 
@@ -243,7 +246,10 @@ class Partitions:
                     for op in some
                 ]
             )
-            future = self._engine.call(_routes, (of_partition(app_id, partition, "routes"),), (packed,))
+            self._calls += 1
+            future = self._engine.call(
+                _routes, (of_partition(app_id, partition, "routes"),), (packed, self._name, self._calls)
+            )
             self._sent.add(future)
             future.add_done_callback(lambda sent, some=some: self._answered(app_id, node, some, sent))  # type: ignore[misc]
 
@@ -257,7 +263,9 @@ class Partitions:
             return
         claims: list[tuple[_Op, int, bool, int]] = []
         for op, (epoch, former, owes) in zip(ops, _CLAIMED.iter_unpack(sent.result()), strict=True):
-            if op.done is not None:
+            if op.done is not None and not epoch:
+                self._add(app_id, op)  # a later call was carried out first
+            elif op.done is not None:
                 claims.append((op, epoch, owes != 0, 0 if former == node else former))
         if any(former and not self._nodes.name_of(former) for _, _, _, former in claims):
             self._start(self._tell_later(claims))
@@ -566,7 +574,7 @@ class Partitions:
         """Of a deleted app; returns how many keys went. `partitions`: at least those of its devices."""
         span = await self._span(app_id)
         self._spans.pop(app_id, None)
-        names = ["routes", "on", "nodes", "formers", "top", "evicted"]
+        names = ["routes", "on", "nodes", "formers", "calls", "top", "evicted"]
         names += [f"in:{n}" for n in range(PARTITION // 64)]
         removed = 0
         for partition in range(max(span, partitions.stop)):

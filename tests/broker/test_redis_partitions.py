@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import struct
 from collections.abc import AsyncIterator, Mapping
 
 import pytest
@@ -15,6 +16,7 @@ from broker.redis.keys import PARTITION, of_node, of_partition
 from broker.redis.nodes import GRACE
 from broker.redis.nodes import LEASE as NODE_LEASE
 from broker.redis.partitions import Inbox, split
+from broker.redis.scripts import load
 from broker.store import StoreUnavailable
 from tests.broker.redis_logs import APP, START, Broker, Clock, World, world
 from tests.broker.redis_rigs import Rig
@@ -112,6 +114,25 @@ async def test_a_claim_whose_answer_was_lost_names_the_former_node(broker: Broke
     claim = await broker.claimed(1, "b")
     assert not lose
     assert (claim.epoch, claim.former) == (3, "a")
+
+
+async def test_a_copy_of_a_claim_that_comes_late_takes_no_device_back(broker: Broker) -> None:
+    """Its connection broke, the claim was made again, and the device has moved on since."""
+    key = of_partition(APP, 0, "routes")
+    claim = struct.pack(">BHII", 1, 7, 1, 0)
+
+    async def call(caller: str, number: int, node: int = 1) -> tuple[int, int, int]:
+        packed = claim if node == 1 else struct.pack(">BHII", 1, 7, node, 0)
+        answer: bytes = await broker.engine.call(load("routes"), (key,), (packed, caller, number))
+        return struct.unpack(">IIB", answer)
+
+    assert await call("a", 2) == (1, 0, 0)
+    assert await call("a", 2) == (1, 0, 0), "the answer was lost"
+    assert await call("b", 1, 2) == (2, 1, 0)
+    assert await call("a", 2) == (1, 0, 0), "older than what the other node has"
+    assert await call("a", 1) == (0, 0, 0), "a copy that comes late"
+    assert await broker.engine.run("GETRANGE", key, 12 * 7, 12 * 7 + 7) == struct.pack(">II", 2, 2)
+    assert await call("a", 3) == (3, 2, 0)
 
 
 async def test_claims_are_tried_again_until_redis_is_back_and_done_is_called_once(

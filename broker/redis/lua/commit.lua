@@ -7,7 +7,7 @@
 -- 12 longest log; then for each message: when it expires, if it is a lasting broadcast, else ""; cid or ""; sendno; row.
 -- Answer: {"index", number}: the app must be put into the index of logs with this number first; {"refused", why, text};
 -- or {first id, 1 the lock is given to the holder | else who has it, entries before, the lasting broadcast before,
--- position from 0, msg_id and sendno of those whose cid was used}.
+-- id of the entry before ("0": none), position from 0, msg_id and sendno of those whose cid was used}.
 -- include records
 -- repeatable
 local log, tag, done = KEYS[1], ARGV[1], ARGV[1] .. ":done:" .. ARGV[2]
@@ -35,7 +35,8 @@ end
 
 local first = math.max(tonumber(head[1] or 0) + 1, tonumber(ARGV[3]))
 local previous = head[2] or "0"
-local answer = {string.format("%.0f", first), "", length, previous}
+local newest = string.match(redis.call("LINDEX", log, -1) or "0", "^%d+")
+local answer = {string.format("%.0f", first), "", length, previous, newest}
 local ids, repeated, entries = {}, {}, {}
 for message = 13, #ARGV, 4 do
   local expires, cid, sendno, row = ARGV[message], ARGV[message + 1], ARGV[message + 2], ARGV[message + 3]
