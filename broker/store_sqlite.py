@@ -56,7 +56,7 @@ from broker.model import (
     Withdrawn,
 )
 from broker.nodes_local import OneNode
-from broker.sqlite.activity import ActivityReads, ActivityWrites, Attendance, Bits, Stretch, add_fresh
+from broker.sqlite.activity import ActivityReads, ActivityWrites
 from broker.sqlite.audit import AuditReads, AuditWrites
 from broker.sqlite.callbacks import CallbackReads, CallbackWrites, SqliteCallbacks
 from broker.sqlite.engine import cannot_open, connect, lock_data_dir, open_database
@@ -79,6 +79,7 @@ from broker.sqlite.threads import (
 )
 from broker.sqlite.upkeep import Upkeep
 from broker.store import StoreError, StoreFull, StoreUnavailable
+from broker.telling.attendance import Attendance, Bits, Stretch, add_fresh
 from broker.telling.calendar import Calendar
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from broker.model import Activity, App
 from broker.redis.engine import Engine
 from broker.redis.keys import PARTITION_BITS, of_app, of_partition
 from broker.redis.scripts import load
-from broker.sqlite.activity import (
+from broker.telling.attendance import (
     DAYS_OF_HOURS,
     GAP,
     LONGEST_DAY,

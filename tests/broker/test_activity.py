@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from pyroaring import BitMap
 
 from broker.model import Activity, App
-from broker.sqlite import activity as activity_module
-from broker.sqlite.activity import GAP, LONGEST_DAY, Attendance, Bits
 from broker.store import StoreUnavailable
 from broker.store_sqlite import SqliteStore
+from broker.telling import attendance as activity_module
+from broker.telling.attendance import GAP, LONGEST_DAY, Attendance, Bits
 from broker.telling.calendar import HOUR, Calendar
 from tests.broker.store_contract import Clock, claimed, expire_all
 
