@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from pyroaring import BitMap
 
 from broker.model import Activity, App
+from broker.sqlite import activity as tables
 from broker.store import StoreUnavailable
 from broker.store_sqlite import SqliteStore
-from broker.telling import attendance as activity_module
+from broker.telling import attendance
 from broker.telling.attendance import GAP, LONGEST_DAY, Attendance, Bits
 from broker.telling.calendar import HOUR, Calendar
 from tests.broker.store_contract import Clock, claimed, expire_all
@@ -139,14 +140,14 @@ async def test_many_apps_enter_a_new_hour_in_pieces(monkeypatch: pytest.MonkeyPa
         world.attendance.flush(2)
     assert sum(len(rows) for rows, _ in world.written) == 10
     world.written.clear()
-    monkeypatch.setattr(activity_module, "ROWS_PER_WRITE", 4)
+    monkeypatch.setattr(attendance, "ROWS_PER_WRITE", 4)
     world.now += HOUR
     world.attendance.flush()
     assert [len(rows) for rows, _ in world.written] == [4, 4, 2]
 
 
 async def test_it_is_written_while_the_server_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activity_module, "ACTIVITY_DELAY", 0.001)
+    monkeypatch.setattr(attendance, "ACTIVITY_DELAY", 0.001)
     store = SqliteStore(tmp_path / "db", clock=Clock())
     await store.open()
     app = await store.create_app("now")
@@ -303,7 +304,7 @@ async def _agree(store: SqliteStore, app: App, model: Model) -> None:
 
 async def test_a_full_pass_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("SLICE_APPS", 2), ("PASS_APPS", 4), ("SLICE_ROWS", 3)):
-        monkeypatch.setattr(activity_module, name, value)
+        monkeypatch.setattr(tables, name, value)
     clock = Clock()
     store = SqliteStore(tmp_path / "db", clock=clock)
     await store.open()
