@@ -64,6 +64,7 @@ if TYPE_CHECKING:
 FORMAT_PROPERTY: Final = ("format", "msgpack")
 COMPRESSION_PROPERTY: Final = ("compression", "deflate")
 MAX_RECEIVE: Final = 65_535
+HOME_TRIES: Final = 2  # to carry a connection home
 AT_ONCE: Final = 64  # CONNECTs decided in one turn of the loop, about 4 ms
 
 log = logging.getLogger(__name__)
@@ -262,24 +263,34 @@ class Arrivals:
     async def _carry_home(self, connection: Connection, connect: Connect, hub: Hub) -> None:
         """To the node where the app's ordinary topics are, which may be this one by now (decision 0022)."""
         node = self._node
+        for _ in range(HOME_TRIES):
+            try:
+                home = await self._store.find_home(hub.app.app_id)
+            except StoreError:
+                self._refuse(connection, connect, STORE_AWAY)
+                return
+            if connection.phase is Phase.CLOSED:
+                return
+            if home is None:
+                if node.hubs.get(hub.app.app_id) is hub:
+                    node.hubs.remove(hub)
+                node.hubs.load(hub.app.key, functools.partial(self._loaded, connection, connect))
+                return
+            if connection.listener == FROM_NODES or not home.direct:  # one of us is wrong about the home
+                break
+            if await node.tunnels.open(connection.transport, home.direct, lambda: _said(connection, connect)):
+                connection.give_away()
+                self.left(connection)
+                return
+            await self._look_at_nodes()
+        self._refuse(connection, connect, HOME_AWAY)
+
+    async def _look_at_nodes(self) -> None:
+        """The home may have left a moment ago."""
         try:
-            home = await self._store.find_home(hub.app.app_id)
-        except StoreError:
-            self._refuse(connection, connect, STORE_AWAY)
-            return
-        if connection.phase is Phase.CLOSED:
-            return
-        if home is None:
-            if node.hubs.get(hub.app.app_id) is hub:
-                node.hubs.remove(hub)
-            node.hubs.load(hub.app.key, functools.partial(self._loaded, connection, connect))
-        elif connection.listener == FROM_NODES or not home.direct:  # one of us is wrong about the home
-            self._refuse(connection, connect, HOME_AWAY)
-        elif await node.tunnels.open(connection.transport, home.direct, lambda: _said(connection, connect)):
-            connection.give_away()
-            self.left(connection)
-        else:
-            self._refuse(connection, connect, HOME_AWAY)
+            await self._store.nodes.list()
+        except StoreError as error:
+            log.warning("the table of nodes cannot be read: %s", error)
 
     def authenticate(self, connection: Connection, packet: Auth) -> None:
         """An AUTH came, before CONNACK or after. Raises ProtocolError."""

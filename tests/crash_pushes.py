@@ -189,6 +189,7 @@ class World:
         self.ledger = load.ledger
         self.draining = load.draining
         self.recorded = load.recorded
+        self.patient = False
         self.names = [f"{name}-{n}" for n in range(FLEETS[name])]
         self.tokens: dict[str, bytes] = {}
         self.tags = {device: set(load.random.sample(TAGS, 2)) for device in self.names}
