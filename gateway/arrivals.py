@@ -64,7 +64,8 @@ if TYPE_CHECKING:
 FORMAT_PROPERTY: Final = ("format", "msgpack")
 COMPRESSION_PROPERTY: Final = ("compression", "deflate")
 MAX_RECEIVE: Final = 65_535
-HOME_TRIES: Final = 2  # to carry a connection home
+HOME_TRIES: Final = 4  # to carry a connection home
+HOME_PAUSE: Final = 0.1  # seconds between them: a home that stops says so first
 AT_ONCE: Final = 64  # CONNECTs decided in one turn of the loop, about 4 ms
 
 log = logging.getLogger(__name__)
@@ -287,6 +288,7 @@ class Arrivals:
 
     async def _look_at_nodes(self) -> None:
         """The home may have left a moment ago."""
+        await asyncio.sleep(HOME_PAUSE)
         try:
             await self._store.nodes.list()
         except StoreError as error:

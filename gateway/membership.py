@@ -113,6 +113,11 @@ class Membership:
             if self._wished is not None:
                 self._wished(answer.wish)
 
+    async def tell(self) -> None:
+        """Something about the node has changed that the others are to know at once."""
+        if self._beaten_at is not None:
+            await self._guarded(self.beat())
+
     @property
     def _behind(self) -> bool:
         return self._looked_up < self._lapsed_times

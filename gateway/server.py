@@ -352,6 +352,7 @@ class Service:
         self.health.state = "draining"
         node = self.node
         log_event(log, logging.INFO, "draining", connections=0 if node is None else node.live)
+        await self._membership.tell()  # that it is draining: who lives here finds another home
         await self._end_tasks()
         self._stop_listening()
         for site in list(self._api.sites) if self._api is not None else ():
