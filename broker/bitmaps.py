@@ -17,3 +17,13 @@ def decode_bits(column: int | bytes | None) -> BitMap:
     if isinstance(column, int):
         return BitMap((column,))
     return BitMap.deserialize(column)
+
+
+def memory_of(bits: BitMap) -> int:
+    """Bytes, about."""
+    parts = bits.get_statistics()
+    return int(
+        parts["n_bytes_array_containers"]
+        + parts["n_bytes_run_containers"]
+        + parts["n_bytes_bitset_containers"]
+    )

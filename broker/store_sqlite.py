@@ -25,6 +25,7 @@ from weakref import WeakValueDictionary
 
 from pyroaring import BitMap
 
+from broker.bitmaps import memory_of
 from broker.model import (
     AccessRule,
     Activity,
@@ -147,7 +148,7 @@ class _Posting:
         return self.weight + CHANGE_SIZE * len(self._changes)
 
     def load(self, bits: BitMap) -> None:
-        self.bits, self.weight = bits, _memory(bits)
+        self.bits, self.weight = bits, memory_of(bits)
         self._changes.clear()
 
     def change(self, devnos: Mapping[int, bool]) -> None:
@@ -202,15 +203,6 @@ class _Postings:
         self._size += size - before
         while self._size > self._limit and len(self._recent) > 1:
             self._size -= self._recent.popitem(last=False)[1][1]
-
-
-def _memory(bits: BitMap) -> int:
-    parts = bits.get_statistics()
-    return int(
-        parts["n_bytes_array_containers"]
-        + parts["n_bytes_run_containers"]
-        + parts["n_bytes_bitset_containers"]
-    )
 
 
 class SqliteStore:

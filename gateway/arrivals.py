@@ -195,7 +195,7 @@ class Arrivals:
     def _turn_back(
         self, connection: Connection, connect: Connect, refusal: Refusal, more: Properties
     ) -> None:
-        """Before anything about the peer was looked at, and without a line in the log: there are thousands."""
+        """Without a line in the log: of those that nobody has looked at yet there are thousands."""
         connection.refuse(
             connect.version,
             refusal.reason,
@@ -509,13 +509,7 @@ class Arrivals:
     def _refuse(self, connection: Connection, connect: Connect, refusal: Refusal) -> None:
         app = (connect.username or "")[:64]
         self._log(logging.INFO, "connect refused", app, connect.client_id[:64], reason=refusal.label)
-        connection.refuse(
-            connect.version,
-            refusal.reason,
-            refusal.text,
-            refusal.label,
-            maximum_packet=connect.properties.get("maximum_packet_size", 0),
-        )
+        self._turn_back(connection, connect, refusal, {})
 
     def _log(self, level: int, event: str, app: str, device: str, **more: Any) -> None:
         log_event(log, level, event, app=app, device=device, node=self._node.settings.node_id, **more)

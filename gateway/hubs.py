@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import inf
 from typing import Any, Final
 
 from broker.bus import Broadcast, Doorbell, Recalled
@@ -61,9 +60,11 @@ class Hubs:
         max_retained: int,
         max_retained_bytes: int,
         spawn: Callable[[Coroutine[Any, Any, None]], None],
+        alone: bool,
         unrecorded: Callable[[], Collection[tuple[int, int]]],
     ) -> None:
-        """`unrecorded`: see `Settler.unrecorded_broadcasts`."""
+        """`alone`: there is no other node. `unrecorded`: see `Settler.unrecorded_broadcasts`."""
+        self._alone = alone
         self._unrecorded = unrecorded
         self._store = store
         self._apps = apps
@@ -165,8 +166,8 @@ class Hubs:
         return hub
 
     async def _find_ordinary(self, app: App) -> Ordinary:
-        if self._store.nodes.lease == inf:
-            return Ordinary.HERE  # there is no other node
+        if self._alone:
+            return Ordinary.HERE
         if not has_topics(app):
             return Ordinary.NONE
         return Ordinary.HERE if await self._store.find_home(app.app_id) is None else Ordinary.AWAY
@@ -182,8 +183,9 @@ class Hubs:
         if not self._upkeep_todo:
             self._upkeep_todo = list(self._by_id.values())
         now, wall = self._clock.now, self._clock.wall
-        unrecorded = self._unrecorded()
-        for hub in self._upkeep_todo[-UPKEEP_SLICE:]:
+        some = self._upkeep_todo[-UPKEEP_SLICE:]
+        unrecorded = self._unrecorded() if any(True for hub in some for _ in hub.broadcasts()) else ()
+        for hub in some:
             hub.drop_finished(wall, unrecorded)
             hub.forget(now)
             self._keeper.expire(hub)

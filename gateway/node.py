@@ -168,6 +168,7 @@ class Node:
             max_retained=settings.max_retained,
             max_retained_bytes=settings.max_retained_bytes,
             spawn=self.spawn,
+            alone=membership.alone,
             unrecorded=self.settler.unrecorded_broadcasts,
         )
         self.sweeper = Sweeper(

@@ -48,6 +48,7 @@ from broker.redis.records import refused
 from broker.redis.rows import ROWS, Row, row_of, stored_message
 from broker.redis.scripts import load
 from broker.redis.streams import first_id
+from broker.redis.watch import Watch
 from broker.store import StoreError, StoreFull, StoreUnavailable, UnknownMessage
 
 log = logging.getLogger(__name__)
@@ -265,17 +266,14 @@ class Log:
         self._runs = 0
         self.left = 0  # times that a log with entries had no holder; for the metrics
         self._apps: dict[int, _App] = {}
-        self._watching: asyncio.Task[None] | None = None
+        self._watch = Watch(self.recover, RECOVER, "logs without a holder cannot be looked for")
 
     async def open(self) -> None:
-        self._watching = asyncio.create_task(self._watch())
+        self._watch.open()
 
     async def close(self) -> None:
         """Finish what was accepted; what cannot be spread now stays in the log."""
-        if self._watching is not None:
-            self._watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._watching
+        await self._watch.close()
         await self.finish()
 
     async def finish(self) -> None:
@@ -532,19 +530,18 @@ class Log:
         unrung: deque[_Step] = deque()
         while True:
             rung = _take_rung(unrung)
+            held = sum(len(step.entries) for step in unrung)
             if app.ready:
+                held += len(app.ready)
                 entries = app.take_ready()
-                steps = [self._spread(app, entries)]
-                if rung:
-                    held = sum(len(step.entries) for step in unrung) + len(entries) + len(app.ready)
-                    steps.append(self._let_go(app.app_id, holder, rung, held))
-                if not all(await asyncio.gather(*steps)):
+                _, ours = await asyncio.gather(
+                    self._spread(app, entries), self._let_go(app.app_id, holder, rung, held)
+                )
+                if not ours:
                     return
                 assert app.ringing is not None
                 unrung.append(_Step(entries, app.ringing))
-            elif not await self._take_next(
-                app, holder, rung, sum(len(step.entries) for step in unrung), acquire
-            ):
+            elif not await self._take_next(app, holder, rung, held, acquire):
                 return
             if unrung and (not app.ready or len(unrung) >= MAX_UNRUNG):
                 await app.wait(unrung[0].ringing, more=len(unrung) < MAX_UNRUNG)
@@ -563,7 +560,8 @@ class Log:
         return True
 
     async def _let_go(self, app_id: int, holder: str, rung: Sequence[Entry], held: int) -> bool:
-        return await self._take(app_id, holder, rung, held=held, most=0) is not None
+        """False: another process has the lock."""
+        return not rung or await self._take(app_id, holder, rung, held=held, most=0) is not None
 
     async def _take(
         self,
@@ -590,11 +588,10 @@ class Log:
             return None
         return [Entry(msg_id, row, decode_bits(row.targets)) for msg_id, row in map(read_entry, answer[1:])]
 
-    async def _spread(self, app: _App, entries: Sequence[Entry]) -> bool:
+    async def _spread(self, app: _App, entries: Sequence[Entry]) -> None:
         """Their doorbells ring afterwards: `app.ringing`."""
         for part in _independent(entries):
             await self._spread_part(app, part)
-        return True
 
     async def _spread_part(self, app: _App, entries: Sequence[Entry]) -> None:
         app_id, settling = app.app_id, self._settling
@@ -691,18 +688,6 @@ class Log:
             self._start(app, f"{self._name}.{self._runs}", None, acquire=True)
 
     # Recovery
-
-    async def _watch(self) -> None:
-        away = False
-        while True:
-            await asyncio.sleep(RECOVER)
-            try:
-                await self.recover()
-                away = False
-            except StoreError as error:
-                if not away:
-                    log.warning("logs without a holder cannot be looked for: %s", error)
-                away = True
 
     async def recover(self) -> None:
         """One turn: spread what waits and whose holder has gone; forget apps that have been idle."""

@@ -20,6 +20,7 @@ from msgspec.structs import replace
 
 from broker.model import Beat, NodeEntry, NodeInfo
 from broker.redis.scripts import Script, load
+from broker.redis.watch import Watch
 from broker.redis.wire import Argument
 from broker.store import Conflict, StoreUnavailable
 
@@ -69,43 +70,28 @@ class RedisNodes:
         self._next = 0  # the greatest number that was given
         self._version: bytes = b""
         self._guests: dict[str, asyncio.Task[int]] = {}  # nodes that this process plays: see `ensure`
-        self._watching: asyncio.Task[None] | None = None
+        self._watch = Watch(self._look, REFRESH, "the table of nodes cannot be read")
 
     # Life
 
     async def open(self) -> None:
         """Look at the table, and then again every second."""
         await self.refresh()
-        self._watching = asyncio.create_task(self._watch())
+        self._watch.open()
 
     async def close(self) -> None:
         """Leave, if that was not done."""
-        if self._watching is not None:
-            self._watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._watching
+        await self._watch.close()
         guests, self._guests = self._guests, {}
         with suppress(StoreUnavailable):
             for name, joining in guests.items():
                 await self._ask("leave", await joining, name)
             await self.leave()
 
-    async def _watch(self) -> None:
-        away = False
-        while True:
-            await asyncio.sleep(REFRESH)
-            try:
-                await self._keep_guests()
-                await self.refresh()
-                away = False
-            except StoreUnavailable as error:
-                if not away:
-                    log.warning("the table of nodes cannot be read: %s", error)
-                away = True
-
-    async def _keep_guests(self) -> None:
+    async def _look(self) -> None:
         for name, joining in tuple(self._guests.items()):
             await self._ask("beat", await joining, name, NodeInfo(name))
+        await self.refresh()
 
     # The facet of the store
 

@@ -28,6 +28,7 @@ from typing import Any, Final
 
 from pyroaring import BitMap
 
+from broker.bitmaps import memory_of
 from broker.model import PLATFORMS, Term, TermKey
 from broker.redis.engine import Engine
 from broker.redis.keys import PARTITION, PARTITION_BITS, of_app, of_partition
@@ -352,7 +353,7 @@ class Terms:
             return
         if before is not None:
             self._size -= before.weight
-        weight = POSTING_OVERHEAD + len(term[1]) + _memory(bits)
+        weight = POSTING_OVERHEAD + len(term[1]) + memory_of(bits)
         self._lists[app_id, term] = _List(bits, version, read_at, weight)
         self._size += weight
         while self._size > self._limit and len(self._lists) > 1:
@@ -390,12 +391,3 @@ def _without(bits: BitMap, partitions: Iterable[int]) -> BitMap:
     for partition in partitions:
         bits.remove_range(partition << PARTITION_BITS, (partition << PARTITION_BITS) + PARTITION)
     return bits
-
-
-def _memory(bits: BitMap) -> int:
-    parts = bits.get_statistics()
-    return int(
-        parts["n_bytes_array_containers"]
-        + parts["n_bytes_run_containers"]
-        + parts["n_bytes_bitset_containers"]
-    )
