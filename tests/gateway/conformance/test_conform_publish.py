@@ -243,18 +243,18 @@ def test_a_message_that_waited_too_long_is_not_sent_and_the_others_tell_what_is_
             publish(sender, f"{name}/{topic}", b"long", properties=hundred, retain=topic == "kept")
         publish(sender, f"{name}/away", b"short", properties={"message_expiry_interval": 1})
         publish(sender, f"{name}/soon", b"short", properties={"message_expiry_interval": 1}, retain=True)
-        expired = time.monotonic() + 1.2
+        expired = time.monotonic() + 2.0  # the server looks at its clock several times a second
         eventually(lambda: time.monotonic() > expired)
         with device(server, name) as peer:
             message = take(peer)
-            assert (message.payload, message.properties["message_expiry_interval"] in (98, 99)) == (
+            assert (message.payload, message.properties["message_expiry_interval"] in (96, 97, 98)) == (
                 b"long",
                 True,
             )
             nothing_waits(peer)
             subscribe(peer, f"{name}/kept", f"{name}/soon")
             message = take(peer)
-            assert (message.payload, message.properties["message_expiry_interval"] in (98, 99)) == (
+            assert (message.payload, message.properties["message_expiry_interval"] in (96, 97, 98)) == (
                 b"long",
                 True,
             )
