@@ -53,6 +53,7 @@ PositiveU16 = Annotated[int, Meta(ge=1, le=65535)]
 U32 = Annotated[int, Meta(ge=0, le=4_294_967_295)]
 Name = Annotated[str, Meta(min_length=1)]
 Seconds = Annotated[float, Meta(gt=0)]
+Role = Literal["all", "gateway", "broker"]
 Workers = Annotated[int, Meta(ge=0, le=MAX_WORKERS)] | Literal["auto"]
 
 
@@ -67,7 +68,7 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
     )
     host: Annotated[str, _about("address the MQTT and HTTP listeners bind to", flag="--host")] = "127.0.0.1"
     role: Annotated[
-        Literal["all", "gateway", "broker"],
+        Role,
         _about("gateway holds devices, broker has the HTTP API and what happens later", flag="--role"),
     ] = "all"
     node_id: Annotated[
@@ -78,6 +79,14 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
         _about(
             "node processes behind the same ports, under a supervisor; auto: one a core; 0: just this one",
             flag="--workers",
+        ),
+    ] = 0
+    brokers: Annotated[
+        int,
+        Meta(ge=0, le=MAX_WORKERS),
+        _about(
+            "broker processes beside the workers, which then only hold devices; 0: the workers do both",
+            flag="--brokers",
         ),
     ] = 0
     advertise: Annotated[
@@ -613,6 +622,8 @@ def _fleet_conflicts(config: Config) -> Iterator[str]:
     ):
         if given and not store.url:
             yield f'{path}: needs a Redis, store.url = "redis://…"; SQLite is for one process that does all'
+    if server.brokers and (not config.workers or server.role != "all"):
+        yield f'server.brokers = {server.brokers}: needs server.workers, and server.role = "all"'
     if server.advertise and not ADDRESS.fullmatch(server.advertise):
         yield f"server.advertise = {server.advertise!r}: must be host:port"
     if server.role == "gateway" and mqtt.port is mqtt.tls_port is mqtt.ws_port is None:

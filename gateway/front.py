@@ -39,6 +39,7 @@ class WorkerState(msgspec.Struct, frozen=True, array_like=True):
     pid: int
     state: str  # starting | ready | draining
     answers_at: str
+    role: str
 
 
 class CrewState(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -118,16 +119,22 @@ class CrewOverview:
         }
 
     async def reasons(self) -> list[str]:
-        """None while one worker takes devices and pushes: during a rolling restart there is always one."""
+        """None while of each role one worker is ready: during a rolling restart there is always one."""
         if self.crew.stopping:
             return ["draining"]
         await self._look()
-        found = [
-            self._healths[worker.name].reasons for worker in self.crew.workers if worker.name in self._healths
-        ]
-        if not all(found):
+        roles = sorted({worker.role for worker in self.crew.workers})
+        return [reason for role in roles for reason in self._reasons_of(role)] or (
+            [] if roles else ["no worker answers"]
+        )
+
+    def _reasons_of(self, role: str) -> list[str]:
+        names = [worker.name for worker in self.crew.workers if worker.role == role]
+        found = [self._healths[name].reasons for name in names if name in self._healths]
+        if found and not all(found):
             return []
-        return sorted({reason for reasons in found for reason in reasons}) or ["no worker answers"]
+        said = {reason for reasons in found for reason in reasons}
+        return sorted(said) or ["no worker answers" if role == "all" else f"no {role} answers"]
 
     async def _look(self) -> None:
         """At the health of all."""

@@ -26,7 +26,7 @@ from typing import Final, NoReturn
 
 import msgspec
 
-from broker.config import Config
+from broker.config import Config, Role
 from broker.logs import log_event, set_up_logs
 from gateway.crew import Action, Adopted, Announce, Crew, Kill, Leave, Life, Note, Start, State
 from gateway.front import LARGEST, Buried, CrewState, LastWords, Told, WorkerState, run_front
@@ -127,7 +127,7 @@ class Supervisor:
         self._ports = ports
         self._announce = announce
         self._bequest = bequest
-        self._crew = Crew(config.workers, config.server.drain_limit + KILL_AFTER)
+        self._crew = Crew(config.workers + config.server.brokers, config.server.drain_limit + KILL_AFTER)
         self._channels: dict[Life, socket.socket] = {}
         self._listening: dict[Life, Listening] = {}
         self._admin = ""
@@ -224,6 +224,7 @@ class Supervisor:
         workers = [_life(place.life) for place in self._crew.workers]
         listening = replace(
             self._listening[workers[0]],
+            http=self._listening[workers[-1]].http,
             admin=front.admin,
             demo_app=front.demo_app,
             anonymous_app=front.anonymous_app,
@@ -234,6 +235,12 @@ class Supervisor:
 
     def _name(self, life: Life) -> str:
         return f"{self._config.server.node_id}-{life.number or 'front'}"
+
+    def _role(self, life: Life) -> Role:
+        """Workers have the first places, brokers beside them the last."""
+        if life.place is self._crew.front or not self._config.server.brokers:
+            return self._config.server.role
+        return "gateway" if life.place.number <= self._config.workers else "broker"
 
     # Processes
 
@@ -281,8 +288,8 @@ class Supervisor:
         release_ports(self._ports)
 
     def _serve(self, life: Life, channel: socket.socket) -> None:
-        server = self._config.server
-        set_up_logs(server.log_format, server.log_level, node=self._name(life))
+        server = msgspec.structs.replace(self._config.server, node_id=self._name(life), role=self._role(life))
+        set_up_logs(server.log_format, server.log_level, node=server.node_id)
 
         def tell(listening: Listening) -> None:
             _say(channel, Ready(listening))
@@ -293,9 +300,7 @@ class Supervisor:
         if life.place is self._crew.front:
             run_front(self._config, channel, tell, bury)
             return
-        config = msgspec.structs.replace(
-            self._config, server=msgspec.structs.replace(server, node_id=self._name(life))
-        )
+        config = msgspec.structs.replace(self._config, server=server)
         exported = run_service(
             config, tell, Seat(self._answers_at(life), self._admin), lambda stop: _watch(channel, stop)
         )
@@ -356,7 +361,14 @@ class Supervisor:
 
     def _state(self) -> CrewState:
         workers = [
-            WorkerState(life.serial, self._name(life), life.pid, life.state, self._answers_at(life))
+            WorkerState(
+                life.serial,
+                self._name(life),
+                life.pid,
+                life.state,
+                self._answers_at(life),
+                self._role(life),
+            )
             for place in self._crew.workers
             for life in place.lives()
         ]

@@ -260,6 +260,11 @@ FLEET_ROWS = [
     ({"server.role": "gateway"}, "server.role = 'gateway': needs a Redis"),
     ({"server.workers": "2"}, "server.workers = 2: needs a Redis"),
     ({"server.workers": "1"}, "server.workers = 1: needs a Redis"),
+    (REDIS | {"server.brokers": "1"}, "server.brokers = 1: needs server.workers"),
+    (
+        REDIS | {"server.brokers": "1", "server.workers": "2", "server.role": "gateway"},
+        'server.brokers = 1: needs server.workers, and server.role = "all"',
+    ),
     ({"server.workers": "auto"}, "server.workers = 'auto': needs a Redis"),
     ({"store.replicas": "1"}, "store.replicas = 1: needs a Redis"),
     ({"store.unsafe": "true"}, "store.unsafe = true: needs a Redis"),

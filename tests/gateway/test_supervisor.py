@@ -259,6 +259,29 @@ def test_without_its_supervisor_no_worker_stays(start: Start) -> None:
     _until(lambda: not any(map(_alive, processes)))
 
 
+def test_brokers_beside_the_workers_leave_them_the_devices(start: Start) -> None:
+    crew = start("--brokers", "1", workers=2)
+    workers = crew.until_ready(3)
+    roles = {node["name"]: node["role"] for node in _nodes(crew) if node["name"] in workers}
+    (broker,) = (name for name, role in roles.items() if role == "broker")
+    assert sorted(roles.values()) == ["broker", "gateway", "gateway"]
+    mqtt, http = crew.addresses.mqtt[1], int(crew.addresses.http.rpartition(":")[2])
+    for name, pid in workers.items():
+        assert _listening(pid) & {mqtt, http} == {http if name == broker else mqtt}
+    _call_api(crew, 3)
+    os.kill(workers[broker], signal.SIGKILL)
+    assert _until(lambda: _not_ready(crew)) == ["no broker answers"]
+    after = crew.until_ready(3, without=frozenset((workers[broker],)))
+    assert set(workers.values()) & set(after.values()) == set(workers.values()) - {workers[broker]}
+    _call_api(crew, 3)
+    assert _not_ready(crew) == []
+
+
+def _not_ready(crew: Crew) -> list[str]:
+    reasons: list[str] = _get(f"{crew.addresses.admin}/readyz")[1].get("reasons", [])
+    return reasons
+
+
 # Replacement
 
 
