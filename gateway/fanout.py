@@ -5,6 +5,9 @@ turns of the event loop of half a millisecond, and a targeted push takes some fo
 the socket (architecture, decision 8; with 256 its p99 amid a broadcast was 44 ms, with 32 it is 18, and the
 broadcast is as fast: docs/numbers.md). Several broadcasts walk in turn; a device that a walk reaches gets all it
 is owed in one write, so the later walk finds nothing left to do there.
+
+Where more processes want to run than there are cores, a walk also gives way to those: when the node had to wait for
+a core, the walk rests for longer than that, and the core is there for whoever handles a targeted push.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from itertools import islice
+from time import perf_counter, thread_time
 from typing import Final
 
 from broker.bus import Broadcast, Recalled, Targeted
@@ -22,6 +26,9 @@ from gateway.session import Inbox
 from gateway.wheel import Clock
 
 SLICE: Final = 32
+PATIENCE: Final = 0.002
+REST: Final = 2.0  # seconds for each second of that
+LONGEST_REST: Final = 0.1
 
 
 class Fanout:
@@ -30,6 +37,7 @@ class Fanout:
         self._metrics = metrics
         self._walks: deque[tuple[Hub, Walk]] = deque()
         self._scheduled = False
+        self._load = CoreLoad()
         self._sent_broadcast = metrics.sent.labels("broadcast")
         self._sent_targeted = metrics.sent.labels("targeted")
         self._sent_backlog = metrics.sent.labels("backlog")
@@ -81,6 +89,7 @@ class Fanout:
         self._enqueue(hub, walk)
         if not self._scheduled:
             self._scheduled = True
+            self._load.begin()
             asyncio.get_running_loop().call_soon(self._turn)
 
     def _enqueue(self, hub: Hub, walk: Walk) -> None:
@@ -91,6 +100,10 @@ class Fanout:
             self._walks.append((hub, walk))
 
     def _turn(self) -> None:
+        waited = self._load.waited()
+        if waited > PATIENCE:
+            asyncio.get_running_loop().call_later(min(REST * waited, LONGEST_REST), self._go_on)
+            return
         hub, walk = self._walks.popleft()
         try:
             if self._slice(hub, walk):
@@ -101,6 +114,10 @@ class Fanout:
             self._scheduled = bool(self._walks)
             if self._scheduled:
                 asyncio.get_running_loop().call_soon(self._turn)
+
+    def _go_on(self) -> None:
+        self._load.begin()
+        self._turn()
 
     def _slice(self, hub: Hub, walk: Walk) -> bool:
         """Offer the broadcast to the next devices; whether there may be more."""
@@ -138,3 +155,18 @@ class Fanout:
         walk.last = devno
         walk.left -= visited
         return visited == SLICE
+
+
+class CoreLoad:
+    """How long this thread, which had always something to do, had to wait for a core."""
+
+    __slots__ = ("_began", "_ran")
+
+    def begin(self) -> None:
+        self._began, self._ran = perf_counter(), thread_time()
+
+    def waited(self) -> float:
+        """Seconds since the last look, or `begin`."""
+        began, ran = self._began, self._ran
+        self.begin()
+        return (self._began - began) - (self._ran - ran)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
+from time import thread_time
+from typing import Any
 
 import pytest
 
 import gateway.fanout
+from gateway.fanout import REST, CoreLoad
 from gateway.live import Encoding, Frames, LivePush
 from tests.gateway.world import Phone, World
 
@@ -119,6 +123,39 @@ async def test_a_device_that_comes_during_a_walk_gets_it_once(world: World, phon
     assert again.got == [msg_id]
     await world.calm()
     assert again.got == [msg_id]
+
+
+async def test_a_walk_rests_when_the_node_had_to_wait_for_a_core(
+    world: World, phones: list[Phone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = [0.0, 0.02]
+    monkeypatch.setattr(CoreLoad, "waited", lambda _: waits.pop(0) if waits else 0.0)
+    rests: list[float] = []
+    loop = asyncio.get_running_loop()
+    call_later = loop.call_later
+
+    def later(delay: float, *work: Any) -> asyncio.TimerHandle:
+        if work[0] == world.node.fanout._go_on:
+            rests.append(delay)
+        return call_later(delay, *work)
+
+    monkeypatch.setattr(loop, "call_later", later)
+    broadcast = await world.push(*EVERYONE)
+    await world.when(lambda: reached(phones, broadcast) == DEVICES)
+    assert rests == [0.02 * REST]
+
+
+def test_waiting_for_a_core_is_what_did_not_run() -> None:
+    """Sleeping looks the same as waiting to a thread: who measures has always something to do."""
+    load = CoreLoad()
+    load.begin()
+    began, ran = time.perf_counter(), thread_time()
+    while thread_time() - ran < 0.01:
+        pass
+    waited = load.waited()
+    assert waited <= time.perf_counter() - began - 0.01
+    time.sleep(0.02)
+    assert load.waited() >= 0.015
 
 
 async def test_frames_are_forgotten_when_the_walk_is_over(world: World, phones: list[Phone]) -> None:
