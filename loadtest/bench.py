@@ -61,6 +61,9 @@ WORK: Final = Path(".bench")
 @click.option("--runs", type=click.IntRange(min=1), help="Runs of each measurement.")
 @click.option("--devices", type=click.IntRange(min=1200), help="Devices online at once.")
 @click.option("--nodes", type=click.IntRange(min=0), help="Node processes of fleet; 0: the embedded server.")
+@click.option(
+    "--brokers", type=click.IntRange(min=0), help="Broker processes of fleet; 0: its nodes are brokers, too."
+)
 @click.option("--hold", type=click.FloatRange(min=0), help="Seconds for which fleet must be stable.")
 @click.option("--registered", type=click.IntRange(min=1200), help="Devices of accepts and offline.")
 @click.option("--reachable", type=click.IntRange(min=1200), help="Devices of reach.")
@@ -83,6 +86,7 @@ def main(
     runs: int | None,
     devices: int | None,
     nodes: int | None,
+    brokers: int | None,
     hold: float | None,
     registered: int | None,
     reachable: int | None,
@@ -101,6 +105,7 @@ def main(
         reachable=reachable or plan.reachable,
         fleet_devices=devices or plan.fleet_devices,
         nodes=plan.nodes if nodes is None else nodes,
+        brokers=plan.brokers if brokers is None else brokers,
         hold=plan.hold if hold is None else hold,
     )
     directory = WORK / str(os.getpid())

@@ -38,9 +38,11 @@ class OpenLoop:
         *,
         cids: bool = False,
         forgiving: bool = False,
+        together: int = 1,
     ) -> None:
         """`name_of` gives a device's registration id. `cids`: each push has one, so that it may be posted again.
-        `forgiving`: a push that the server cannot take now (503) is counted as refused, and no error."""
+        `forgiving`: a push that the server cannot take now (503) is counted as refused, and no error. `together`:
+        so many pushes are due at the same moment, and go in one request."""
         self._pool = pool
         self._ledger = ledger
         self._name_of = name_of
@@ -48,7 +50,8 @@ class OpenLoop:
         self._cids = cids
         self._forgiving = forgiving
         self._devices = devices
-        self._interval = 1 / rate
+        self._together = together
+        self._interval = together / rate
         self._due = time.perf_counter()
         self._random = random.Random(SEED)
         self.sent = 0
@@ -59,7 +62,10 @@ class OpenLoop:
         """Send what is due; seconds until the next."""
         now = time.perf_counter()
         while self._due <= now:
-            self._send(self._random.choice(self._devices), self._due)
+            if self._together > 1:
+                self._send_batch(self._due)
+            else:
+                self._send(self._random.choice(self._devices), self._due)
             self._due += self._interval
         return self._due - now
 
@@ -70,6 +76,26 @@ class OpenLoop:
         request = self._pool.build("POST", "/v3/push", body)
         self._pool.send(request, lambda status, answer: self._answered(serial, status, answer))
         self.sent += 1
+
+    def _send_batch(self, due: float) -> None:
+        items: dict[int, tuple[str, str, str]] = {}
+        for _ in range(self._together):
+            device = self._random.choice(self._devices)
+            serial = self._ledger.add_targeted(device, due)
+            items[serial] = f"one-{serial}", self._name_of(device), alert(serial, self._digits)
+        body = batch_body(list(items.values()))
+        request = self._pool.build("POST", "/v3/push/batch/regid/single", body)
+        self._pool.send(request, lambda status, answer: self._answered_batch(list(items), status, answer))
+        self.sent += self._together
+
+    def _answered_batch(self, serials: Sequence[int], status: int, body: bytes) -> None:
+        if status == UNAVAILABLE and self._forgiving:
+            self.refused += len(serials)
+            for serial in serials:
+                self._ledger.forget(serial)
+            return
+        check_batch(status, body)
+        self.accepted += len(serials)
 
     def _answered(self, serial: int, status: int, body: bytes) -> None:
         if status == UNAVAILABLE and self._forgiving:

@@ -48,6 +48,7 @@ class Plan:
     reachable: int = 1_000_000  # registered devices whose audiences are resolved
     fleet_devices: int = 100_000  # of fleet and crowd
     nodes: int = 6  # processes of a fleet's server
+    brokers: int = 1  # processes beside them; 0: the nodes are brokers, too
     hold: float = 600.0  # seconds for which a fleet must be stable
     calm: float = 3.0  # seconds between two measurements of a fleet
 

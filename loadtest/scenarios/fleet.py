@@ -32,7 +32,7 @@ from loadtest.redis_server import RedisServer
 from loadtest.report import Row
 from loadtest.roster import Roster, enroll, name_of
 from loadtest.server import Server, read_usage, run_holdfast
-from loadtest.stage import Stage
+from loadtest.stage import Plan, Stage
 from loadtest.swarms import SwarmError, Swarms
 
 CONNECT_RATE: Final = 20_000.0  # wanted, a second: what is reached is measured
@@ -42,6 +42,7 @@ PING_INTERVAL: Final = 180.0
 PROBES: Final = 500
 PROBE_RATE: Final = 200.0
 TARGETED_RATE: Final = 3000.0
+TOGETHER: Final = (1, 10)  # pushes in a request
 TARGETED_RUNS: Final = 4.0  # times as long as other open loops: it is to be sustained
 BROADCAST_DEVICES, BROADCAST_GOAL = 100_000, 5.0  # so many, in so many seconds
 REPORT_LIMIT: Final = 120.0
@@ -58,7 +59,10 @@ KB, MB, MS, MILLION = 1 << 10, 1 << 20, 1000.0, 1e6
 def fleet(stage: Stage) -> list[Row]:
     with stage.whole_machine(), _scene(stage) as scene:
         rows = [*_connect(scene), *_hold(scene), *_memory(scene)]
-        rows += [*_broadcasts(scene), *_targeted(scene), *_targeted_amid(scene)]
+        rows += _broadcasts(scene)
+        for together in TOGETHER:
+            rows += _targeted(scene, together)
+        rows += _targeted_amid(scene)
         if stage.plan.nodes > 1:
             rows += _death(scene)
         status = scene.swarms.renew()
@@ -132,7 +136,7 @@ class Scene:
 
     @property
     def name(self) -> str:
-        return f"fleet: {self.devices:,} devices, {_nodes(self.stage.plan.nodes)}"
+        return f"fleet: {self.devices:,} devices, {_processes(self.stage.plan)}"
 
     @property
     def reactor(self) -> Reactor:
@@ -158,8 +162,11 @@ class Scene:
         )
 
 
-def _nodes(count: int) -> str:
-    return f"{count} nodes" if count else "the embedded server"
+def _processes(plan: Plan) -> str:
+    if not plan.nodes:
+        return "the embedded server"
+    brokers = f", {plan.brokers} broker{'s' * (plan.brokers > 1)}" if plan.brokers else ""
+    return f"{plan.nodes} nodes{brokers}"
 
 
 # Who plays
@@ -213,7 +220,7 @@ def _server(stage: Stage, redis: RedisServer | None) -> tuple[dict[str, str], Se
         settings["HOLDFAST_STORE_URL"] = redis.url
         # A process has 20,000 files here, and keeps those of its HTTP connections free of devices.
         settings.setdefault("HOLDFAST_HTTP_MAX_CONNECTIONS", str(2 * HTTP_CONNECTIONS))
-        flags = ["--workers", str(stage.plan.nodes)]
+        flags = ["--workers", str(stage.plan.nodes), "--brokers", str(stage.plan.brokers)]
     create = ("app", "create", "fleet", "--data-dir", str(data_dir))
     app = run_holdfast(*create, source=stage.source, settings=settings)
     return app, Server(data_dir, settings=settings, source=stage.source, flags=flags)
@@ -421,24 +428,35 @@ def _turn_until(
         scene.reactor.turn(min(meanwhile(), 0.01))
 
 
-def _publisher(scene: Scene, devices: range, rate: float, *, cids: bool = False) -> OpenLoop:
+def _publisher(
+    scene: Scene, devices: range, rate: float, *, cids: bool = False, together: int = 1
+) -> OpenLoop:
     return OpenLoop(
-        scene.pool, scene.ledger, name_of, devices, rate, scene.msg_id_digits, cids=cids, forgiving=True
+        scene.pool,
+        scene.ledger,
+        name_of,
+        devices,
+        rate,
+        scene.msg_id_digits,
+        cids=cids,
+        forgiving=True,
+        together=together,
     )
 
 
-def _targeted(scene: Scene) -> list[Row]:
-    """At a fixed rate to all devices, whether the server keeps up or not."""
+def _targeted(scene: Scene, together: int) -> list[Row]:
+    """At a fixed rate to all devices, whether the server keeps up or not. `together`: pushes in a request."""
     scene.guard.what = "fleet: targeted"
-    _push_for(scene, TARGETED_RUNS * scene.stage.plan.seconds)  # warm
+    _push_for(scene, TARGETED_RUNS * scene.stage.plan.seconds, together)  # warm
     runs: list[Volley] = []
     for _ in range(scene.stage.plan.runs):
         scene.run_for(scene.stage.plan.calm)
-        runs.append(_push_for(scene, TARGETED_RUNS * scene.stage.plan.seconds))
+        runs.append(_push_for(scene, TARGETED_RUNS * scene.stage.plan.seconds, together))
         scene.stage.say(
-            f"fleet: targeted, {runs[-1].rate:,.0f}/s, p50 {runs[-1].p50:.1f}, p99 {runs[-1].p99:.1f} ms"
+            f"fleet: targeted, {together} a request: {runs[-1].rate:,.0f}/s, p50 {runs[-1].p50:.1f}, "
+            f"p99 {runs[-1].p99:.1f} ms"
         )
-    name = f"{scene.name}: targeted, {TARGETED_RATE:,.0f} a second offered"
+    name = f"{scene.name}: targeted, {TARGETED_RATE:,.0f} a second offered, {together} a request"
     refused = sum(run.refused for run in runs)
     note = f"{scene.ledger.errors() or 'none lost'}; {refused:,} refused"
     goal = 0.98 * TARGETED_RATE
@@ -467,10 +485,10 @@ class Volley:
     spent: Spent
 
 
-def _push_for(scene: Scene, seconds: float) -> Volley:
+def _push_for(scene: Scene, seconds: float, together: int = 1) -> Volley:
     scene.ledger.latencies.clear()
     before, started = scene.spent(), time.perf_counter()
-    publisher = _publisher(scene, range(scene.devices), TARGETED_RATE)
+    publisher = _publisher(scene, range(scene.devices), TARGETED_RATE, together=together)
     while time.perf_counter() - started < seconds:
         scene.reactor.turn(publisher.send_due())
     _take_all(scene)

@@ -61,7 +61,7 @@ def test_the_embedded_server_goes_through_all_but_a_nodes_death(embedded: Stage)
 @pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed")
 def test_nodes_around_a_redis_survive_one_of_them(two_nodes: Stage) -> None:
     rows = _by_name(fleet(two_nodes))
-    name = "fleet: 1,300 devices, 2 nodes"
+    name = "fleet: 1,300 devices, 2 nodes, 1 broker"
     assert rows[f"{name}: pushes lost"].values == [0.0]
     assert rows[f"{name}: stable for 0.5 s: devices dropped"].values == [0.0]
     assert rows[f"{name}: a broadcast to all: Redis commands per million deliveries"].median > 0
@@ -124,6 +124,8 @@ def test_the_bench_writes_rows_and_its_block(tmp_path: Path, monkeypatch: pytest
         "7000",
         "--nodes",
         "0",
+        "--brokers",
+        "2",
         "--hold",
         "0",
         "--label",
@@ -136,7 +138,8 @@ def test_the_bench_writes_rows_and_its_block(tmp_path: Path, monkeypatch: pytest
     os.sched_setaffinity(0, before)
     signal.signal(signal.SIGTERM, terminated)
     assert answer.exit_code == 0, answer.output
-    assert (seen[0].fleet_devices, seen[0].nodes, seen[0].hold) == (7000, 0, 0.0)
+    plan = seen[0]
+    assert (plan.fleet_devices, plan.nodes, plan.brokers, plan.hold) == (7000, 0, 2, 0.0)
     assert "<!-- bench crowd 7000 -->" in (tmp_path / "docs/numbers.md").read_text()
     assert json.loads((tmp_path / "rows.json").read_text())["scenarios"]["crowd"][0]["what"] == "it"
 
