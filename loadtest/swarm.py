@@ -51,10 +51,10 @@ FINAL: Final = frozenset(
         Reason.NOT_AUTHORIZED,
         Reason.BANNED,
         Reason.BAD_AUTHENTICATION_METHOD,
-        Reason.SESSION_TAKEN_OVER,
     }
 )
-"""Reasons after which a device must not come back: each is an error of the test or the server."""
+"""Reasons after which a device must not come back: each is an error of the test or the server. SESSION_TAKEN_OVER is none:
+who gives a CONNECT up, and sends another, may meet the first again, which stood in line."""
 
 _PINGREQ: Final = encode(Pingreq(), 4)
 _DISCONNECT: Final = encode(Disconnect(), 4)

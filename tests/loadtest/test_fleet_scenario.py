@@ -72,6 +72,20 @@ def test_nodes_around_a_redis_survive_one_of_them(two_nodes: Stage) -> None:
     assert wanted >= {5, 50, 25, 30, 2940}, "what the issue asks for is in the table"
 
 
+def test_what_was_measured_before_a_phase_gave_up_is_kept(
+    embedded: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def give_up(_: object) -> list[Row]:
+        raise TimeoutError("not within 1 s")
+
+    monkeypatch.setattr("loadtest.scenarios.fleet._broadcasts", give_up)
+    rows = _by_name(fleet(embedded))
+    name = "fleet: 1,300 devices, the embedded server"
+    assert rows[f"{name}: stable for 0.5 s: devices dropped"].met
+    assert not rows[f"{name}: given up: fleet: hold: not within 1 s"].met
+    assert not any("targeted" in what for what in rows)
+
+
 def test_a_crowd_is_held_by_bare_servers(embedded: Stage) -> None:
     rows = _by_name(crowd(embedded))
     name = "crowd: 1,300 devices, 1 processes a side"
