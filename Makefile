@@ -1,4 +1,4 @@
-# `make help` lists the targets. Nothing here needs root; `make test` says which system packages it wants.
+# `make help` lists the targets. Nothing here but `make lab` needs root; `make test` says which system packages it wants.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -10,7 +10,7 @@ export PATH := $(PATH):/usr/sbin
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo check test bench fuzz clean
+.PHONY: help setup run demo check test bench lab fuzz clean
 
 help: ## This list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -31,7 +31,7 @@ check: $(VENV)/.setup-all ## Formatting, lint, types, import arrows: under a min
 
 test: $(VENV)/.setup-all $(VENV)/.setup-node ## All tests; ARGS="-k name" chooses
 	@for tool in mosquitto:mosquitto mosquitto_sub:mosquitto-clients promtool:prometheus curl:curl node:nodejs npm:npm \
-	    chromium:chromium redis-server:redis-server; do \
+	    chromium:chromium redis-server:redis-server haproxy:haproxy; do \
 	    command -v $${tool%%:*} >/dev/null || \
 	    echo "$${tool%%:*} is missing; its tests are skipped. As root: apt-get install $${tool##*:}"; \
 	done
@@ -39,6 +39,9 @@ test: $(VENV)/.setup-all $(VENV)/.setup-node ## All tests; ARGS="-k name" choose
 
 bench: $(VENV)/.setup-all ## Measure; ARGS=--write puts the tables into docs/numbers.md, ARGS=--quick is a trial
 	$(BIN)/python -m loadtest.bench $(ARGS)
+
+lab: $(VENV)/.setup-all ## Pushes through lossy networks, beside other clients and brokers (root, 65 minutes); ARGS="--list"
+	$(BIN)/python -m loadtest.lab $(ARGS)
 
 fuzz: $(VENV)/.setup-all ## The property tests with many more EXAMPLES, then each fuzz target for SECONDS
 	EXAMPLES=$(EXAMPLES) $(BIN)/python -c "$$FUZZ" -m hypothesis \

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,9 @@ from aiohttp import hdrs, web
 
 from broker.api.door import Door
 from broker.broker import Broker
+from broker.carriers.learning import KEPT_DAYS
 from broker.config import Config
+from broker.dispatch.dispatch import Question
 from broker.errors import ADMIN, ApiError
 from broker.metrics import LoopLag, Metrics
 from broker.model import App, AppSettings, NodeEntry, OwedRequest, Route
@@ -66,6 +68,9 @@ class Actions(Protocol):
     async def change_group(self, key: str, group: object) -> object: ...
     async def delete_group(self, key: str) -> object: ...
     async def list_audit(self, key: str | None, before: str | None, limit: str | None) -> object: ...
+    async def dispatch_key(self) -> object: ...
+    async def ask_dispatch(self, question: Mapping[str, str]) -> object: ...
+    async def list_carriers(self, days: str | None = None) -> list[dict[str, object]]: ...
 
 
 class LocalActions:
@@ -227,6 +232,19 @@ class LocalActions:
         found = await self._broker.audit.entries(app_id, start, count)
         return describe_page(found, count, await self._keys({entry.app_id for _, entry in found}))
 
+    async def dispatch_key(self) -> object:
+        key = await self._broker.dispatch.signing_key()
+        return {"key": key.public, "id": key.name}
+
+    async def ask_dispatch(self, question: Mapping[str, str]) -> object:
+        """`address`, `carrier`, `link`, `region`: of a device of any app."""
+        said = {name: question.get(name, "") for name in ("address", "carrier", "link", "region")}
+        return orjson.loads((await self._broker.dispatch.compute(Question("", **said))).raw)
+
+    async def list_carriers(self, days: str | None = None) -> list[dict[str, object]]:
+        """What was learned of each network in the last days, 1 where it is left out: since midnight, UTC."""
+        return await self._broker.learning.report(_read_days(days))
+
     async def _keys(self, app_ids: set[int]) -> dict[int, str]:
         """Keys of those apps that are there."""
         keys: dict[int, str] = {}
@@ -276,6 +294,14 @@ def describe_node(entry: NodeEntry, now: float) -> dict[str, object]:
         "beat_age": max(0, round(now - entry.beaten_at)),
         "wish": entry.wish,
     }
+
+
+def _read_days(text: str | None) -> int:
+    if text is None:
+        return 1
+    if not (text.isascii() and text.isdigit()) or len(text) > 3 or not 1 <= int(text) <= KEPT_DAYS:
+        raise ApiError(1003, f"days: must be an integer from 1 to {KEPT_DAYS}")
+    return int(text)
 
 
 def _second(at: float | None) -> int | None:
@@ -543,6 +569,9 @@ ADMIN_CALLS: Final[Sequence[tuple[str, str, Act]]] = (
     ("PUT", "/v1/groups/{key}", _change_group),
     ("DELETE", "/v1/groups/{key}", lambda actions, request: actions.delete_group(_key(request))),
     ("GET", "/v1/audit", _list_audit),
+    ("GET", "/v1/carriers", lambda actions, request: actions.list_carriers(request.query.get("days"))),
+    ("GET", "/v1/dispatch/key", lambda actions, _: actions.dispatch_key()),
+    ("GET", "/v1/dispatch", lambda actions, request: actions.ask_dispatch(request.query)),
 )
 
 

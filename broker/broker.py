@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from broker.audiences.devices import Devices
 from broker.audiences.files import Files
 from broker.audiences.segments import Segments
 from broker.bus import Bus
+from broker.carriers.catalog import Carriers
+from broker.carriers.learning import Learning
+from broker.dispatch.dispatch import DEFAULT_TTL, Dispatch
 from broker.later.pacer import Pacer
 from broker.later.schedule_firing import Firing
 from broker.later.schedules import Schedules
@@ -44,6 +48,8 @@ class Broker:
         limits: Limits | None = None,
         clock: Clock = time.time,
         callbacks: CallbackSettings | None = None,
+        carriers: Carriers | Path | None = None,
+        dispatch_ttl: int = DEFAULT_TTL,
     ) -> None:
         self.limits = limits or Limits()
         self.clock = clock
@@ -71,12 +77,19 @@ class Broker:
         self.accounts = Accounts(store, clock, self.pacer)
         self.users = Users(store, self.limits, clock)
         self.callbacks = Callbacks(store, callbacks, clock)
+        self.learning = Learning(
+            store.records, clock
+        )  # whoever serves devices, or advises them, opens and closes it
+        self.dispatch = Dispatch(
+            store, self.apps, clock, carriers=carriers, advise=self.learning.heartbeat, ttl=dispatch_ttl
+        )
 
     def count_in(self, metrics: Metrics) -> None:
         """Show in these what happens later."""
         self.timekeeper.count_in(metrics)
         self.firing.counts.count_in(metrics)
         self.pacer.counts.count_in(metrics)
+        self.dispatch.count_in(metrics)
 
     async def open(self) -> None:
         await self.callbacks.open()

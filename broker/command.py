@@ -270,6 +270,45 @@ def _print_table(columns: Sequence[str], things: Sequence[Mapping[str, object]])
         click.echo("  ".join(f"{text:{width}}" for text, width in zip(row, widths, strict=True)).rstrip())
 
 
+# carriers
+
+
+def show_carriers(config: Config, days: int, *, as_json: bool) -> None:
+    """What was learned of each network: `holdfast carriers`."""
+    learned = _ask(config, lambda actions: actions.list_carriers(str(days)))
+    if as_json:
+        _print_json(learned)
+    else:
+        _print_table(CARRIER_COLUMNS, [_carrier_row(network) for network in learned])
+
+
+CARRIER_COLUMNS: Final = (
+    *("carrier", "link", "online", "connects", "lifetime", "silent", "heartbeat"),
+    *("ack_p50", "ack_p99", "answered", "round_trip", "retransmits"),
+)
+
+
+def _carrier_row(network: Mapping[str, Any]) -> dict[str, object]:
+    return {
+        **{name: network[name] for name in ("carrier", "link", "online", "connects", "heartbeat")},
+        "lifetime": _seconds(network["lifetime_p50"]),
+        "silent": _percent(network["silent_share"]),
+        "ack_p50": _seconds(network["ack_p50"]),
+        "ack_p99": _seconds(network["ack_p99"]),
+        "answered": _percent(network["answered_share"]),
+        "round_trip": _seconds(network["round_trip"]),
+        "retransmits": _percent(network["retransmit_share"]),
+    }
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f} s" if value >= 10 else f"{value:.3f} s"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.2f} %"
+
+
 # group and audit
 
 
@@ -316,6 +355,33 @@ def change_group(config: Config, key: str, name: str | None, apps: tuple[str, ..
 def delete_group(config: Config, key: str) -> None:
     """Delete a group; its apps stay."""
     _run(config, lambda actions: actions.delete_group(key))
+
+
+# dispatch
+
+
+@click.group()
+def dispatch() -> None:
+    """Where devices are told to connect."""
+
+
+@dispatch.command("key")
+@_where
+def dispatch_key(config: Config) -> None:
+    """Print the public key by which devices check what they are told; it is made if there is none."""
+    _run(config, lambda actions: actions.dispatch_key())
+
+
+@dispatch.command("ask")
+@click.option("--address", default="", help="Of the device.")
+@click.option("--carrier", default="", help="MCC+MNC, or a carrier's name.")
+@click.option("--link", default="", help="wifi, cellular, ethernet, satellite or other.")
+@click.option("--region", default="")
+@config_options("server.data_dir", "store.url", "carriers.directory")
+def ask_dispatch(config: Config, **question: str) -> None:
+    """Print what such a device is told now."""
+    said = {name: value for name, value in question.items() if value}
+    _run(config, lambda actions: actions.ask_dispatch(said))
 
 
 @click.command()
@@ -371,7 +437,8 @@ async def _open_actions(config: Config) -> AsyncIterator[Actions]:
         return
     bus = make_bus(config, store)
     try:
-        yield LocalActions(Broker(store, bus, config.limits()), config.push.offline_limit)
+        broker = Broker(store, bus, config.limits(), carriers=config.carriers.directory)
+        yield LocalActions(broker, config.push.offline_limit)
     finally:
         await store.close()
 
@@ -429,6 +496,10 @@ class RemoteActions:
         nodes: Any = await self._call("GET", "/v1/nodes")
         return list(nodes)
 
+    async def list_carriers(self, days: str | None = None) -> list[dict[str, object]]:
+        networks: Any = await self._call("GET", f"/v1/carriers?days={days or 1}")
+        return list(networks)
+
     async def drain_node(self, name: str, share: float = 1.0) -> object:
         return await self._call("POST", f"/v1/nodes/{_quote(name)}/drain", {"share": share})
 
@@ -449,6 +520,12 @@ class RemoteActions:
 
     async def delete_group(self, key: str) -> object:
         return await self._call("DELETE", f"/v1/groups/{_quote(key)}")
+
+    async def dispatch_key(self) -> object:
+        return await self._call("GET", "/v1/dispatch/key")
+
+    async def ask_dispatch(self, question: Mapping[str, str]) -> object:
+        return await self._call("GET", f"/v1/dispatch?{urlencode(question)}")
 
     async def list_audit(self, key: str | None, before: str | None, limit: str | None) -> object:
         asked = {"app": key, "before": before, "limit": limit}

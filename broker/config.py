@@ -119,6 +119,10 @@ class Mqtt(msgspec.Struct, frozen=True, kw_only=True):
     ] = "same"
     certificate: Annotated[Path | None, _about("PEM file; read again on SIGHUP")] = None
     private_key: Annotated[Path | None, _about("PEM file of the certificate's key")] = None
+    proxy_protocol: Annotated[
+        Name | None,
+        _about("networks with commas of proxies whose connections begin with a PROXY header (v1 or v2)"),
+    ] = None
     connect_timeout: Annotated[Seconds, _about("a connection without CONNECT is closed after this")] = 10.0
     max_packet_size: Annotated[
         int, Meta(ge=1024, le=268_435_460), _about("larger packets of a device are refused")
@@ -288,9 +292,16 @@ class Bridge(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Carriers(msgspec.Struct, frozen=True, kw_only=True):
-    directory: Annotated[Path | None, _about("carrier profiles (*.toml); off: the ones that come along")] = (
-        None
-    )
+    directory: Annotated[
+        Path | None, _about("carrier profiles (*.toml), read again on SIGHUP; off: the ones that come along")
+    ] = None
+
+
+class Dispatch(msgspec.Struct, frozen=True, kw_only=True):
+    ttl: Annotated[int, Meta(ge=60, le=30 * DAY), _about("a device need not ask again for this long")] = 3600
+    udp_port: Annotated[
+        Port | None, _about("answer devices that ask with one UDP datagram, too; 0: any free port")
+    ] = None
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -303,6 +314,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     callbacks: Callbacks = field(default_factory=Callbacks)
     bridge: Bridge = field(default_factory=Bridge)
     carriers: Carriers = field(default_factory=Carriers)
+    dispatch: Dispatch = field(default_factory=Dispatch)
 
     def limits(self) -> Limits:
         """The public API's limits; those that are no setting keep their defaults."""
@@ -336,7 +348,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def trusted_proxies(self) -> tuple[str, ...]:
         """As CIDR. Raises ValueError."""
-        return tuple(read_network(part) for part in self.http.trusted_proxies.split(",") if part.strip())
+        return _networks(self.http.trusted_proxies)
+
+    @property
+    def device_proxies(self) -> tuple[str, ...]:
+        """Whose connections to the device listeners begin with a PROXY header, as CIDR. Raises ValueError."""
+        return _networks(self.mqtt.proxy_protocol or "")
 
     @property
     def on_loopback(self) -> bool:
@@ -356,6 +373,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def serves_api(self) -> bool:
         return self.server.role != "gateway"
+
+
+def _networks(text: str) -> tuple[str, ...]:
+    return tuple(read_network(part) for part in text.split(",") if part.strip())
 
 
 def hide_password(url: str) -> str:
@@ -409,14 +430,14 @@ class Key:
         return (by_path,) if by_path == by_flag else (by_path, by_flag)
 
 
-def _allowed(kind: msgspec.inspect.Type) -> str:
+def allowed(kind: msgspec.inspect.Type) -> str:
     """What a value of this type may be, in words for an error message."""
     match kind:
         case msgspec.inspect.Metadata(type=inner):
-            return _allowed(inner)
+            return allowed(inner)
         case msgspec.inspect.UnionType(types=types):
             kinds = [t for t in types if not isinstance(t, msgspec.inspect.NoneType)]
-            words = ", or ".join(map(_allowed, kinds))
+            words = ", or ".join(map(allowed, kinds))
             return words if len(kinds) == len(types) else words + OFF_ALLOWED
         case msgspec.inspect.LiteralType(values=(value,)):
             return f'"{value}"'
@@ -434,6 +455,8 @@ def _allowed(kind: msgspec.inspect.Type) -> str:
             return "a number above 0"
         case msgspec.inspect.StrType(min_length=length):
             return f"text of at least {length} character{'s' * (length > 1)}" if length else "text"
+        case msgspec.inspect.VarTupleType(item_type=item):
+            return f"a list, and in it {allowed(item)}"
         case _:
             return "a path"
 
@@ -450,7 +473,7 @@ def _key(section: str, item: msgspec.structs.FieldInfo) -> Key:
         about=about.description or "",
         flag=extra["flag"] or f"--{section}-{item.name}".replace("_", "-"),
         secret=extra["secret"],
-        allowed=_allowed(msgspec.inspect.type_info(item.type)),
+        allowed=allowed(msgspec.inspect.type_info(item.type)),
     )
 
 
@@ -469,7 +492,7 @@ def _path_hook(kind: type, value: object) -> object:
     raise ValueError("not a path")
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean x?`, or all there is."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -520,7 +543,7 @@ class _Reader:
     def _read_section(self, file: Path, text: str, section: str, keys: object) -> None:
         place = f"{file}{_line_of(text, section, None)}"
         if section not in SECTIONS:
-            self.errors.append(f"{place}: unknown section [{section}]{_nearest(section, SECTIONS)}")
+            self.errors.append(f"{place}: unknown section [{section}]{nearest(section, SECTIONS)}")
         elif not isinstance(keys, dict):
             self.errors.append(f"{place}: {section} = {keys!r}: must be a section, [{section}]")
         else:
@@ -529,9 +552,7 @@ class _Reader:
                 if key := KEYS.get(f"{section}.{name}"):
                     self.take(key, value, place, strict=True)
                 else:
-                    self.errors.append(
-                        f"{place}: unknown key{_nearest(f'{section}.{name}', _paths(section))}"
-                    )
+                    self.errors.append(f"{place}: unknown key{nearest(f'{section}.{name}', _paths(section))}")
 
     def read_environment(self, environ: Mapping[str, str]) -> None:
         """An empty variable counts as not set. One that starts with a section and is no key is a mistake.
@@ -542,7 +563,7 @@ class _Reader:
                 if value:
                     self.take(key, value, f"environment: {variable} ({key.path})", strict=False)
             elif variable.startswith(sections):
-                self.errors.append(f"environment: {variable}: unknown{_nearest(variable, _BY_VARIABLE)}")
+                self.errors.append(f"environment: {variable}: unknown{nearest(variable, _BY_VARIABLE)}")
 
     def read_flags(self, flags: Mapping[str, str]) -> None:
         for path, value in flags.items():
@@ -587,6 +608,11 @@ def _conflicts(config: Config) -> Iterator[str]:
             f"mqtt.ws_origins = {mqtt.ws_origins!r}: must be same, any, or origins such as "
             "https://app.example.com with commas between"
         )
+    try:
+        if mqtt.proxy_protocol is not None and not config.device_proxies:
+            yield f"mqtt.proxy_protocol = {mqtt.proxy_protocol!r}: names no network"
+    except ValueError as error:
+        yield f"mqtt.proxy_protocol = {mqtt.proxy_protocol!r}: must be networks with commas between; {error}"
     try:
         Calendar(config.store.time_zone)
     except ValueError as error:

@@ -473,6 +473,7 @@ class NodeInfo(Struct, frozen=True):
     connections: int = 0
     draining: bool = False
     version: str = ""  # of Holdfast
+    tls: bool = False  # devices speak TLS at `address`
 
 
 class NodeEntry(Struct, frozen=True):

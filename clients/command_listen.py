@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 import signal
 import socket
 import ssl
@@ -16,6 +17,7 @@ import orjson
 
 from clients.command_shared import PLATFORMS, read_address
 from clients.device import Device, DeviceError, DeviceStopped, Push
+from clients.dispatch import Dispatch
 from clients.journal import JournalError
 
 
@@ -31,6 +33,23 @@ from clients.journal import JournalError
 @click.option("--id", "registration_id", help="Registration id. Default: listen- and the host's name.")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(1, 65_535), help="Default: 1883, with --tls 8883.")
+@click.option(
+    "--server",
+    "servers",
+    multiple=True,
+    help="[tcp|tls|ws|wss://]host[:port] instead of --host and --port; repeatable, tried in this order.",
+)
+@click.option(
+    "--dispatch", "doors", multiple=True, help="Ask there where to connect; an HTTP API, or udp://host:port."
+)
+@click.option(
+    "--dispatch-key",
+    "keys",
+    multiple=True,
+    help="What holdfast dispatch key prints; answers are checked with it.",
+)
+@click.option("--carrier", default="", help="MCC and MNC, or a name: whose network it is on.")
+@click.option("--link", default="", help="wifi, cellular, ethernet, satellite or other.")
 @click.option("--tls", is_flag=True, help="Connect by TLS.")
 @click.option("--ca-file", type=click.Path(exists=True, dir_okay=False), help="Certificates to trust.")
 @click.option(
@@ -51,6 +70,11 @@ def listen(
     registration_id: str | None,
     host: str,
     port: int | None,
+    servers: tuple[str, ...],
+    doors: tuple[str, ...],
+    keys: tuple[str, ...],
+    carrier: str,
+    link: str,
     tls: bool,
     ca_file: str | None,
     url: str | None,
@@ -68,22 +92,33 @@ def listen(
         raise click.UsageError("--url needs --journal, which keeps the token")
     if registration_id is None and device_key is not None:
         registration_id = f"listen-{socket.gethostname()}"
+    if bool(doors) != bool(keys):
+        raise click.UsageError("--dispatch and --dispatch-key belong together")
     _log_to_stderr()
     context = ssl.create_default_context(cafile=ca_file) if tls or ca_file else None
     printer = _Printer(receipts, count, platform)
-    printer.device = Device(
-        app_key,
-        registration_id,
-        on_push=printer.take,
-        token=token,
-        device_key=device_key,
-        host=host,
-        port=port or (8883 if context else 1883),
-        tls=context,
-        api=url,
-        journal=journal,
-        platform=platform,
-    )
+    try:
+        printer.device = Device(
+            app_key,
+            registration_id,
+            on_push=printer.take,
+            token=token,
+            device_key=device_key,
+            host=host,
+            port=port or (8883 if context else 1883),
+            servers=servers,
+            ordered=True,
+            dispatch=Dispatch(app_key, keys, random.random) if keys else None,
+            doors=doors,
+            link=link,
+            carrier=carrier,
+            tls=context,
+            api=url,
+            journal=journal,
+            platform=platform,
+        )
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     try:
         asyncio.run(printer.run())
     except (DeviceStopped, JournalError) as error:

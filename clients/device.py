@@ -3,8 +3,8 @@
     async with Device("APPKEY", "phone-1", device_key="…", on_push=show, journal=Path("phone-1.journal")):
         …
 
-The logic is `clients.session.DeviceSession`; this is the asyncio shell around it. An idle device owns a
-transport, a protocol and one timer, and no task.
+The logic is `clients.session.DeviceSession`; this is the asyncio shell around it, with `clients.approach`, which
+finds the way to a server. An idle device owns a transport, a protocol and one timer, and no task.
 
 Exactly once. `on_push` returns, then the push's id is written to the journal and synced, then PUBACK
 leaves; a push that comes again is acknowledged and not handed over. What remains is one window: a process
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import inspect
 import logging
 import random
@@ -32,9 +33,13 @@ from typing import Any, Final, Literal, Self, assert_never, cast
 
 import orjson
 
+from clients.addresses import PACE, Address, AppState, Hints, Transport
+from clients.approach import Approach
+from clients.dispatch import Dispatch
 from clients.errors import DeviceError, DeviceStopped
 from clients.http import http_address
-from clients.journal import Credentials, Journal, JournalError
+from clients.journal import NETWORKS_KEPT, Credentials, Journal, JournalError
+from clients.reach import Line, connect
 from clients.session import (
     SEEN_KEPT,
     Action,
@@ -55,15 +60,20 @@ from clients.session import (
 )
 from gateway.mqtt import Reason
 
-__all__ = ["Credentials", "Device", "DeviceError", "DeviceStopped", "LinkSettings", "Push"]
+__all__ = ["Credentials", "Device", "DeviceError", "DeviceStopped", "Hints", "LinkSettings", "Push"]
 
 RENEW_BEFORE: Final = 7 * 86_400  # seconds before a token expires in which a connect renews it
+RENEW_PATIENCE: Final = (
+    5.0  # seconds for a renewal that is not urgent: the API may be out of reach where we are not
+)
 CLOSE_GRACE: Final = 5.0  # seconds `close` waits for a push that is being handed over
 GOODBYE_LIMIT: Final = 1.0  # seconds `close` waits for the peer to close as well (TLS)
 RECEIPT_TOPIC: Final = "receipt"
 DEVICE_TOPIC: Final = "device"
 EVENT_PREFIX: Final = "event/"
+DISPATCH: Final = "dispatch"  # its answers, in the journal
 DEFAULTS: Final = LinkSettings()
+HINTS: Final = Hints()
 
 OnPush = Callable[[Push], Awaitable[None] | None]
 Renew = Callable[[Credentials], Awaitable[Credentials]]
@@ -71,8 +81,8 @@ Renew = Callable[[Credentials], Awaitable[Credentials]]
 log = logging.getLogger(__name__)
 
 
-class _Socket(asyncio.Protocol):
-    """One connection. It speaks only while it is the device's current one."""
+class _Socket(Line):
+    """One connection, or an attempt at one. It speaks only while it is the device's current one."""
 
     __slots__ = ("device", "transport")
 
@@ -82,13 +92,16 @@ class _Socket(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
-        self.device._opened(self, self.transport)
 
     def data_received(self, data: bytes) -> None:
         self.device._received(self, data)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.device._lost(self, exc)
+
+    def discard(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
 
 
 class Device:
@@ -102,6 +115,51 @@ class Device:
     All methods belong to the event loop that ran `start`.
     """
 
+    __slots__ = (
+        "__weakref__",
+        "_answers",
+        "_api",
+        "_app_key",
+        "_app_state",
+        "_approach",
+        "_away",
+        "_carrier",
+        "_clock",
+        "_closing",
+        "_credentials",
+        "_device_key",
+        "_dispatch",
+        "_gone",
+        "_handing",
+        "_journal",
+        "_journal_path",
+        "_leaving",
+        "_link",
+        "_loop",
+        "_network",
+        "_networks",
+        "_on_push",
+        "_on_state",
+        "_online",
+        "_online_since",
+        "_opening",
+        "_port",
+        "_renew",
+        "_renewed",
+        "_session",
+        "_settings",
+        "_socket",
+        "_stale",
+        "_stopped",
+        "_timer",
+        "_timer_at",
+        "_tls",
+        "_transport",
+        "_up",
+        "_wishes",
+        "_writing",
+    )
+
     def __init__(
         self,
         app_key: str,
@@ -113,6 +171,13 @@ class Device:
         host: str = "127.0.0.1",
         port: int = 1883,
         servers: Sequence[str] = (),
+        ordered: bool = False,
+        dispatch: Dispatch | None = None,
+        doors: Sequence[str] = (),
+        hints: Hints = HINTS,
+        link: str = "",
+        network: str = "",
+        carrier: str = "",
         tls: ssl.SSLContext | None = None,
         api: str | None = None,
         journal: Path | None = None,
@@ -120,19 +185,42 @@ class Device:
         alias: str | None = None,
         tags: Iterable[str] | None = None,
         renew: Renew | None = None,
+        on_state: Callable[[bool], None] | None = None,
         settings: LinkSettings = DEFAULTS,
         jitter: Callable[[], float] = random.random,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`servers`: `host:port` of several nodes, instead of host and port; one is chosen by chance, the next one
-        when it cannot be reached. `platform`, `alias` and `tags` are for registration. `clock` gives Unix seconds."""
+        """`servers`: `[transport://]host[:port]` of several nodes, instead of host and port. They are tried one
+        after another, a few beside each other; the first one is chosen by chance, unless they are `ordered`. With
+        `dispatch`, which is asked at `doors`, its addresses go before those of `servers`, and its hints before
+        `hints`; host and port are not used. `link`, `network` and `carrier`: as `network_changed` has them.
+        `platform`, `alias` and `tags` are for registration. `on_state` is told when the device is online (True), and
+        when it is not any more; it must not raise. `clock` gives Unix seconds."""
         self._app_key = app_key
         self._on_push = on_push
+        self._on_state = on_state
         self._device_key = device_key
         self._port = port
-        self._servers = [self._parse(server) for server in servers] or [(host, port)]
-        self._chosen = int(jitter() * len(servers)) if servers else 0
         self._tls = tls
+        self._transport: Transport = "tcp" if tls is None else "tls"
+        own = [self._read(server) for server in servers]
+        if not own and dispatch is None:
+            own = [Address(host, port, self._transport)]
+        chosen = 0 if ordered or len(own) < 2 else int(jitter() * len(own))
+        self._dispatch = dispatch
+        self._approach = Approach(
+            own[chosen:] + own[:chosen],
+            hints,
+            dispatch,
+            doors,
+            secret=tls is not None,
+            clock=clock,
+            on_answer=self._dispatch_answered,
+        )
+        self._settings = settings
+        self._app_state: AppState = "foreground"
+        self._link, self._network, self._carrier = link, network, carrier
+        self._networks: dict[str, dict[str, Any]] = {}  # what was learned of each
         self._api = None if api is None else http_address(api)
         self._journal_path = journal
         self._wishes: dict[str, Any] = {
@@ -150,16 +238,21 @@ class Device:
 
         self._loop: asyncio.AbstractEventLoop = cast("asyncio.AbstractEventLoop", None)
         self._journal: Journal | None = None
+        self._writing: list[asyncio.Future[None]] = []
+        self._online_since = 0.0
         self._socket: _Socket | None = None
         self._leaving: _Socket | None = None  # dropped, not gone yet
         self._gone: asyncio.Event | None = None
         self._opening: asyncio.Task[None] | None = None
         self._handing: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0  # uvloop's handles do not always say it
         self._answers: dict[int, asyncio.Future[None]] = {}
-        self._online: asyncio.Event | None = None
+        self._online: asyncio.Event | None = None  # while somebody waits for it
+        self._up = False  # `on_state` was told so
         self._stopped: asyncio.Future[None] | None = None
         self._closing = False
+        self._away = False  # there is no network
         self._renewed = False  # since the last time the server took us
         self._stale = False  # the server refused the credentials
 
@@ -177,11 +270,11 @@ class Device:
         """Open the journal and begin to connect. Raises JournalError."""
         assert self._stopped is None, "a device is started once"
         loop = self._loop = asyncio.get_running_loop()
-        self._online = asyncio.Event()
         self._stopped = loop.create_future()
         self._stopped.add_done_callback(_retrieve)
         if self._journal_path is not None:
             self._open_journal(self._journal_path)
+        self._enter()
         self._perform(self._session.tick(self._loop.time()))
 
     def _open_journal(self, path: Path) -> None:
@@ -194,11 +287,17 @@ class Device:
         self._journal = journal
         self._session.remember_all(journal.seen())
         self._credentials = self._credentials or kept
+        self._networks = journal.networks()
+        if self._dispatch is not None and (answers := journal.kept(DISPATCH)) is not None:
+            self._dispatch.restore(orjson.loads(answers))
 
     async def connected(self) -> None:
         """Wait until the device is online. Raises DeviceStopped."""
-        assert self._online is not None, "not started"
-        assert self._stopped is not None
+        assert self._stopped is not None, "not started"
+        if self._up:
+            return
+        if self._online is None:
+            self._online = asyncio.Event()
         online = self._loop.create_task(self._online.wait())
         either: set[asyncio.Future[Any]] = {online, self._stopped}
         try:
@@ -236,10 +335,18 @@ class Device:
             if task is not None:
                 task.cancel()
                 await asyncio.wait({task})
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
+        await self._approach.close()
+        await self._close_journal()
         await self._wait_gone()
+
+    async def _close_journal(self) -> None:
+        if self._journal is None:
+            return
+        self._save()
+        if self._writing:
+            await asyncio.wait(self._writing)
+        self._journal.close()
+        self._journal = None
 
     async def _wait_gone(self) -> None:
         if self._leaving is None:
@@ -277,6 +384,107 @@ class Device:
     def repeats(self) -> int:
         """Pushes that came again and were not handed over again."""
         return self._session.repeats
+
+    # What the phone says
+
+    def network_changed(self, link: str, network: str = "", carrier: str | None = None) -> None:
+        """Call it whenever the system says so. `link`: wifi, cellular, ethernet, satellite, other; or "none" while
+        there is no network. `network`: which one, in the app's words ("wifi:" and a hash of the BSSID); what is
+        learned is kept for each. `carrier`: MCC and MNC ("46000"), or a name; None: as before. The connection of
+        another network is given up at once."""
+        self._away = link == "none"
+        if self._away:
+            return
+        there = (link, network, self._carrier if carrier is None else carrier)
+        if there != (self._link, self._network, self._carrier):
+            if self._running:
+                self._save()
+                self._learn()
+            self._link, self._network, self._carrier = there
+            if self._running:
+                self._enter()
+        self._hurry()
+
+    @property
+    def _running(self) -> bool:
+        return self._stopped is not None and not self._stopped.done()
+
+    def app_state(self, state: AppState) -> None:
+        """Whether somebody looks. Decides how long the device waits between attempts to connect (PACE), and whether
+        it may learn how long it can be silent. Without a call it does not wait longer, and learns."""
+        self._app_state = state
+        self._session.foreground = state == "foreground"
+        self._set_pace()
+        if state == "foreground":
+            self._hurry()
+
+    def _set_pace(self) -> None:
+        more_base, more_cap = PACE[self._app_state]
+        hints, own = self._approach.hints, self._settings
+        base = more_base * (own.backoff_base if hints.base is None else hints.base)
+        cap = more_cap * (own.backoff_cap if hints.cap is None else hints.cap)
+        if (base, cap) != (self._session.settings.backoff_base, self._session.settings.backoff_cap):
+            self._session.settings = dataclasses.replace(
+                self._session.settings, backoff_base=base, backoff_cap=cap
+            )
+
+    def _hurry(self) -> None:
+        """Now is a better time than later: connect, or see whether the connection is still there."""
+        if not self._running:
+            return
+        now = self._loop.time()
+        self._session.hurry(now)
+        self._perform(self._session.check(now))
+
+    def _enter(self) -> None:
+        """Go on with what is known of the network."""
+        place = self._place
+        kept, now = self._networks.get(place, {}), self._loop.time()
+        silences = kept.get("heartbeat")
+        self._perform(self._session.enter_network(silences, now, link=self._link, carrier=self._carrier))
+        self._approach.enter(place, kept.get("addresses"), link=self._link, carrier=self._carrier)
+        self._heed_dispatch()
+
+    def _heed_dispatch(self) -> None:
+        told = self._approach.told
+        if told is not None:
+            self._session.take_advice("{} {} {}".format(*told.heartbeat))
+        self._set_pace()
+
+    def _dispatch_answered(self) -> None:
+        self._heed_dispatch()
+        if self._journal is not None and self._dispatch is not None:
+            self._write(self._journal.keep_value, DISPATCH, orjson.dumps(self._dispatch.state()))
+
+    @property
+    def _place(self) -> str:
+        """What is learned is kept under it. A phone that does not say which network it is on learns one for each
+        link."""
+        return self._network or self._link
+
+    def _learn(self) -> bool:
+        """Put aside what is known of the network. Whether there is anything new."""
+        silences = self._session.heartbeat_state(self._loop.time())
+        before = self._networks.pop(self._place, {})
+        learned = self._networks[self._place] = {"addresses": self._approach.state(), "heartbeat": silences}
+        if len(self._networks) > NETWORKS_KEPT:
+            del self._networks[next(iter(self._networks))]
+        return _lasting(before) != _lasting(learned)
+
+    def _save(self) -> None:
+        if self._journal is not None and self._learn():
+            self._write(self._journal.keep_network, self._place, self._networks[self._place])
+
+    def _write(self, write: Callable[..., None], *what: object) -> None:
+        """In a thread, for it waits for the disk. What a crash loses is learned again."""
+        writing = self._loop.run_in_executor(None, write, *what)
+        self._writing.append(writing)
+        writing.add_done_callback(self._written)
+
+    def _written(self, writing: asyncio.Future[None]) -> None:
+        self._writing.remove(writing)
+        if not writing.cancelled() and (error := writing.exception()) is not None:
+            log.warning("%s; what was learned of the network is not kept", error)
 
     # Reports: each returns when the server has it for good, on this connection or a later one
 
@@ -335,10 +543,14 @@ class Device:
 
     # From the event loop
 
-    def _opened(self, socket: _Socket, transport: asyncio.Transport) -> None:
+    def _opened(self, socket: _Socket) -> None:
+        assert socket.transport is not None
         if self._session.phase is not Phase.OPENING:  # dropped meanwhile
-            transport.abort()
+            socket.discard()
             return
+        if socket.transport.is_closing():
+            self._broke(silent=False)
+            raise ConnectionResetError(f"{self._approach.at} was closed at once")
         self._socket = socket
         self._perform(self._session.opened(self._loop.time()))
 
@@ -354,21 +566,41 @@ class Device:
         elif socket is self._socket:
             self._socket = None
             why = "the connection was closed" if error is None else f"the connection broke: {error}"
+            self._broke(silent=False)
             self._perform(self._session.lost(why, self._loop.time()))
 
     def _tick(self) -> None:
         self._timer = None
-        self._perform(self._session.tick(self._loop.time()))
+        now, approach = self._loop.time(), self._approach
+        if approach.greet_by is not None and now >= approach.greet_by:
+            why = f"{approach.at} was opened, and does not answer"
+            self._broke(silent=True)
+            self._perform(self._session.lost(why, now))
+            return
+        actions = self._session.tick(now)
+        if any(isinstance(action, Offline) for action in actions):
+            approach.gave_up()
+            self._broke(silent=True)
+        elif self._journal is not None and self.online:
+            self._save()  # a process may end without a word
+        self._perform(actions)
+
+    def _broke(self, *, silent: bool) -> None:
+        """Nobody said goodbye."""
+        stable = self._loop.time() >= self._online_since + self._settings.stable_after
+        self._approach.broke(greeted=self._up, stable=stable, silent=silent)
 
     def _set_timer(self) -> None:
         """Keep a timer that is not later than the deadline; moving it for each packet would cost more than
         one that finds nothing to do."""
         deadline = self._session.deadline
-        if deadline is None or (self._timer is not None and self._timer.when() <= deadline):
+        if self._approach.greet_by is not None and deadline is not None:
+            deadline = min(deadline, self._approach.greet_by)
+        if deadline is None or (self._timer is not None and self._timer_at <= deadline):
             return
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._loop.call_at(deadline, self._tick)
+        self._timer, self._timer_at = self._loop.call_at(deadline, self._tick), deadline
 
     # Actions
 
@@ -391,8 +623,7 @@ class Device:
                 case Online():
                     self._went_online(action)
                 case Offline():
-                    assert self._online is not None
-                    self._online.clear()
+                    self._went_offline()
                     log.info("offline: %s; next attempt in %.1f s", action.why, action.retry_in)
                 case Discarded():
                     log.warning("discarded %s", action.text)
@@ -404,6 +635,7 @@ class Device:
 
     def _drop(self) -> None:
         socket, self._socket = self._socket, None
+        self._approach.left()
         if socket is not None and socket.transport is not None:
             self._leaving = socket
             if socket.transport.get_write_buffer_size():
@@ -414,10 +646,28 @@ class Device:
             self._opening.cancel()
 
     def _went_online(self, action: Online) -> None:
-        assert self._online is not None
         self._renewed = self._stale = False
-        self._online.set()
+        self._up = True
+        if self._online is not None:
+            self._online.set()
+            self._online = None
+        self._online_since = self._loop.time()
+        self._tell_state(True)
+        assert self._socket is not None
+        assert self._socket.transport is not None
+        peer = self._socket.transport.get_extra_info("peername")
+        self._approach.greeted(peer[0] if peer else "")
+        self._save()
         log.info("online as %s%s", self.registration_id, ", session resumed" if action.resumed else "")
+
+    def _went_offline(self) -> None:
+        if self._up:
+            self._up = False
+            self._tell_state(False)
+
+    def _tell_state(self, online: bool) -> None:
+        if self._on_state is not None:
+            self._on_state(online)
 
     def _answer(self, answered: Answered) -> None:
         answer = self._answers.pop(answered.ticket)
@@ -442,6 +692,7 @@ class Device:
         assert self._stopped is not None
         if self._stopped.done():
             return
+        self._went_offline()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -469,38 +720,28 @@ class Device:
         except (OSError, ValueError, JournalError) as error:
             self._perform(self._session.lost(f"could not connect: {error}", self._loop.time()))
 
-    async def _reach(self, address: str | None) -> None:
-        host, port = self._server(address)
-        try:
-            await self._loop.create_connection(lambda: _Socket(self), host, port, ssl=self._tls)
-        except (OSError, asyncio.CancelledError):  # cancelled: it took too long
-            self._unreachable(address)
-            raise
+    async def _reach(self, referred: str | None) -> None:
+        if self._away:
+            raise ConnectionError("there is no network")
+        first = [] if referred is None else [self._read(server) for server in referred.split()]
+        self._opened(await self._approach.open(first, self._connect))
 
-    def _server(self, address: str | None) -> tuple[str, int]:
-        if address is None:
-            return self._servers[self._chosen]
-        return self._parse(address)
+    async def _connect(self, address: Address) -> _Socket:
+        tls = self._tls
+        if address.secret and tls is None:
+            tls = self._tls = await asyncio.to_thread(ssl.create_default_context)
+        return await connect(address, lambda: _Socket(self), tls if address.secret else None)
 
-    def _parse(self, address: str) -> tuple[str, int]:
-        """A Server Reference, `host` or `host:port`, maybe several (MQTT5-4.11). Raises ValueError."""
-        host, colon, port = address.split(maxsplit=1)[0].rpartition(":")
-        if not colon or port.endswith("]"):
-            return address.split(maxsplit=1)[0].strip("[]"), self._port
-        return host.strip("[]"), int(port)
-
-    def _unreachable(self, address: str | None) -> None:
-        """The next attempt is for the next server, unless we had been sent to this one."""
-        if address is None:
-            self._chosen = (self._chosen + 1) % len(self._servers)
+    def _read(self, text: str) -> Address:
+        """A server of the app's, or that the server sent us to (MQTT5-4.11). Raises ValueError."""
+        return Address.read(text, port=self._port, transport=self._transport)
 
     async def _obtain_credentials(self) -> None:
         known = self._credentials
         if known is None and self._device_key is not None and self._api is not None:
             self._keep(await self._register(self._api, self._device_key))
         elif known is not None and self._renew is not None and self._should_renew(known):
-            self._keep(await _ask(self._renew, known))
-            self._renewed = True
+            await self._renew_credentials(self._renew, known)
         elif known is None and self._device_key is None:
             raise DeviceStopped("the journal holds no credentials yet: give token or device_key")
         if self._credentials is None:
@@ -509,6 +750,20 @@ class Device:
         else:
             self._session.client_id = self._credentials.registration_id
             self._session.password = self._credentials.token.encode()
+
+    async def _renew_credentials(self, renew: Renew, known: Credentials) -> None:
+        """Where only the API is out of reach, a token that is still good is used."""
+        needed = self._stale or self._clock() >= known.expires_at
+        try:
+            async with asyncio.timeout(None if needed else RENEW_PATIENCE):
+                fresh = await _ask(renew, known)
+        except OSError as error:
+            if needed:
+                raise
+            log.warning("the token could not be renewed yet: %s", error or "no answer in time")
+            return
+        self._keep(fresh)
+        self._renewed = True
 
     def _should_renew(self, known: Credentials) -> bool:
         return self._stale or self._clock() > known.expires_at - RENEW_BEFORE
@@ -574,6 +829,11 @@ async def _ask(renew: Renew, known: Credentials) -> Credentials:
     except Exception as error:
         log.exception("the renewal hook failed")
         raise OSError("the renewal hook failed") from error
+
+
+def _lasting(learned: Mapping[str, Any]) -> object:
+    """What is worth a write: the time until a probe is different each time."""
+    return learned.get("addresses"), {**learned.get("heartbeat", {}), "probe_in": 0}
 
 
 def _retrieve(stopped: asyncio.Future[None]) -> None:

@@ -1,4 +1,5 @@
-"""What a device keeps across restarts of its process: who it is, and which pushes it has handled.
+"""What a device keeps across restarts of its process: who it is, which pushes it has handled, and what it learned of
+the networks it was on.
 
 An SQLite file (decision 0006). One process at a time may have it open; methods may be called from any thread.
 """
@@ -9,7 +10,9 @@ import sqlite3
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+import orjson
 
 SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS credentials (
@@ -17,7 +20,12 @@ CREATE TABLE IF NOT EXISTS credentials (
     app_key TEXT NOT NULL, registration_id TEXT NOT NULL, token TEXT NOT NULL, expires_at REAL NOT NULL
 ) STRICT;
 CREATE TABLE IF NOT EXISTS handled (n INTEGER PRIMARY KEY, msg_id INTEGER NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS networks (
+    n INTEGER PRIMARY KEY, network TEXT NOT NULL UNIQUE, learned TEXT NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS kept (name TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT;
 """
+NETWORKS_KEPT: Final = 32  # that it was on last; who travels meets a new one each day
 TRIM_EVERY: Final = 256  # ids between deletions of the oldest
 
 
@@ -95,6 +103,32 @@ class Journal:
         self._last = n
         if n % TRIM_EVERY == 0:
             self._execute("DELETE FROM handled WHERE n <= ?", (n - self._kept,))
+
+    def networks(self) -> dict[str, dict[str, Any]]:
+        """What was learned of each network, that of the last one last."""
+        rows = self._db.execute("SELECT network, learned FROM networks ORDER BY n")
+        return {network: orjson.loads(learned) for network, learned in rows}
+
+    def keep_network(self, network: str, learned: dict[str, Any]) -> None:
+        """`learned` is small, and JSON. Durable when it returns."""
+        text = orjson.dumps(learned).decode()
+        self._execute(
+            "INSERT OR REPLACE INTO networks (n, network, learned)"
+            " SELECT coalesce(max(n), 0) + 1, ?, ? FROM networks",
+            (network, text),
+        )
+        self._execute(
+            "DELETE FROM networks WHERE n <= (SELECT n FROM networks ORDER BY n DESC LIMIT 1 OFFSET ?)",
+            (NETWORKS_KEPT,),
+        )
+
+    def kept(self, name: str) -> bytes | None:
+        row = self._db.execute("SELECT value FROM kept WHERE name = ?", (name,)).fetchone()
+        return None if row is None else row[0]
+
+    def keep_value(self, name: str, value: bytes) -> None:
+        """Durable when it returns."""
+        self._execute("INSERT OR REPLACE INTO kept VALUES (?, ?)", (name, value))
 
     def _execute(self, statement: str, parameters: tuple[object, ...]) -> None:
         try:

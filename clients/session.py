@@ -22,7 +22,9 @@ connection, and `MAX_OUTBOX` reports, are held (G6).
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import math
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -31,6 +33,7 @@ from typing import Any, Final
 
 import orjson
 
+from clients.heartbeat import Bounds, Heartbeat
 from gateway.mqtt import (
     Connack,
     Connect,
@@ -55,7 +58,10 @@ MAX_PUSH: Final = 1 << 20  # bytes of a push that came compressed: a few could b
 ZLIB: Final = b"\x78"  # the first byte of a zlib stream of this server (RFC 1950 2.2: deflate, 32 KB window)
 MAX_OUTBOX: Final = 1000  # reports that wait for an answer; past it, publishing is refused
 MAX_WAIT: Final = 3600.0  # seconds that a server may ask us to stay away
+HEARTBEAT_OVERDUE: Final = "heartbeat overdue"  # as Offline says it: the connection died without a word
+SOON: Final = 30.0  # seconds from a death to CONNACK: the network was there, so the connection was forgotten
 MAX_TAKEOVERS: Final = 5  # in a row: another process uses the registration id, and would fight for ever
+HEARTBEAT: Final = Bounds()
 PINGREQ: Final = encode(Pingreq(), VERSION)
 
 # What another attempt with the same credentials will not change. All else is tried again.
@@ -76,8 +82,9 @@ MOVED: Final = frozenset({Reason.USE_ANOTHER_SERVER, Reason.SERVER_MOVED})
 class LinkSettings:
     """Times are seconds, sizes bytes."""
 
-    keep_alive: int = 240  # longest silence of ours; the server's wish goes first. 0: no heartbeat
-    answer_timeout: float = 10.0  # nothing heard for this long after a question: the connection is dead
+    keep_alive: int | None = None  # a fixed heartbeat, 0: none; the server's wish goes first. None: learned
+    heartbeat: Bounds = HEARTBEAT  # for learning, until the server says its own
+    answer_timeout: float = 10.0  # nothing heard for so long after a question: dead. A heartbeat's is learned
     connect_timeout: float = 30.0  # from the first attempt to CONNACK, registration included
     session_expiry: int = 86_400
     receive_maximum: int = 32  # pushes the server may send ahead
@@ -194,32 +201,43 @@ class _Report:
 
 
 class DeviceSession:
-    """`client_id` and `password` may change while it is not connected. `jitter` gives numbers in [0, 1)."""
+    """`client_id` and `password` may change while it is not connected. `foreground`: somebody looks at the app, so no
+    heartbeat may be a gamble. `jitter` gives numbers in [0, 1)."""
 
     __slots__ = (
         "_address",
         "_answer_by",
+        "_asked_at",
         "_attempt",
         "_busy",
         "_busy_packet",
         "_give_up_at",
+        "_heartbeat",
         "_in_flight",
+        "_interval",
         "_jitter",
         "_keep_alive",
         "_last_sent",
         "_max_packet",
         "_next_id",
+        "_not_before",
         "_online_since",
         "_outbox",
         "_partial",
+        "_quiet",
+        "_quiet_since",
         "_retry_at",
         "_seen",
+        "_suspect",
         "_takeovers",
         "_unacked",
         "_unsent",
         "_waiting",
         "_window",
+        "carrier",
         "client_id",
+        "foreground",
+        "link",
         "password",
         "phase",
         "repeats",
@@ -242,6 +260,8 @@ class DeviceSession:
         self.settings = settings
         self.phase = Phase.RESTING
         self.repeats = 0  # pushes that came again and were not offered again
+        self.foreground = False
+        self.link = self.carrier = ""  # as the server is told them
         self._jitter = jitter
         self._seen: dict[int, None] = {}  # oldest first
         # The connection, or the next one
@@ -249,12 +269,22 @@ class DeviceSession:
         self._attempt = 0
         self._takeovers = 0
         self._retry_at = 0.0
+        self._not_before = 0.0  # the server's wish for the next attempt
         self._give_up_at = 0.0
         self._online_since = 0.0
         self._keep_alive = 0
         self._last_sent = 0.0
         self._answer_by: float | None = None  # if nothing is heard until then, nobody is there
         self._partial: bytearray | None = None  # the beginning of a packet whose end has not come
+        # Its silences
+        self._heartbeat = Heartbeat(settings.heartbeat)  # of the network it is on
+        self._interval = 0.0  # of silence until a heartbeat; 0: none
+        self._quiet_since = 0.0
+        self._quiet = 0.0  # how long it was silent before the question that is open
+        self._asked_at: float | None = None  # CONNECT or PINGREQ, whose answer is timed
+        self._suspect: tuple[float, float] | None = (
+            None  # the silence that the last one may have died of, and when
+        )
         # Pushes
         self._busy: Push | None = None  # offered
         self._busy_packet = 0  # its packet id; 0: of a connection that is gone
@@ -279,7 +309,7 @@ class DeviceSession:
             case Phase.OPENING | Phase.GREETING:
                 return self._give_up_at
             case Phase.ONLINE:
-                ping_at = self._last_sent + self._keep_alive if self._keep_alive else None
+                ping_at = self._ping_at()
                 if self._answer_by is None or ping_at is None:
                     return ping_at if self._answer_by is None else self._answer_by
                 return min(self._answer_by, ping_at)
@@ -296,12 +326,27 @@ class DeviceSession:
             case Phase.OPENING | Phase.GREETING if now >= self._give_up_at:
                 return self._end("no answer from the server", now)
             case Phase.ONLINE if self._answer_by is not None and now >= self._answer_by:
-                return self._end("heartbeat overdue", now)
-            case Phase.ONLINE if self._keep_alive and now >= self._last_sent + self._keep_alive:
-                self._expect_answer(now)
-                return [self._send(PINGREQ, now)]
+                return self._end(HEARTBEAT_OVERDUE, now)
+            case Phase.ONLINE if (ping_at := self._ping_at()) is not None and now >= ping_at:
+                return [self._ping(now)]
             case _:
                 return []
+
+    def _ping_at(self) -> float | None:
+        """Before a NAT forgets us, which sees traffic of either side; and before the server does, who counts ours."""
+        if not self._interval:
+            return None
+        by_nat = self._quiet_since + self._interval
+        return min(by_nat, self._last_sent + self._keep_alive) if self._keep_alive else by_nat
+
+    def _ping(self, now: float) -> Send:
+        self._expect_answer(now, self._heartbeat.answers.limit(self.settings.answer_timeout))
+        self._asked_at = now
+        return self._send(PINGREQ, now)
+
+    def check(self, now: float) -> list[Action]:
+        """A heartbeat out of turn: is anybody there? For when the app is opened, or the system wakes up."""
+        return [self._ping(now)] if self.phase is Phase.ONLINE and self._answer_by is None else []
 
     def opened(self, now: float) -> list[Action]:
         """The connection that `Open` asked for is there."""
@@ -312,17 +357,44 @@ class DeviceSession:
             "receive_maximum": self.settings.receive_maximum,
             "maximum_packet_size": self.settings.max_packet_size,
         }
-        if self.settings.compression:
-            properties["user_properties"] = (("compression", "deflate"),)
+        if told := self._introduction():
+            properties["user_properties"] = told
+        self._keep_alive = self._wanted_keep_alive()
+        self._asked_at = now
         connect = Connect(
             client_id=self.client_id,
             clean_start=False,
-            keep_alive=self.settings.keep_alive,
+            keep_alive=self._keep_alive,
             username=self.username,
             password=self.password,
             properties=properties,
         )
         return [self._send(encode(connect, VERSION), now)]
+
+    def _introduction(self) -> tuple[tuple[str, str], ...]:
+        told = [("compression", "deflate")] if self.settings.compression else []
+        told += [(name, value) for name, value in (("carrier", self.carrier), ("link", self.link)) if value]
+        return tuple(told)
+
+    def _wanted_keep_alive(self) -> int:
+        fixed = self.settings.keep_alive
+        return math.ceil(self._heartbeat.bounds.most) if fixed is None else fixed
+
+    def enter_network(self, kept: object, now: float, *, link: str = "", carrier: str = "") -> list[Action]:
+        """The device is on another network, so its connection is gone: it belonged to another address. `kept`: what
+        `heartbeat_state` said there; None, or what cannot be read: a new network. `link` (wifi, cellular, …) and
+        `carrier` (MCC+MNC, or a name) are told to the server."""
+        connected = self.phase in (Phase.OPENING, Phase.GREETING, Phase.ONLINE)
+        self.lost("the network changed", now)
+        self.hurry(now)
+        self._suspect = None
+        self._heartbeat = Heartbeat.restored(kept, self.settings.heartbeat, now)
+        self.link, self.carrier = link, carrier
+        return [Drop(), Offline("the network changed", self._retry_at - now)] if connected else []
+
+    def heartbeat_state(self, now: float) -> dict[str, float]:
+        """What was learned of this network: small, for JSON."""
+        return self._heartbeat.saved(now)
 
     def lost(self, why: str, now: float) -> list[Action]:
         """The connection is gone, or could not be opened."""
@@ -334,6 +406,13 @@ class DeviceSession:
         """After `Refused`: there may be other credentials now."""
         assert self.phase is Phase.REFUSED
         return [self._rest(why, now)]
+
+    def hurry(self, now: float) -> None:
+        """What kept it offline may be over (another network, the app was opened): the next attempt is due, and the
+        backoff begins anew. A server that told when it wants us back is obeyed."""
+        if self.phase is Phase.RESTING:
+            self._attempt = 0
+            self._retry_at = min(self._retry_at, max(now, self._not_before))
 
     def close(self, now: float) -> list[Action]:
         """Say goodbye. The server keeps the session, and what is owed, for the next time."""
@@ -352,11 +431,16 @@ class DeviceSession:
         self._address = None  # where we were sent to was for one connection
         if self.phase is Phase.ONLINE and now > self._online_since + 2 * self.settings.backoff_cap:
             self._takeovers = 0  # rivals come back within one cap
+        if (
+            self._answer_by is not None and self.phase is Phase.ONLINE
+        ):  # overdue, or a question was answered by a reset
+            self._suspect = (self._quiet, now)
         self._forget_connection()
         self.phase = Phase.RESTING
         backoff = self._backoff()
         delay = backoff if told is None else max(told, min(backoff, self.settings.backoff_base))
         self._retry_at = now + delay
+        self._not_before = now if told is None else self._retry_at
         return Offline(why, delay)
 
     def _backoff(self) -> float:
@@ -368,7 +452,7 @@ class DeviceSession:
 
     def _forget_connection(self) -> None:
         self._partial = None
-        self._answer_by = None
+        self._answer_by = self._asked_at = None
         self._busy_packet = 0
         self._waiting = None
         self._unacked = 0
@@ -380,11 +464,20 @@ class DeviceSession:
     def receive(self, data: bytes, now: float) -> list[Action]:
         if self.phase not in (Phase.GREETING, Phase.ONLINE):
             return []
-        self._answer_by = now + self.settings.answer_timeout if self._in_flight else None
+        self._hear(now)
         if self._partial is None:
             return self._take_all(data, now)
         self._partial += data
         return self._take_all(self._partial, now)
+
+    def _hear(self, now: float) -> None:
+        """Somebody is there. How long it was silent before, the network allows."""
+        silence = now - self._quiet_since if self._answer_by is None else self._quiet
+        self._quiet_since, self._quiet = now, 0.0
+        self._answer_by = now + self.settings.answer_timeout if self._in_flight else None
+        if self.phase is Phase.ONLINE:
+            self._heartbeat.survived(silence, now)
+            self._plan_heartbeat(now)
 
     def _take_all(self, data: bytes | bytearray, now: float) -> list[Action]:
         actions: list[Action] = []
@@ -431,6 +524,7 @@ class DeviceSession:
             case Puback():
                 return self._take_puback(packet, now)
             case Pingresp():
+                self._time_answer(now)
                 return []
             case Disconnect():
                 return self._turned_away(packet.reason, packet.properties, now)
@@ -443,10 +537,31 @@ class DeviceSession:
             return self._turned_away(packet.reason, properties, now)
         self.phase = Phase.ONLINE
         self._online_since = now
-        self._keep_alive = properties.get("server_keep_alive", self.settings.keep_alive)  # MQTT5-3.1.2-21
+        self._agree_heartbeat(properties, now)
         self._window = properties.get("receive_maximum", 65_535)
         self._max_packet = properties.get("maximum_packet_size", 0)
         return [Online(packet.session_present), *self._resend(packet.session_present, now)]
+
+    def _agree_heartbeat(self, properties: Properties, now: float) -> None:
+        self._keep_alive = properties.get("server_keep_alive", self._keep_alive)  # MQTT5-3.1.2-21
+        self.take_advice(dict(properties.get("user_properties", ())).get("heartbeat", ""))
+        self._time_answer(now)
+        suspect, self._suspect = self._suspect, None
+        if suspect is not None and now <= suspect[1] + SOON:
+            self._heartbeat.died(suspect[0], now)
+        self._quiet_since = now
+        self._plan_heartbeat(now)
+
+    def take_advice(self, told: str) -> None:
+        """What is not understood was not said."""
+        with contextlib.suppress(ValueError):
+            self._heartbeat.bounds = Bounds.read(told)
+
+    def _plan_heartbeat(self, now: float) -> None:
+        if self.settings.keep_alive is None:
+            self._interval = self._heartbeat.interval(now, probe=not self.foreground)
+        else:
+            self._interval = self._keep_alive
 
     def _turned_away(self, reason: Reason, properties: Properties, now: float) -> list[Action]:
         """CONNACK with a failure, or DISCONNECT."""
@@ -600,7 +715,7 @@ class DeviceSession:
             return Answered(ticket, Reason.PACKET_TOO_LARGE, text)
         report.sent = report.flying = True
         self._in_flight += 1
-        self._expect_answer(now)
+        self._expect_answer(now, self.settings.answer_timeout)
         return self._send(frame, now)
 
     def _take_puback(self, packet: Puback, now: float) -> list[Action]:
@@ -624,12 +739,19 @@ class DeviceSession:
     # Sending
 
     def _send(self, data: bytes, now: float) -> Send:
-        self._last_sent = now
+        self._last_sent = self._quiet_since = now
         return Send(data)
 
-    def _expect_answer(self, now: float) -> None:
+    def _expect_answer(self, now: float, limit: float) -> None:
+        """Before what asks is sent."""
         if self._answer_by is None:
-            self._answer_by = now + self.settings.answer_timeout
+            self._answer_by = now + limit
+            self._quiet = now - self._quiet_since
+
+    def _time_answer(self, now: float) -> None:
+        if self._asked_at is not None:
+            self._heartbeat.answers.sample(now - self._asked_at)
+            self._asked_at = None
 
 
 def _read_push(packet: Publish) -> Push | str:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+from broker.carriers.profile import Heartbeat
 from broker.model import App
 from broker.tenants import tokens
 from broker.tenants.access import Access, Role
@@ -19,6 +20,8 @@ from gateway.session import ALIASES_SENT, PLAIN, Manners
 MAX_CLIENT_ID: Final = (
     256  # bytes, of publishers; each kept session keeps its own. Registration ids are shorter
 )
+NO_PUSH_IS_LARGER: Final = 1 << 20  # bytes: a call that brings one is not (`Limits.max_body`)
+HEARTBEAT_PROPERTY: Final = "heartbeat"
 DEVICE_TOPICS: Final = frozenset((PUSH_TOPIC, RECEIPT_TOPIC, DEVICE_TOPIC))
 
 
@@ -53,6 +56,7 @@ class Refusal:
     label: str  # for logs and metrics
 
 
+UserProperties = tuple[tuple[str, str], ...]
 Admission = KnownDevice | OpenDevice | Guest | Publisher | Refusal
 
 UNKNOWN_APP = Refusal(Reason.BAD_USER_NAME_OR_PASSWORD, "the user name is not an app key", "unknown app")
@@ -200,27 +204,39 @@ def agree(connect: Connect, *, keep_alive_min: int, keep_alive_max: int, session
     )
 
 
-def manners(connect: Connect) -> Manners:
-    """What the peer wants to be sent."""
+def manners(connect: Connect, largest: int = 0) -> Manners:
+    """What the peer wants to be sent. `largest`: bytes of a push's payload that its carrier lets through."""
     properties = connect.properties
     return _manners(
         properties.get("maximum_packet_size", 0),
         min(properties.get("topic_alias_maximum", 0), ALIASES_SENT),
         properties.get("request_problem_information", 1),
         connect.bridge,
+        largest if largest < NO_PUSH_IS_LARGER else 0,
     )
 
 
 @functools.lru_cache(maxsize=1024)
-def _manners(maximum_packet: int, alias_maximum: int, problem_information: int, bridge: bool) -> Manners:
-    found = Manners(maximum_packet, alias_maximum, bool(problem_information), bridge)
+def _manners(
+    maximum_packet: int, alias_maximum: int, problem_information: int, bridge: bool, largest: int
+) -> Manners:
+    found = Manners(maximum_packet, alias_maximum, bool(problem_information), bridge, largest)
     return PLAIN if found == PLAIN else found  # the one that the hot path knows
 
 
 @functools.lru_cache(maxsize=1024)
-def welcome(version: int, present: bool, terms: Terms, limits: Limits) -> bytes:
+def welcome(version: int, present: bool, terms: Terms, limits: Limits, told: UserProperties = ()) -> bytes:
     """The packet that welcomes; a few serve all devices."""
-    return connack(version, present, terms, limits, {})
+    return connack(version, present, terms, limits, {"user_properties": told} if told else {})
+
+
+@functools.lru_cache(maxsize=1024)
+def advice(heartbeat: Heartbeat, keep_alive_min: int, keep_alive_max: int) -> UserProperties:
+    """What a device that declares its network is told of its heartbeat: seconds to start with, at least, at most."""
+    most = min(heartbeat.most, keep_alive_max)
+    least = min(max(heartbeat.least, keep_alive_min), most)
+    start = max(min(heartbeat.start, most), least)
+    return ((HEARTBEAT_PROPERTY, f"{start} {least} {most}"),)
 
 
 def connack(version: int, present: bool, terms: Terms, limits: Limits, more: Properties) -> bytes:

@@ -17,10 +17,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from broker.audiences.devices import Devices
 from broker.bus import Bus, Taken
+from broker.carriers.catalog import read_link
 from broker.errors import ApiError
 from broker.logs import log_event
 from broker.model import Claim
 from broker.store import Store, StoreError
+from gateway import sockets
+from gateway.ack_time import OVERDUE
 from gateway.admission import (
     BUSY,
     DRAINING,
@@ -40,7 +43,10 @@ from gateway.admission import (
     OpenDevice,
     Publisher,
     Refusal,
+    Terms,
+    UserProperties,
     admit,
+    advice,
     agree,
     connack,
     manners,
@@ -49,12 +55,13 @@ from gateway.admission import (
 from gateway.connection import FROM_NODES, OPENING_CHECK, Connection, Phase
 from gateway.doorkeeper import Doorkeeper, TurnedAway, source_of
 from gateway.gate import PATIENCE, Gate
-from gateway.hub import Hub, Ordinary
+from gateway.hub import Ending, Hub, Ordinary
 from gateway.live import SYS, encoding
 from gateway.logins import Login, Logins
 from gateway.mailbox import DEVICE, PUBLISHER, Mailbox
 from gateway.mqtt import Auth, Connect, MQTTError, Properties, Reason, Will, encode
 from gateway.scram import METHOD
+from gateway.segments import segment_size
 from gateway.session import Member, Session, SessionLimits
 
 if TYPE_CHECKING:
@@ -63,6 +70,9 @@ if TYPE_CHECKING:
 # User properties of a CONNECT that wants its pushes as MessagePack, or in zlib streams where that is shorter.
 FORMAT_PROPERTY: Final = ("format", "msgpack")
 COMPRESSION_PROPERTY: Final = ("compression", "deflate")
+# And of one that tells where it is: MCC+MNC or a name, and one of broker.carriers.catalog.LINKS.
+CARRIER_PROPERTY: Final = "carrier"
+LINK_PROPERTY: Final = "link"
 MAX_RECEIVE: Final = 65_535
 HOME_TRIES: Final = 4  # to carry a connection home
 HOME_PAUSE: Final = 0.1  # seconds between them: a home that stops says so first
@@ -126,7 +136,7 @@ class Arrivals:
             return None
         if connection.listener == FROM_NODES:
             return None
-        source = source_of(connection.transport.get_extra_info("peername"))
+        source = source_of(connection.peer)
         refused = self._doorkeeper.admit(source, self._node.clock.now)
         if refused is None:
             self._sources[connection] = source
@@ -390,6 +400,7 @@ class Arrivals:
         self._take_over(hub.members.get(devno))
         self._take_over(hub.others.get(DEVICE + connect.client_id))  # a guest of that name
         session = self._session(connection, connect, platform, devno=devno)
+        self._come_back(connection, session, hub.endings.take(devno), claim)
         connection.epoch = claim.epoch
         hub.members[devno] = connection
         hub.online.add(devno)
@@ -397,6 +408,18 @@ class Arrivals:
         for push in hub.start(session, may_owe=claim.may_owe, elsewhere=elsewhere):
             self._node.settler.note_evicted(push)
         self._welcome(connection, connect, hub, session, role="device", prefix=DEVICE)
+
+    @staticmethod
+    def _come_back(connection: Connection, session: Session, ending: Ending, claim: Claim) -> None:
+        """As the carrier has it for a device whose connection before did not end in order. If that was at another
+        node, all that is known is whether it had ended."""
+        delivery = connection.profile.delivery
+        in_order = ending is Ending.ORDERLY and not claim.former
+        session.come_back(
+            session.window if in_order else delivery.first_window, urgent=delivery.order == "urgent"
+        )
+        if ending is Ending.OVERDUE:
+            session.ack_time = OVERDUE
 
     def _give_back(self, app_id: int, devno: int, epoch: int) -> None:
         """A claim that nobody is here to use. It was the newer one all the same: an older connection of the device
@@ -423,6 +446,17 @@ class Arrivals:
             self._node.metrics.takeovers.value += 1
             old.close("taken over", Reason.SESSION_TAKEN_OVER)  # MQTT5-3.1.4-3
 
+    def _recognise(self, connection: Connection, connect: Connect) -> None:
+        """By what the peer declares of its network: nothing, if it is not made for us."""
+        declared = connect.properties.get("user_properties", ())
+        carrier, link = (_declared(declared, name) for name in (CARRIER_PROPERTY, LINK_PROPERTY))
+        if carrier or link:
+            connection.link = read_link(link)
+            catalog = self._node.carriers.catalog
+            former = connection.profile
+            connection.profile = catalog.at_connect(former, carrier, link)
+            sockets.change(connection.transport, former.tcp, connection.profile.tcp)
+
     def _session(
         self,
         connection: Connection,
@@ -431,17 +465,21 @@ class Arrivals:
         *,
         devno: int = -1,
     ) -> Session:
+        self._recognise(connection, connect)
         wishes = connect.properties.get("user_properties", ())
         packed, deflated = FORMAT_PROPERTY in wishes, COMPRESSION_PROPERTY in wishes
+        profile = connection.profile
+        by_segment = deflated and profile.delivery.compress == "packet"
+        segment = segment_size(connection.transport, profile.tcp) if by_segment else 0
         return Session(
-            encoding(connect.version, platform, packed, deflated),
+            encoding(connect.version, platform, packed, deflated, segment),
             devno=devno,
             window=min(
                 connect.properties.get("receive_maximum", MAX_RECEIVE),
-                connection.profile.window,
+                profile.delivery.window,
                 self._node.settings.window,
             ),
-            manners=manners(connect),
+            manners=manners(connect, profile.delivery.largest if devno >= 0 else 0),
             limits=self._session_limits,
         )
 
@@ -456,11 +494,14 @@ class Arrivals:
         prefix: str,
         assigned: str | None = None,
     ) -> None:
-        node, settings = self._node, self._node.settings
+        node, settings, profile, link = self._node, self._node.settings, connection.profile, connection.link
+        heartbeat = node.learning.heartbeat(profile, link)
+        # Who tells its network learns by itself how long it may be silent there.
+        most = heartbeat.most if link else node.learning.longest(profile, link)
         terms = agree(
             connect,
-            keep_alive_min=settings.keep_alive_min,
-            keep_alive_max=min(connection.profile.keep_alive_max, settings.keep_alive_max),
+            keep_alive_min=max(settings.keep_alive_min, heartbeat.least if link else 0),
+            keep_alive_max=min(most, settings.keep_alive_max),
             session_expiry_max=settings.session_expiry_max,
         )
         connection.client_id = assigned or connect.client_id
@@ -471,20 +512,22 @@ class Arrivals:
         connection.last_seen = node.clock.now
         connection.keep_alive = 1.5 * terms.keep_alive  # MQTT5-3.1.2-22, MQTT311-3.1.2-24
         connection.session_expiry = terms.session_expiry
-        connection.transport.set_write_buffer_limits(high=connection.profile.write_buffer)
+        connection.transport.set_write_buffer_limits(high=connection.profile.delivery.write_buffer)
         resumed, present = node.keeper.resume(connection, hub, session, clean_start=connect.clean_start)
         node.keeper.note_will(connection)
         self.opening.discard(connection)
         connection.phase = Phase.LIVE
+        if session.devno >= 0:
+            node.witness.connected(connection, hub.app.app_id, session.devno)
         node.count_live(connection, str(connect.version), 1)
         node.blocked += connection.blocked
         more: Properties = self.logins.proof_for(connection)
         if assigned is not None:
             more["assigned_client_identifier"] = assigned
-        if more:
-            frame = connack(connect.version, present, terms, self._limits, more)
-        else:
-            frame = welcome(connect.version, present, terms, self._limits)
+        told = advice(heartbeat, settings.keep_alive_min, settings.keep_alive_max) if connection.link else ()
+        frame = self._connack(connect.version, present, terms, more, told)
+        if told and not session.fits(len(frame)):  # MQTT5-3.2.2-20
+            frame = self._connack(connect.version, present, terms, more, ())
         if not session.fits(len(frame)):  # MQTT5-3.1.2-24: it cannot be told anything
             connection.close("packet too large")
             return
@@ -505,6 +548,15 @@ class Arrivals:
             connection.when_saved(functools.partial(_go_on, connection, session.mailbox))
         connection.catch_up()
         connection.read_on()
+
+    def _connack(
+        self, version: int, present: bool, terms: Terms, more: Properties, told: UserProperties
+    ) -> bytes:
+        if not more:
+            return welcome(version, present, terms, self._limits, told)
+        return connack(
+            version, present, terms, self._limits, {**more, "user_properties": told} if told else more
+        )
 
     def _refuse(self, connection: Connection, connect: Connect, refusal: Refusal) -> None:
         app = (connect.username or "")[:64]
@@ -532,6 +584,11 @@ def _is_same(peer: Admission, connection: Connection) -> bool:
     if isinstance(peer, KnownDevice):
         return peer.devno == connection.session.devno
     return isinstance(peer, Publisher) == (connection.prefix == PUBLISHER)
+
+
+def _declared(properties: UserProperties, name: str) -> str:
+    """The first of that name."""
+    return next((value for key, value in properties if key == name), "")
 
 
 def _is_of_sys(will: Will | None) -> bool:

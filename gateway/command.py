@@ -9,6 +9,7 @@ from typing import NoReturn
 import click
 import orjson
 
+from broker.carriers.catalog import Catalog
 from broker.config import Config, config_options
 from broker.logs import set_up_logs
 from gateway.process import START_ERRORS, run_service
@@ -23,14 +24,15 @@ def serve(config: Config, check: bool) -> None:
     """Run the push service: gateway, broker and store in one process, or one process of a fleet around a Redis.
 
     Prints one JSON line with the addresses it listens on. SIGTERM and SIGINT drain and stop it, SIGHUP reads the
-    certificate again. With --workers, SIGUSR2 replaces the workers one after the other, by those of the program and
-    the settings as they are then.
+    certificate and the carrier profiles again. With --workers, SIGUSR2 replaces the workers one after the other, by
+    those of the program and the settings as they are then.
     """
-    if check:
-        click.echo("ok")
-        return
-    raise_file_limit()
     try:
+        if check:
+            Catalog.read(config.carriers.directory)
+            click.echo("ok")
+            return
+        raise_file_limit()
         if config.workers:
             raise SystemExit(supervise(config, lambda supervised: _tell_all(config, supervised)))
         set_up_logs(config.server.log_format, config.server.log_level)

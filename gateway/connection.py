@@ -11,8 +11,10 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from broker.carriers.profile import CarrierProfile
 from broker.store import StoreError
-from gateway.carriers import CarrierProfile
+from gateway import sockets
+from gateway.hub import Ending
 from gateway.mqtt import (
     CONNACK_RETURN_CODES,
     Auth,
@@ -29,6 +31,7 @@ from gateway.mqtt import (
     encode,
     puback_run,
 )
+from gateway.proxy_protocol import Endpoint
 from gateway.session import (
     PUBACK_BYTES,
     PUBACK_SIZE,
@@ -43,6 +46,7 @@ from gateway.session import (
 )
 
 if TYPE_CHECKING:
+    from broker.carriers.learning import Network
     from gateway.hub import Hub
     from gateway.mqtt import Will
     from gateway.node import Node
@@ -59,6 +63,11 @@ TURN: Final = 512  # packets of one peer taken in a row, about 2 ms: a flood hol
 MAX_UNREAD: Final = 1_048_576  # bytes not sent yet, above which nothing is read: a peer that never listens
 
 
+NOT_IN_ORDER: Final = {
+    "keep-alive timeout": Ending.WORDLESS,
+    "taken over": Ending.WORDLESS,  # the device is back, and its connection before looked alive
+    "ack timeout": Ending.OVERDUE,
+}
 FROM_NODES: Final = "node"  # the listener of connections that another node carried here
 
 
@@ -83,14 +92,19 @@ class Connection(asyncio.Protocol):
         "hub",
         "keep_alive",
         "last_seen",
+        "link",
         "listener",
+        "longest",
+        "network",
         "node",
         "partial",
         "phase",
         "prefix",
         "profile",
+        "quiet",
         "session",
         "session_expiry",
+        "since",
         "transport",
         "will",
     )
@@ -106,7 +120,11 @@ class Connection(asyncio.Protocol):
         self.prefix = ""  # of the session's key: the role
         self.epoch = 0
         self.generation = 0  # of the device's token
-        self.profile: CarrierProfile = node.carriers.default
+        self.profile: CarrierProfile = node.carriers.catalog.default
+        self.link = ""  # one of broker.carriers.catalog.LINKS; "": the peer says nothing of its network
+        self.network: Network | None = None  # of a device, while it is live
+        self.since = 0.0  # when that began
+        self.quiet = self.longest = 0  # bins of its silences (gateway/witness.py)
         self.partial: bytearray | None = None  # the beginning of a packet whose end has not come
         self.last_seen = 0.0
         self.keep_alive = 0.0  # seconds of silence until it counts as dead; 0 = never
@@ -120,13 +138,44 @@ class Connection(asyncio.Protocol):
         """Of the session, within the app: devices and publishers with the same client id are different sessions."""
         return self.prefix + self.client_id
 
+    # Where the peer is: of use at accept, and kept nowhere
+
+    @property
+    def peer(self) -> Endpoint:
+        """Its address and port; ("", 0): unknown."""
+        return endpoint_of(self.transport.get_extra_info("peername"))
+
+    @property
+    def came_to(self) -> Endpoint:
+        """The address and port that it connected to."""
+        return endpoint_of(self.transport.get_extra_info("sockname"))
+
+    @property
+    def proxy(self) -> str:
+        """The address of the proxy that it connected to; "": there is none, or the proxy does not say."""
+        return ""
+
+    @property
+    def direct(self) -> bool:
+        """Not carried here by another node, which is the only one that knows where the peer is."""
+        return self.listener != FROM_NODES
+
     # From the event loop
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
-        self.profile = self.node.carriers.profile_for(transport)
+        self.profile = self._accepted_as()
+        sockets.set_up(transport, self.profile.tcp)
         self.last_seen = self.node.clock.now
         self.node.arrivals.opened(self)
+
+    def _accepted_as(self) -> CarrierProfile:
+        """Of who comes through another node only that one knows the address."""
+        catalog = self.node.carriers.catalog
+        if not self.direct:
+            return catalog.default
+        address, port = self.peer[0], self.came_to[1]
+        return catalog.at_accept(address, listener=self.listener, port=port, proxy=self.proxy)
 
     def data_received(self, data: bytes) -> None:
         if self.session is not None:  # before CONNECT the deadline does not move, whatever trickles in
@@ -259,7 +308,7 @@ class Connection(asyncio.Protocol):
         self.close("client disconnected")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end("connection lost")
+        self._end("connection lost", reset=exc is not None)
 
     def eof_received(self) -> bool:
         return False  # close: half-open connections are of no use
@@ -350,12 +399,17 @@ class Connection(asyncio.Protocol):
         session = self.session
         if session is None:
             return self._check_opening(now)
-        if session.unacked is not None and now >= session.waiting_since + self.profile.ack_timeout:
-            # Dead or hopeless: the next connection resends (architecture, decision 6).
-            self.close("ack timeout", Reason.UNSPECIFIED_ERROR)
-            return None
-        waiting_since = now if session.unacked is None else session.waiting_since
-        next_check = waiting_since + self.profile.ack_timeout
+        if self.network is not None:
+            self.node.witness.looked(self, self.network, now)
+        acks = self.profile.acks
+        if session.unacked is None:
+            next_check = now + acks.first  # whatever was learned: who is idle is not looked at more often
+        else:
+            next_check = session.waiting_since + session.ack_time.timeout(acks)
+            if now >= next_check:
+                # Dead or hopeless: the next connection resends (architecture, decision 6).
+                self.close("ack timeout", Reason.UNSPECIFIED_ERROR)
+                return None
         if not self.keep_alive:
             return next_check
         deadline = self.last_seen + self.keep_alive
@@ -429,17 +483,23 @@ class Connection(asyncio.Protocol):
         self.phase = Phase.CARRIED
         self.partial = None
 
-    def _end(self, label: str) -> None:
+    def _end(self, label: str, *, reset: bool = False) -> None:
         if self.phase is Phase.CLOSED:
             return
         was = self.phase
         self.phase = Phase.CLOSED
         self.partial = None
+        ending = Ending.WORDLESS if reset else NOT_IN_ORDER.get(label, Ending.ORDERLY)
+        self.node.closed(self, was, label, ending)
         self.last_seen = self.node.clock.now
-        self.node.closed(self, was, label)
         self.session = None
         self.hub = None
         self.will = None
+
+
+def endpoint_of(name: object) -> Endpoint:
+    """Of a socket's name, as `getpeername` gives it."""
+    return (str(name[0]), int(name[1])) if isinstance(name, tuple) else ("", 0)
 
 
 def _explained(

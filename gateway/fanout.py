@@ -143,7 +143,7 @@ class Fanout:
                 session.cursor < position
                 or more
                 or session.fetch is not Inbox.EMPTY
-                or session.manners.maximum_packet
+                or session.manners.choosy
                 or session.sent > msg_id
             ):
                 member.catch_up()  # the long way, which includes this broadcast and those behind it

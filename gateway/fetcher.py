@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from gateway.connection import Connection
 
 BATCH: Final = 256  # devices in one read
-PAGE: Final = 32  # rows of one device in one read: what a connected device may hold in RAM beyond its window
 RETRY_AFTER: Final = 1.0
 HOLD: Final = 1.0  # seconds that a page waits for a doorbell, which may be lost (bus B1)
 HOLD_KNOWN: Final = (
@@ -104,15 +103,17 @@ class Fetcher:
                 await asyncio.sleep(RETRY_AFTER)
 
     async def _fetch(self, batch: list[Connection]) -> None:
-        pages = await self._store.fetch_owed([_request(connection) for connection in batch])
+        requests = [_request(connection) for connection in batch]
+        pages = await self._store.fetch_owed(requests)
         self._metrics.fetches.value += len(batch)
         shared: dict[int, LivePush] = {}  # one object, so one set of frames, for a message to several devices
-        for connection, found in zip(batch, pages, strict=True):
+        for connection, request, found in zip(batch, requests, pages, strict=True):
             if connection.session is None:
                 continue  # gone meanwhile
             assert connection.hub is not None
             rows = [_live(message, shared) for message in found]
-            self._take(_Page(connection, connection.session, connection.hub, rows))
+            more = len(rows) == request.limit
+            self._take(_Page(connection, connection.session, connection.hub, rows, more))
 
     def _take(self, page: _Page) -> None:
         if page.session.unsure:
@@ -178,6 +179,7 @@ class _Page:
     session: Session
     hub: Hub
     rows: list[LivePush]
+    more: bool  # it is full
 
     @property
     def here(self) -> bool:
@@ -187,7 +189,7 @@ class _Page:
     def hand_over(self) -> None:
         if not self.here:
             return
-        Hub.fetched(self.session, self.rows, more=len(self.rows) == PAGE)
+        self.hub.fetched(self.session, self.rows, more=self.more)
         try:
             self.connection.catch_up()
         except Exception:  # a push that cannot be encoded must not stop the inboxes of everybody else
@@ -199,7 +201,7 @@ def _request(connection: Connection) -> OwedRequest:
     session, hub = connection.session, connection.hub
     assert session is not None
     assert hub is not None
-    return OwedRequest(hub.app.app_id, session.devno, session.newest, PAGE)
+    return OwedRequest(hub.app.app_id, session.devno, session.newest, Hub.page_size(session))
 
 
 def _live(message: StoredMessage, shared: dict[int, LivePush]) -> LivePush:

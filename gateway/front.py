@@ -202,7 +202,7 @@ async def _serve(
     loop.add_reader(channel, _hear, channel, overview, stop)
     store = make_store(config)
     await store.open()
-    broker = Broker(store, make_bus(config, store), config.limits())
+    broker = Broker(store, make_bus(config, store), config.limits(), carriers=config.carriers.directory)
     admin = AdminListener(config, LocalActions(broker, config.push.offline_limit), overview)
     try:
         apps = OpenApps(config, store, broker.apps)

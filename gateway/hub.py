@@ -8,6 +8,11 @@ start and never comes back. `Session.cursor` is the position of the first broadc
 broadcasts are merged by msg_id (G3): a broadcast is sent only when no older inbox row can still turn up, and a
 page of inbox rows comes here only when every broadcast older than its last row is in the log (`fetcher.py`).
 
+A device whose carrier wants the urgent first is sent its *backlog* otherwise (`Session.urgent`): what is owed when it
+connects, and what comes until that is through, goes out with high priority first, then the newest first. Rows and
+broadcasts stand in `Session.inbox` then, as many as one page brings, the most urgent at the end; a push that takes
+the place of another still goes behind it. After the backlog order holds as for everybody.
+
 The bitmaps know what happened on this node, and what the store knew when it was last asked. A device that may have
 been elsewhere since is *unsure*: the store is asked again before it is sent a broadcast (`sweeper.py`).
 """
@@ -28,7 +33,7 @@ from broker.model import App, StoredBroadcast, Withdrawn
 from broker.tenants.access import Access
 from gateway.live import LivePush
 from gateway.mailbox import Mailbox
-from gateway.session import Inbox, Member, Session
+from gateway.session import Comeback, Inbox, Member, Session
 from gateway.topics import RetainedMessages, SubscriptionIndex
 from gateway.wheel import Clock
 
@@ -46,6 +51,8 @@ SPREADING: Final = (
 )
 TAKEN_MEMORY: Final = 60.0  # seconds: a claim of ours may be answered after we heard of a newer one
 MAX_UINT32: Final = 0xFFFF_FFFF
+ROWS: Final = 32  # of one inbox in one read: what a connected device may hold in RAM beyond its window
+BACKLOG: Final = 128  # the same for a device that is sent the urgent first: what is sorted at once
 PAGE: Final = 64  # devnos
 MAX_PAGES: Final = (
     131_072  # of one app, 60 MB; past it the oldest are forgotten, and their sessions begin anew
@@ -103,6 +110,40 @@ class SessionEnds:
         return end > 0 and now - self._start < end  # `now` may be a tick older than the start
 
 
+class Ending(enum.Enum):
+    """How the connection of a device ended."""
+
+    ORDERLY = enum.auto()  # or it is not known
+    WORDLESS = enum.auto()  # without DISCONNECT or close: what is on its way to it may be lost again
+    OVERDUE = enum.auto()  # likewise, and an acknowledgement did not come in time
+
+
+class Endings:
+    """Of devices that are away, and whose last connection here did not end in order. Bitmaps: a byte or two each."""
+
+    __slots__ = ("_overdue", "_wordless")
+
+    def __init__(self) -> None:
+        self._wordless = BitMap()
+        self._overdue = BitMap()
+
+    def note(self, devno: int, ending: Ending) -> None:
+        if ending is not Ending.ORDERLY:
+            self._wordless.add(devno)
+        if ending is Ending.OVERDUE:
+            self._overdue.add(devno)
+
+    def take(self, devno: int) -> Ending:
+        """The device is back, here or elsewhere."""
+        if devno not in self._wordless:
+            return Ending.ORDERLY
+        self._wordless.discard(devno)
+        if devno not in self._overdue:
+            return Ending.WORDLESS
+        self._overdue.discard(devno)
+        return Ending.OVERDUE
+
+
 class Resend(NamedTuple):
     """The pushes in flight when a connection ended."""
 
@@ -128,6 +169,7 @@ class Hub:
         "_too_large",
         "access",
         "app",
+        "endings",
         "last_broadcast",
         "mailboxes",
         "members",
@@ -169,6 +211,7 @@ class Hub:
         self._last_session = 0  # numbers of durable sessions, and of messages and copies that wait for them
         self._last_message = 0
         self.session_ends = SessionEnds()
+        self.endings = Endings()
 
     # The broadcast log
 
@@ -239,6 +282,7 @@ class Hub:
         self.taken[devno] = max(epoch, known), now + TAKEN_MEMORY
         self.resend.pop(devno, None)  # packet ids of a connection that is not its last one
         self.session_ends.take(devno, now)
+        self.endings.take(devno)
 
     def is_overtaken(self, devno: int, epoch: int) -> bool:
         """Whether the claim with this epoch is not the newest that we know of."""
@@ -321,8 +365,11 @@ class Hub:
         return dropped
 
     def collect(self, session: Session, clock: Clock) -> list[bytes]:
-        """Packets of the pushes the device is owed and has room for, in msg_id order."""
+        """Packets of the pushes the device is owed and has room for, in msg_id order, or by urgency."""
         frames: list[bytes] = []
+        comeback = session.comeback
+        if comeback is not None:
+            session.widen(comeback)
         room = session.room
         while room > 0 and (push := self._next(session)) is not None:
             if push.message.expires_at <= clock.wall or not self.fits(session, push):
@@ -332,10 +379,14 @@ class Hub:
             frames.append(session.send_push(push, clock.now))
             room -= 1
         session.behind = room == 0
+        if comeback is not None:
+            session.begin_round(comeback)
         return frames
 
     def _next(self, session: Session) -> LivePush | None:
         """The oldest push owed, taken off; None if there is none or an older one may still be fetched."""
+        if session.comeback is not None and session.comeback.urgent:
+            return self._next_urgent(session, session.comeback)
         broadcast = self._next_broadcast(session)
         inbox = session.inbox
         if inbox:
@@ -364,26 +415,67 @@ class Hub:
         session.cursor = base + index
         return None
 
+    def _next_urgent(self, session: Session, comeback: Comeback) -> LivePush | None:
+        """The most urgent push owed, taken off; None if there is none or rows are still to be fetched."""
+        comeback.newest = max(comeback.newest, session.sent)
+        if session.inbox is None and session.fetch is not Inbox.EMPTY:
+            return None
+        if session.cursor < self.end:
+            self._take_up(session, comeback, ())
+        while session.inbox:
+            push = session.inbox.pop()
+            if not session.inbox:
+                session.inbox = None
+            if not push.broadcast or push.owed_to(session.devno):  # it may have been recalled meanwhile
+                return push
+        if session.fetch is Inbox.EMPTY:
+            session.backlog_through(comeback)
+        return None
+
+    def _take_up(self, session: Session, comeback: Comeback, rows: Iterable[LivePush]) -> None:
+        """Put these rows, and the broadcasts that came since, into the backlog."""
+        came = list(rows)
+        while (broadcast := self._next_broadcast(session)) is not None:
+            session.cursor += 1
+            came.append(broadcast)
+        if came:
+            session.inbox = by_urgency([*(session.inbox or ()), *came])
+            comeback.newest = max(comeback.newest, *map(_msg_id, came))
+
     def offer(self, session: Session, push: LivePush, clock: Clock) -> list[bytes]:
         """A targeted push arrived for a live device: what to send it, older broadcasts first. When it cannot go
         now it is left in the store."""
         if push.msg_id <= session.newest or self._is_over(push, session.devno, clock):
             return []  # the doorbell rang twice, or late, or the fetch was faster
         if session.fetch is not Inbox.EMPTY or session.behind:
-            self.note_rows(session)
+            self._leave_waiting(session, push)
             return []
         frames = self.collect(session, clock)
         if push.msg_id < session.sent:
             return frames  # an old doorbell rang again, and newer broadcasts have gone out
         if session.behind or not session.room:
             session.behind = True
-            self.note_rows(session)
+            self._leave_waiting(session, push)
             return frames
         session.seen = push.msg_id
         if self.fits(session, push):
             push.sent_at = max(clock.wall, push.message.created_at)  # the clock may be a tick old
             frames.append(session.send_push(push, clock.now))
         return frames
+
+    def _leave_waiting(self, session: Session, push: LivePush) -> None:
+        """In the store; or in the backlog, where it may be more urgent than the others."""
+        comeback = session.comeback
+        if (
+            comeback is not None
+            and comeback.urgent
+            and session.fetch is Inbox.EMPTY
+            and len(session.inbox or ()) < BACKLOG
+        ):
+            session.seen = push.msg_id
+            self._take_up(session, comeback, (push,))
+        else:
+            self.note_rows(session)
 
     def _is_over(self, push: LivePush, devno: int, clock: Clock) -> bool:
         """A doorbell may ring again long after its push was."""
@@ -394,7 +486,8 @@ class Hub:
 
     def fits(self, session: Session, push: LivePush) -> bool:
         """Whether the device accepts a packet of this size; counts those it does not."""
-        fits = session.fits(push.frames(session.encoding).size)
+        frames = push.frames(session.encoding)
+        fits = not session.manners.choosy or session.accepts(frames)
         self._too_large.value += not fits
         return fits
 
@@ -408,10 +501,18 @@ class Hub:
         return session.fetch is Inbox.WANTED and not session.inbox and session.room > 0
 
     @staticmethod
-    def fetched(session: Session, page: Sequence[LivePush], *, more: bool) -> None:
+    def page_size(session: Session) -> int:
+        """How many inbox rows are to be fetched at once."""
+        return BACKLOG if session.urgent else ROWS
+
+    def fetched(self, session: Session, page: Sequence[LivePush], *, more: bool) -> None:
         """A page of inbox rows came, oldest first; `more` if it was full."""
-        if page:
+        comeback = session.comeback
+        if comeback is not None and comeback.urgent:
+            self._take_up(session, comeback, page)
+        elif page:
             session.inbox = list(reversed(page))
+        if page:
             session.seen = page[-1].msg_id
         stale = session.fetch is Inbox.FETCHING_STALE
         session.fetch = Inbox.WANTED if more or stale else Inbox.EMPTY
@@ -419,8 +520,9 @@ class Hub:
     @staticmethod
     def look_again(session: Session, *, owing: bool) -> bool:
         """A doorbell may have been lost. A page that is here may be of pushes that were recalled. Whether the session
-        is to catch up, at once or when there is room."""
-        if session.inbox:
+        is to catch up, at once or when there is room. A backlog by urgency stays as it is: what of it went out cannot
+        be told by a msg_id."""
+        if session.inbox and not session.urgent:
             session.inbox, session.seen = None, session.sent
             session.fetch = Inbox.WANTED
         elif owing:
@@ -476,3 +578,21 @@ class Hub:
 
 def _is_fleeting(push: LivePush) -> bool:
     return push.message.expires_at <= push.message.created_at + FLEETING
+
+
+def by_urgency(pushes: Iterable[LivePush]) -> list[LivePush]:
+    """The most urgent at the end: high priority, then the newest. A push and those that take its place go together
+    and in their order, as urgent as the most urgent of them: or else what was taken away would show again."""
+    firsts: dict[int, int] = {}  # public id -> that of the first in its row of replacements
+    keys: dict[int, tuple[bool, int]] = {}  # by that
+    rows: dict[LivePush, int] = {}
+    for push in sorted(pushes, key=_msg_id):
+        message = push.message
+        replaces = message.replaces or message.public_id
+        first = firsts[message.public_id] = rows[push] = firsts.get(replaces, replaces)
+        keys[first] = keys.get(first, (False, 0))[0] or message.high, push.msg_id
+    return sorted(rows, key=lambda push: (keys[rows[push]], -push.msg_id))
+
+
+def _msg_id(push: LivePush) -> int:
+    return push.msg_id

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from gateway.connection import FROM_NODES, Connection
 from gateway.node import Node
+from gateway.proxy_listener import ProxiedConnection, ProxyListener
+from gateway.proxy_protocol import Route
 from gateway.websocket import SAME_ORIGIN, WebSocketFactory
 
 BACKLOG: Final = 4096  # connections the kernel holds for us in a reconnect storm; it may allow fewer
@@ -42,49 +45,82 @@ class Certificate:
             raise TlsError(f"{self._certificate} and {self._private_key}: {error}") from error
 
 
+class Listener(Protocol):
+    """What accepts connections until it is closed; those that it made go on."""
+
+    @property
+    def sockets(self) -> Sequence[Any]: ...
+
+    def close(self) -> None: ...
+
+
+Wrap = Callable[[Connection], asyncio.Protocol]  # what the event loop talks to, around a connection
+
+
 async def listen_tcp(
-    node: Node, host: str, port: int, certificate: Certificate | None = None, *, shared: bool = False
-) -> asyncio.Server:
-    """`shared`: other processes listen there, too."""
-    listener = "tls" if certificate else "tcp"
+    node: Node,
+    host: str,
+    port: int,
+    certificate: Certificate | None = None,
+    *,
+    shared: bool = False,
+    proxies: Sequence[str] = (),
+) -> Listener:
+    """`shared`: other processes listen there, too. `proxies`: networks of those whose connections begin with a PROXY
+    header."""
+    name = "tls" if certificate else "tcp"
     context = certificate.context if certificate else None
-    return await _listen(
-        lambda: Connection(node, listener), host, port, context, node.settings.connect_timeout, shared=shared
-    )
+    return await _listen(node, name, _bare, host, port, context, shared=shared, proxies=proxies)
 
 
-async def listen_to_nodes(node: Node, host: str) -> asyncio.Server:
+async def listen_to_nodes(node: Node, host: str) -> Listener:
     """For connections that other nodes carry here, on any free port: they have been through those nodes' doors."""
-    return await _listen(lambda: Connection(node, FROM_NODES), host, 0, None, shared=False)
+    return await _listen(node, FROM_NODES, _bare, host, 0, None, shared=False)
 
 
 async def listen_websocket(
-    node: Node, host: str, port: int, origins: str = SAME_ORIGIN, *, shared: bool = False
-) -> asyncio.Server:
-    """`origins`: the pages that may connect, as `mqtt.ws_origins` has it."""
+    node: Node,
+    host: str,
+    port: int,
+    origins: str = SAME_ORIGIN,
+    *,
+    shared: bool = False,
+    proxies: Sequence[str] = (),
+) -> Listener:
+    """`origins`: the pages that may connect, as `mqtt.ws_origins` has it; the rest as for `listen_tcp`."""
     factory = WebSocketFactory(
         lambda: Connection(node, "ws"),
         node.settings.max_packet_size,
         node.count_refusal,
         origins=origins,
     )
-    return await _listen(factory, host, port, None, shared=shared)
+    return await _listen(node, "ws", factory.around, host, port, None, shared=shared, proxies=proxies)
+
+
+def _bare(connection: Connection) -> asyncio.Protocol:
+    return connection
 
 
 async def _listen(
-    factory: Callable[[], asyncio.Protocol],
+    node: Node,
+    name: str,
+    wrap: Wrap,
     host: str,
     port: int,
     context: ssl.SSLContext | None,
-    handshake_timeout: float | None = None,
     *,
     shared: bool,
-) -> asyncio.Server:
-    loop = asyncio.get_running_loop()
+    proxies: Sequence[str] = (),
+) -> Listener:
+    def make(route: Route | None = None) -> asyncio.Protocol:
+        return wrap(Connection(node, name) if route is None else ProxiedConnection(node, name, route))
+
+    if proxies:
+        return ProxyListener(node, bind(host, port, shared=shared), make, trusted=proxies, context=context)
     # A peer that never finishes its handshake is not a connection yet, and no other deadline holds it.
-    timeout = handshake_timeout if context else None
-    return await loop.create_server(
-        factory,
+    timeout = node.settings.connect_timeout if context else None
+    return await asyncio.get_running_loop().create_server(
+        make,
         host,
         port,
         ssl=context,
@@ -94,7 +130,24 @@ async def _listen(
     )
 
 
-def address_of(server: asyncio.Server) -> str:
+def bind(host: str, port: int, *, shared: bool) -> list[socket.socket]:
+    """A listening socket for each of the host's addresses; the first finds the number if it is 0. Raises OSError."""
+    sockets: list[socket.socket] = []
+    try:
+        for family, _, _, _, place in socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            number = sockets[0].getsockname()[1] if sockets else port
+            address = (place[0], number, *place[2:])
+            sockets.append(socket.create_server(address, family=family, backlog=BACKLOG, reuse_port=shared))
+    except OSError:
+        for bound in sockets:
+            bound.close()
+        raise
+    return sockets
+
+
+def address_of(server: Listener) -> str:
     """`host:port` of a listening socket."""
     return format_address(server.sockets[0].getsockname())
 

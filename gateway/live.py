@@ -26,6 +26,7 @@ SYS: Final = "$SYS/"  # the server's own topics
 FRAMES_KEPT: Final = (
     1024  # byte strings a message keeps for one encoding; more packet ids than this share nothing
 )
+AROUND: Final = 40  # bytes that MQTT, WebSocket and TLS put around a payload, about
 DUP: Final = 0x08
 QOS: Final = 0x06  # bits of a PUBLISH's first byte
 
@@ -39,12 +40,15 @@ class Encoding:
     platform: str  # whose overrides are merged, one of broker.model.PLATFORMS
     packed: bool = False  # MessagePack instead of JSON
     deflated: bool = False  # in a zlib stream where that is shorter
+    segment: int = 0  # bytes of a TCP segment: deflated only where that saves one; 0: wherever it is shorter
 
 
 @functools.cache
-def encoding(version: int, platform: str, packed: bool = False, deflated: bool = False) -> Encoding:
+def encoding(
+    version: int, platform: str, packed: bool = False, deflated: bool = False, segment: int = 0
+) -> Encoding:
     """The one Encoding with these values. The arguments come from closed sets, so the cache is bounded."""
-    return Encoding(version, platform, packed, deflated)
+    return Encoding(version, platform, packed, deflated, segment)
 
 
 class Frames(dict[int, bytes]):
@@ -111,10 +115,22 @@ def render(message: StoredMessage, encoding: Encoding) -> bytes:
     """The payload a device receives: an object with `msg_id` and the publisher's notification and message, the
     notification merged for the device's platform (docs/protocol.md)."""
     payload = _render(message, encoding)
-    if encoding.deflated:
-        deflated = zlib.compress(payload)
-        return deflated if len(deflated) < len(payload) else payload
-    return payload
+    return deflate(payload, encoding.segment) if encoding.deflated else payload
+
+
+def deflate(payload: bytes, segment: int) -> bytes:
+    """In a zlib stream where that is shorter, or (`segment` > 0) saves a TCP segment of so many bytes; else as it is.
+    What fits one segment is not even tried."""
+    before = segments(payload, segment)
+    if before == 1:
+        return payload
+    deflated = zlib.compress(payload)
+    return deflated if segments(deflated, segment) < before else payload
+
+
+def segments(payload: bytes, segment: int) -> int:
+    """TCP segments that a push of this payload takes; of one byte each where `segment` is 0."""
+    return -(-(len(payload) + AROUND) // segment) if segment else len(payload)
 
 
 def _render(message: StoredMessage, encoding: Encoding) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from broker.metrics import Metrics
+from gateway.tcp_info import RTT_BOUNDS
 
 
 class NodeMetrics:
@@ -26,7 +27,8 @@ class NodeMetrics:
             "deliveries_evicted", "Broadcasts the newest-N rule dropped at connect."
         )
         self.too_large = metrics.counter(
-            "deliveries_too_large", "Pushes over the Maximum Packet Size a device announced."
+            "deliveries_too_large",
+            "Pushes over the Maximum Packet Size a device announced, or its carrier's.",
         )
         self.latency = metrics.histograms(
             "delivery_seconds", "From a push's acceptance to a device's acknowledgement.", "kind"
@@ -52,6 +54,18 @@ class NodeMetrics:
         self.sweeps = metrics.counters("sweeps", "Apps looked up for what no doorbell told.", "reason")
         self.swept = metrics.counters("swept", "What sweeps found.", "kind")
         self.skipped = metrics.counter("fanout_skipped", "Devices skipped by a broadcast: socket too slow.")
+        self.tcp_rtt = metrics.histograms(
+            "tcp_rtt_seconds",
+            "Round-trip times of a sample of connections, as the kernel has them.",
+            "carrier",
+            bounds=RTT_BOUNDS,
+        )
+        self.tcp_segments = metrics.counters(
+            "tcp_segments",
+            "Data segments sent to a sample of connections, repeated ones included.",
+            "carrier",
+        )
+        self.tcp_retransmits = metrics.counters("tcp_retransmits", "Of these, the repeated ones.", "carrier")
         self.acked_targeted = self.acked.labels("targeted")
         self.acked_broadcast = self.acked.labels("broadcast")
         self.latency_targeted = self.latency.labels("targeted")

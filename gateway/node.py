@@ -16,6 +16,8 @@ from pyroaring import BitMap
 
 from broker.audiences.devices import Devices
 from broker.bus import Broadcast, Bus, CredentialsChanged, Doorbell, Recalled, Taken, Targeted
+from broker.carriers.catalog import Carriers
+from broker.carriers.learning import Learning
 from broker.logs import log_event
 from broker.metrics import Metrics
 from broker.model import App
@@ -24,7 +26,6 @@ from broker.store import Store
 from broker.telling.reports import Reports
 from broker.tenants.apps import Apps
 from gateway.arrivals import Arrivals
-from gateway.carriers import Carriers
 from gateway.connection import Connection, Phase
 from gateway.doorkeeper import Doorkeeper, DoorLimits
 from gateway.exchange import Exchange
@@ -32,7 +33,7 @@ from gateway.fanout import Fanout
 from gateway.fetcher import Fetcher
 from gateway.gate import Gate
 from gateway.handover import Handover
-from gateway.hub import Hub
+from gateway.hub import Ending, Hub
 from gateway.hubs import Hubs, has_topics
 from gateway.intake import Intake
 from gateway.journal import Journal
@@ -45,9 +46,11 @@ from gateway.postman import Postman
 from gateway.session import Session
 from gateway.settler import Settler
 from gateway.sweeper import Sweeper
+from gateway.tcp_info import TcpSamples
 from gateway.tunnels import Tunnels
 from gateway.wheel import Clock, Wheel
 from gateway.wills import Wills
+from gateway.witness import Witness
 
 TICK: Final = 0.25  # seconds: how exact keep-alives and expiries are
 
@@ -96,9 +99,11 @@ class Node:
         carriers: Carriers,
         metrics: Metrics,
         membership: Membership,
+        learning: Learning | None = None,
         wall: Callable[[], float] = time,
     ) -> None:
-        """`membership` is joined and left by whoever made it: before `start`, and after `close`."""
+        """`membership` is joined and left by whoever made it: before `start`, and after `close`. `learning` likewise
+        is opened and closed; without it, nothing is learned for good."""
         self.settings = settings
         self.membership = membership
         self.carriers = carriers
@@ -116,6 +121,9 @@ class Node:
         self.live_by: dict[tuple[str, ...], float] = {}  # the same by listener and MQTT version
         self.blocked = 0  # of them, those whose socket is over the write buffer limit
         self.draining = False
+        self.learning = learning or Learning(store.records, wall)
+        self.learning.count_in(metrics)
+        self.witness = Witness(self.learning, self.clock, self._find_hub)
         self.settler = Settler(
             store,
             self.metrics,
@@ -123,6 +131,7 @@ class Node:
             settings.node_id,
             certain=self._certain,
             unsettle=self._unsettle,
+            acked=self.witness.acked,
         )
         self.fanout = Fanout(self.clock, self.metrics)
         self.journal = Journal(store, self.metrics, self.clock)
@@ -183,6 +192,8 @@ class Node:
         self.fetcher = Fetcher(store, self.metrics, self.clock, look=self.sweeper.look, sure=self._is_sure)
         self.handover = Handover(self, store.nodes)
         self.tunnels = Tunnels()
+        self.tcp = TcpSamples(self.metrics)
+        self.tcp.learn = self.witness.sampled
         self.arrivals = Arrivals(
             self,
             store=store,
@@ -259,6 +270,7 @@ class Node:
         clock = self.clock
         clock.now, clock.wall = self._loop.time(), self._wall()
         due = self._wheel.due(clock.now)
+        self.tcp.tick(due, clock.now)
         try:
             while due:
                 connection = due.pop()
@@ -268,6 +280,7 @@ class Node:
         finally:  # what went wrong with one connection is not the others' business
             for connection in due:
                 self._wheel.add(connection, clock.now)
+        self.witness.sweep()
         self.hubs.upkeep()
         self.exchange.sys_topics.tick(clock.now)
 
@@ -420,6 +433,9 @@ class Node:
         if hub is not None:
             hub.unsettle(msg_id, devnos)
 
+    def _find_hub(self, app_id: int) -> Hub | None:
+        return self.hubs.get(app_id)
+
     # Connections
 
     def count_refusal(self, label: str) -> None:
@@ -430,17 +446,20 @@ class Node:
         key = (connection.listener, version)
         self.live_by[key] = self.live_by.get(key, 0) + change
 
-    def closed(self, connection: Connection, was: Phase, label: str) -> None:
+    def closed(self, connection: Connection, was: Phase, label: str, ending: Ending) -> None:
         self.arrivals.left(connection)
         if was is not Phase.LIVE:
             return
         hub, session = connection.hub, connection.session
         assert hub is not None
         assert session is not None
+        self.tcp.left(connection)
         self.count_live(connection, str(session.encoding.version), -1)
         if connection.blocked:
             self.blocked -= 1
-        self._leave(connection, hub, session)
+        wordless = ending is not Ending.ORDERLY
+        self.witness.ended(connection, hub.app.app_id, session, label, wordless=wordless)
+        self._leave(connection, hub, session, ending)
         self.metrics.disconnects.labels(label).value += 1
         log_event(
             log,
@@ -452,7 +471,7 @@ class Node:
             reason=label,
         )
 
-    def _leave(self, connection: Connection, hub: Hub, session: Session) -> None:
+    def _leave(self, connection: Connection, hub: Hub, session: Session, ending: Ending) -> None:
         devno = session.devno
         if devno < 0:
             if hub.others.get(connection.key) is connection:
@@ -460,6 +479,7 @@ class Node:
         elif hub.members.get(devno) is connection:
             del hub.members[devno]
             hub.online.discard(devno)
+            hub.endings.note(devno, ending)
             self._store.release_route(hub.app.app_id, devno, connection.epoch, self._wall())
         since = self.clock.wall - (self.clock.now - session.waiting_since)
         for push in session.unanswered():

@@ -10,11 +10,11 @@ from typing import Final
 
 import uvloop
 
+from broker.carriers.reading import CarrierError
 from broker.config import Config
 from broker.logs import log_event
 from broker.metrics_merge import export
 from broker.store import StoreError
-from gateway.carriers import CarrierError
 from gateway.listeners import TlsError
 from gateway.open_apps import StartError
 from gateway.server import Listening, Seat, Service
@@ -48,7 +48,7 @@ async def _serve(
     loop = asyncio.get_running_loop()
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signal_number, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, service.reload_certificate)
+    loop.add_signal_handler(signal.SIGHUP, service.reload)
     loop.add_signal_handler(signal.SIGUSR2, _no_workers)
     if watch is not None:
         watch(stop)

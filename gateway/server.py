@@ -23,19 +23,24 @@ import msgspec
 
 from broker.admin import AdminListener, Health, LocalActions, ProcessOverview, describe_app
 from broker.broker import Broker
+from broker.carriers.catalog import Carriers
+from broker.carriers.reading import CarrierError
 from broker.command import count_store, make_bus, make_store
 from broker.config import Config
+from broker.dispatch.udp import DispatchDoor
 from broker.logs import log_event
 from broker.metrics import HttpMetrics, LoopLag, Metrics, StoreMetrics
 from broker.metrics_merge import export
 from broker.model import App, NodeInfo
 from broker.store import Conflict, StoreError
 from broker.telling.callbacks import CallbackMetrics
-from gateway.carriers import Carriers
+from gateway import sockets
+from gateway.connection import FROM_NODES
 from gateway.doorkeeper import DoorLimits
 from gateway.inquiries import Inquiries
 from gateway.listeners import (
     Certificate,
+    Listener,
     TlsError,
     address_of,
     format_address,
@@ -119,23 +124,33 @@ class Service:
         self.metrics = Metrics()
         self.health = Health()
         self._lag = LoopLag(self.metrics, loop)
+        self.carriers = Carriers(config.carriers.directory)
+        self._reloading = asyncio.Lock()  # of the carriers: what was read last counts
         self._store = make_store(config, checked=seat is None)  # the supervisor has checked it
         store_metrics = StoreMetrics(self.metrics, self._store.stats)
         self._store.stats.on_commit = store_metrics.on_commit
         self.health.checks.append(store_metrics.refusing)
         count_store(config, self._store, self.metrics)
         self._bus = make_bus(config, self._store)
-        self._broker = Broker(self._store, self._bus, config.limits(), callbacks=config.callback_settings())
+        self._broker = Broker(
+            self._store,
+            self._bus,
+            config.limits(),
+            callbacks=config.callback_settings(),
+            carriers=self.carriers,
+            dispatch_ttl=config.dispatch.ttl,
+        )
         self._membership = Membership(self._store.nodes, self._tell, self.metrics)
         self.node = self._make_node() if config.serves_devices else None
         self._door: Door | None = None
         self._api: web.AppRunner | None = None
+        self.dispatch_door: DispatchDoor | None = None
         if config.serves_api:
             CallbackMetrics(self.metrics, self._broker.callbacks.stats)
             self._broker.count_in(self.metrics)
             self._make_api()
         self._certificate: Certificate | None = None
-        self._servers: list[asyncio.Server] = []
+        self._servers: dict[str, Listener] = {}  # by name: tcp, tls, ws, node
         self._admin: AdminListener | None = None
         self._inquiries = Inquiries({"metrics": self._export, "health": self._report})
         self._address = ""  # where devices reach it
@@ -152,9 +167,10 @@ class Service:
             devices=self._broker.devices,
             pushes=self._broker.pushes,
             reports=self._broker.reports,
-            carriers=Carriers(self._config.carriers.directory),
+            carriers=self.carriers,
             metrics=self.metrics,
             membership=self._membership,
+            learning=self._broker.learning,
         )
 
     def _make_api(self) -> None:
@@ -166,6 +182,9 @@ class Service:
         peers = Peers(self._config.trusted_proxies, https_only=http.https_only)
         self._door = Door(http.max_connections, http.request_timeout)
         self._door.count_in(self.metrics)
+        if self._config.dispatch.udp_port is not None:
+            self.dispatch_door = DispatchDoor(self._broker.dispatch)
+            self.dispatch_door.count_in(self.metrics)
         self._api = self._door.runner(build_api(self._broker, HttpMetrics(self.metrics).observe, peers))
 
     async def open(self) -> Listening:
@@ -186,6 +205,7 @@ class Service:
             self.node.settings = replace(self.node.settings, anonymous_app=anonymous_app.key)
         admin = await self._open_admin()
         await self._join()
+        await self._broker.learning.open(config.server.node_id)
         if config.serves_api:
             await self._broker.open()
         if self.node is not None:
@@ -245,6 +265,7 @@ class Service:
             connections=0 if node is None else node.live,
             draining=self.health.state == "draining" or (node is not None and node.draining),
             version=_version(),
+            tls=self._config.mqtt.tls_port is not None,
         )
 
     def _make_bridge(self) -> Bridge | None:
@@ -266,31 +287,48 @@ class Service:
             return None
         config = self._config
         await self._door.open(self._api, config.server.host, config.http.port, shared=self._shared)
+        if self.dispatch_door is not None and config.dispatch.udp_port is not None:
+            host, port = config.server.host, config.dispatch.udp_port
+            bound = await self.dispatch_door.open(host, port, shared=self._shared)
+            log_event(log, logging.INFO, "dispatch over UDP", address=format_address(bound))
         return format_address(self._api.addresses[0])
 
     async def _listen_devices(self) -> tuple[str | None, str | None, str | None]:
         """Over TCP, TLS and WebSocket."""
         node, mqtt, host, shared = self.node, self._config.mqtt, self._config.server.host, self._shared
+        proxies = self._config.device_proxies
         if node is None:
             return None, None, None
         tcp = tls = ws = None
         if not self._membership.alone:
-            self._direct = self._add(await listen_to_nodes(node, host))
+            self._direct = self._add(FROM_NODES, await listen_to_nodes(node, host))
         if mqtt.port is not None:
-            tcp = self._add(await listen_tcp(node, host, mqtt.port, shared=shared))
+            tcp = self._add("tcp", await listen_tcp(node, host, mqtt.port, shared=shared, proxies=proxies))
         if mqtt.tls_port is not None:
-            tls = self._add(await listen_tcp(node, host, mqtt.tls_port, self._certificate, shared=shared))
+            listener = await listen_tcp(
+                node, host, mqtt.tls_port, self._certificate, shared=shared, proxies=proxies
+            )
+            tls = self._add("tls", listener)
         if mqtt.ws_port is not None:
-            ws = self._add(await listen_websocket(node, host, mqtt.ws_port, mqtt.ws_origins, shared=shared))
+            listener = await listen_websocket(
+                node, host, mqtt.ws_port, mqtt.ws_origins, shared=shared, proxies=proxies
+            )
+            ws = self._add("ws", listener)
         return tcp, tls, ws
 
-    def _add(self, server: asyncio.Server) -> str:
-        self._servers.append(server)
+    def _add(self, name: str, server: Listener) -> str:
+        self._servers[name] = server
+        self._clamp()
         return address_of(server)
 
+    def _clamp(self) -> None:
+        for name, server in self._servers.items():
+            if name != FROM_NODES:
+                sockets.clamp(server.sockets, self.carriers.catalog, name)
+
     def _stop_listening(self) -> None:
-        servers, self._servers = self._servers, []
-        for server in servers:
+        servers, self._servers = self._servers, {}
+        for server in servers.values():
             server.close()
 
     # In the background
@@ -326,8 +364,24 @@ class Service:
                 await self._listen_devices()
                 log_event(log, logging.INFO, "listening again", connections=connections)
 
-    def reload_certificate(self) -> None:
+    def reload(self) -> None:
         """On SIGHUP. Live connections go on undisturbed."""
+        self._reload_certificate()
+        self._tasks = [task for task in self._tasks if not task.done()]
+        self._tasks.append(asyncio.get_running_loop().create_task(self._reload_carriers()))
+
+    async def _reload_carriers(self) -> None:
+        try:
+            async with self._reloading:
+                await asyncio.to_thread(self.carriers.reload)
+        except CarrierError as error:
+            log.error("carrier profiles not reloaded, the old ones stay: %s", error)
+        else:
+            self._clamp()
+            count = len(self.carriers.catalog.profiles)
+            log_event(log, logging.INFO, "carrier profiles reloaded", profiles=count)
+
+    def _reload_certificate(self) -> None:
         if self._certificate is None:
             return
         try:
@@ -357,6 +411,8 @@ class Service:
         self._stop_listening()
         for site in list(self._api.sites) if self._api is not None else ():
             await site.stop()
+        if self.dispatch_door is not None:
+            await self.dispatch_door.close()
         if self._bridge is not None:
             await self._bridge.close()
         if node is not None:
@@ -366,6 +422,7 @@ class Service:
         if node is not None:
             await node.close()
         await self._broker.close()
+        await self._broker.learning.close()
         await self._membership.leave()
         await self._store.close()
         self._lag.close()

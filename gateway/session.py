@@ -14,6 +14,10 @@ Theory. A session sends two kinds of thing through one window of packet ids:
 What must always hold: at most `window` packet ids are in flight; an id is in use by one message only; answers to
 inbound QoS 1 and 2 messages leave in the order the messages came (MQTT5-4.6.0-2). Packets that rely on a change
 of a durable session are *held*: the connection sends them when the change is saved (decision 0008).
+
+A device whose connection ended without a word, or whose carrier wants the urgent first, begins with a `Comeback`: a
+small window, that doubles with each round of acknowledgements, or a backlog that is not sent in its order. When both
+are over it is dropped, and the session is one like all others.
 """
 
 from __future__ import annotations
@@ -25,7 +29,8 @@ from typing import Final, Protocol, cast
 
 from pyroaring import BitMap
 
-from gateway.live import Encoding, LivePush
+from gateway.ack_time import UNKNOWN, AckTime
+from gateway.live import Encoding, Frames, LivePush
 from gateway.mailbox import Mailbox, MailboxLimits
 from gateway.messages import TopicCopy
 from gateway.mqtt import (
@@ -148,19 +153,40 @@ class Manners:
     alias_maximum: int = 0  # topic aliases it accepts
     problem_information: bool = True  # whether acknowledgements may say more than a code
     bridge: bool = False  # a broker's: gets nothing back that it sent, and retained messages as retained
+    largest: int = 0  # bytes of a push's payload; 0: no limit. The carrier's wish, not the peer's
+    choosy: bool = field(init=False)  # there are pushes that it is not sent
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "choosy", bool(self.maximum_packet or self.largest))
 
 
 PLAIN: Final = Manners()
 DEFAULT_LIMITS: Final = SessionLimits()
 
 
+class Comeback:
+    """How a connection begins whose device was away."""
+
+    __slots__ = ("most", "newest", "round_end", "urgent")
+
+    def __init__(self, most: int, *, urgent: bool) -> None:
+        self.most = most  # the window in the end
+        self.round_end = (
+            0  # packet id that was the newest in flight when this round of acknowledgements began
+        )
+        self.urgent = urgent  # the backlog goes out by urgency (`Hub`), and it is not through yet
+        self.newest = 0  # msg_id of that backlog: what comes after it is in order again (G3)
+
+
 class Session:
-    """One connection's session. `encoding`, `window` and the rest are fixed at CONNECT."""
+    """One connection's session. `encoding` and the rest are fixed at CONNECT; `window` then only grows."""
 
     __slots__ = (
+        "ack_time",
         "aliases",
         "aliases_sent",
         "behind",
+        "comeback",
         "cursor",
         "devno",
         "encoding",
@@ -175,6 +201,7 @@ class Session:
         "resend",
         "seen",
         "sent",
+        "timed",
         "unacked",
         "unsure",
         "waiting_since",
@@ -204,6 +231,11 @@ class Session:
         self.waiting_since = (
             0.0  # since when the oldest acknowledgement is awaited, restarted by any progress
         )
+        self.timed = (
+            0  # packet id that was sent into an empty window at `waiting_since`; 0: none, or a resend
+        )
+        self.ack_time: AckTime = UNKNOWN
+        self.comeback: Comeback | None = None
         self.resend: dict[int, int] | None = None  # msg_id -> packet id of the connection before
         self.seen = 0  # the newest inbox row that was taken up on this connection
         self.sent = 0  # the newest msg_id that was sent on it: nothing older may follow (G3)
@@ -221,7 +253,12 @@ class Session:
     @property
     def newest(self) -> int:
         """The newest msg_id that was taken up or sent on this connection; inbox rows up to it are behind us."""
-        return max(self.seen, self.sent)
+        return self.seen if self.urgent else max(self.seen, self.sent)
+
+    @property
+    def urgent(self) -> bool:
+        """What is owed goes out by urgency, not in its order."""
+        return self.comeback is not None and self.comeback.urgent
 
     # Sending
 
@@ -236,12 +273,13 @@ class Session:
         if self.resend:
             known = self.resend.pop(push.msg_id, None)
             if known is not None:
-                self._enter(known, push, now)
+                self._enter(known, push, now, again=True)
                 return push.frames(self.encoding).again(known)
         packet_id = self.next_id
         if self.unacked is None and not self.resend and self.mailbox is None:  # the hot case: any id is free
             self.unacked = {packet_id: push}
             self.waiting_since = now
+            self.timed = packet_id
             self.next_id = packet_id + 1 if packet_id < MAX_PACKET_ID else 1
         else:
             packet_id = self._free_id()
@@ -259,16 +297,26 @@ class Session:
         self.next_id = packet_id % MAX_PACKET_ID + 1
         return packet_id
 
-    def _enter(self, packet_id: int, item: LivePush | TopicCopy, now: float) -> None:
+    def _enter(self, packet_id: int, item: LivePush | TopicCopy, now: float, *, again: bool = False) -> None:
         if self.unacked is None:
             self.unacked = {}
             self.waiting_since = now
+            self.timed = 0 if again else packet_id  # Karn: what is sent again measures nothing
         self.unacked[packet_id] = item
 
     def fits(self, size: int) -> bool:
         """Whether the peer accepts a packet of so many bytes (MQTT5-3.1.2-24)."""
         most = self.manners.maximum_packet
         return not most or size <= most
+
+    def accepts(self, frames: Frames) -> bool:
+        """Whether it may be sent the push of these packets."""
+        largest = self.manners.largest
+        if (
+            largest and len(frames.tail) - (self.encoding.version == 5) > largest
+        ):  # v5: a byte for no properties
+            return False
+        return self.fits(frames.size)
 
     def own_mailbox(self) -> Mailbox:
         """The session's mailbox, made on first use: most devices only receive pushes and never need one."""
@@ -285,6 +333,7 @@ class Session:
                 packet_id = self.next_id
                 self.unacked = {packet_id: copy}
                 self.waiting_since = now
+                self.timed = packet_id
                 self.next_id = packet_id + 1 if packet_id < MAX_PACKET_ID else 1
                 return copy.frames(self.encoding.version, now)[packet_id]
         elif copy.qos == 0:
@@ -388,9 +437,38 @@ class Session:
                 mailbox.drop(copy)
                 self._forget_id(mailbox, packet_id)
                 continue
-            self._enter(packet_id, copy, now)
+            self._enter(packet_id, copy, now, again=True)
             frames.append(frame)
         return frames
+
+    def come_back(self, first_window: int, *, urgent: bool) -> None:
+        """Before anything is sent: begin with this window, if that is smaller, and by urgency or in order."""
+        if first_window < self.window or urgent:
+            self.comeback = Comeback(self.window, urgent=urgent)
+            self.window = min(first_window, self.window)
+
+    def begin_round(self, comeback: Comeback) -> None:
+        """What could be sent was sent. A round of acknowledgements ends with that of the newest packet in flight at
+        its beginning."""
+        if not comeback.round_end and self.unacked:
+            comeback.round_end = next(reversed(self.unacked))
+
+    def widen(self, comeback: Comeback) -> None:
+        """Double the window if a round has ended."""
+        if comeback.round_end and not (self.unacked and comeback.round_end in self.unacked):
+            comeback.round_end = 0
+            self.window = min(2 * self.window, comeback.most)
+            self.leave_comeback(comeback)
+
+    def backlog_through(self, comeback: Comeback) -> None:
+        """All that was owed by urgency went out: from now on pushes go in order (G3)."""
+        comeback.urgent = False
+        self.sent = max(self.sent, comeback.newest)
+        self.leave_comeback(comeback)
+
+    def leave_comeback(self, comeback: Comeback) -> None:
+        if not comeback.urgent and self.window >= comeback.most:
+            self.comeback = None
 
     def unanswered(self) -> list[LivePush]:
         """Pushes that were sent and not acknowledged."""
@@ -407,7 +485,7 @@ class Session:
             else:
                 messages[packet_id] = item
         if self.resend:  # passed over in favour of newer ones: not owed any more, their ids are free
-            newest = max(pushes, default=0)
+            newest = 0 if self.urgent else max(pushes, default=0)
             pushes |= {msg_id: known for msg_id, known in self.resend.items() if msg_id > newest}
         if self.mailbox is not None:
             self.mailbox.in_flight = messages | self.mailbox.in_flight
@@ -426,11 +504,15 @@ class Session:
         if type(item) is LivePush:
             if not unacked:
                 self.unacked = None
+            if packet_id == self.timed and not (now == self.waiting_since and self.ack_time.steady):
+                self.ack_time = self.ack_time.after(now - self.waiting_since)
             self.waiting_since = now
             return item
         if type(item) is TopicCopy:
             if not unacked:
                 self.unacked = None
+            if packet_id == self.timed and item.qos == 1:
+                self.ack_time = self.ack_time.after(now - self.waiting_since)
             self.waiting_since = now
             if item.qos == 2 or (self.mailbox is not None and self.mailbox.log is not None):
                 self._acked_copy(item, packet_id)

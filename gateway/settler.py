@@ -42,7 +42,8 @@ async def _is_certain() -> None:
 
 class Settler:
     """`certain` returns when the node knows which devices were taken from it; it may raise StoreError.
-    `unsettle(app_id, msg_id, devnos)` is told of a broadcast's acknowledgements that do not count after all."""
+    `unsettle(app_id, msg_id, devnos)` is told of a broadcast's acknowledgements that do not count after all,
+    `acked(app_id, devnos, seconds)` of those of a targeted push, so long after it was sent."""
 
     def __init__(
         self,
@@ -53,7 +54,9 @@ class Settler:
         *,
         certain: Callable[[], Coroutine[Any, Any, None]] = _is_certain,
         unsettle: Callable[[int, int, BitMap], None] | None = None,
+        acked: Callable[[int, Sequence[int], float], None] | None = None,
     ) -> None:
+        self._acked = acked
         self._certain = certain
         self._unsettle = unsettle
         self._store = store
@@ -127,6 +130,8 @@ class Settler:
         else:
             metrics.acked_targeted.value += len(acked)
             metrics.latency_targeted.observe(now - message.created_at, len(acked))
+            if push.sent_at and acked and self._acked is not None:
+                self._acked(message.app_id, acked, now - push.sent_at)
         metrics.evicted.value += len(evicted)
         if acked or evicted:
             self._add(

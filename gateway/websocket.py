@@ -115,7 +115,10 @@ class WebSocketFactory:
     close_timeout: float = CLOSE_TIMEOUT
 
     def __call__(self) -> WebSocketTransport:
-        return WebSocketTransport(self)
+        return self.around(self.make_protocol())
+
+    def around(self, protocol: asyncio.Protocol) -> WebSocketTransport:
+        return WebSocketTransport(self, protocol)
 
 
 class WebSocketTransport(asyncio.Transport, asyncio.Protocol):
@@ -127,9 +130,9 @@ class WebSocketTransport(asyncio.Transport, asyncio.Protocol):
 
     __slots__ = ("_close_timer", "_factory", "_in_message", "_inner", "_phase", "_transport", "_unfinished")
 
-    def __init__(self, factory: WebSocketFactory) -> None:
+    def __init__(self, factory: WebSocketFactory, protocol: asyncio.Protocol) -> None:
         self._factory = factory
-        self._inner = factory.make_protocol()
+        self._inner = protocol
         self._transport: asyncio.Transport
         self._phase = Phase.OPENING
         self._unfinished: bytes | _UnfinishedFrame | None = None  # HTTP request, later a frame

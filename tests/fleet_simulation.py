@@ -49,6 +49,7 @@ import orjson
 from pyroaring import BitMap
 
 from broker.audiences.devices import Devices
+from broker.carriers.catalog import Carriers
 from broker.limits import Limits
 from broker.metrics import Metrics
 from broker.model import (
@@ -68,7 +69,6 @@ from broker.store_redis import RedisStore
 from broker.telling.reports import Reports
 from broker.tenants import tokens
 from broker.tenants.apps import Apps
-from gateway.carriers import Carriers
 from gateway.connection import Connection, Phase
 from gateway.membership import Membership
 from gateway.mqtt import Connack, Connect, Disconnect, Puback, Publish, decode, encode

@@ -95,7 +95,7 @@ def test_make_targets_have_help_and_those_in_the_documents_exist() -> None:
         ["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     targets = {line.split()[0] for line in listed.splitlines()}
-    assert targets == {"help", "setup", "run", "demo", "check", "test", "bench", "fuzz", "clean"}
+    assert targets == {"help", "setup", "run", "demo", "check", "test", "bench", "lab", "fuzz", "clean"}
     used = re.findall(r"(?m)^make (\w+)|`make (\w+)", "\n".join(d.read_text() for d in DOCUMENTS))
     assert {first or second for first, second in used} <= targets
 
@@ -108,7 +108,7 @@ def _commands() -> dict[str, click.Command]:
 def test_each_holdfast_command_in_the_documents_exists() -> None:
     commands = _commands()
     for document in DOCUMENTS:
-        for name, second in re.findall(r"(?m)(?:^|`)holdfast ([a-z]+)(?: ([a-z-]+))?", document.read_text()):
+        for name, second in re.findall(r"(?m)(?:^|`)holdfast ([a-z]+)(?: ([a-z][a-z-]*))?", document.read_text()):
             assert name in commands, f"{document.name}: holdfast {name}"
             command = commands[name]
             if isinstance(command, click.Group) and second:

@@ -48,6 +48,8 @@ class Call:
     peers: Peers
     action: str = ""  # its name in the audit log; "": it does not belong there
     subject: str | None = None  # what it is done to, for the audit log; None: the last name in the path
+    status: int = 200  # of the answer, and headers of its own
+    headers: dict[str, str] | None = None
 
     @property
     def address(self) -> str:
@@ -119,6 +121,8 @@ class _Answer:
     call: Call | None = None  # once somebody proved who they are, and was within the rate limit
     headers: dict[str, str] | None = None  # once they were counted
     admitted: bool = False  # once they may do what they ask for
+    status: int = 200  # and own headers: as the handler wants them
+    own_headers: dict[str, str] | None = None
 
 
 class Guard:
@@ -162,7 +166,7 @@ class Guard:
             if answer.call is not None and answer.call.action:
                 await self._record(answer.call, answer.admitted, error.message if error else "done")
             headers = answer.headers or self._rates.untouched(endpoint.area)
-            response = _refuse(error, headers) if error else web.Response(body=body, headers=headers)
+            response = _refuse(error, headers) if error else _answer(body, headers, answer)
             self._observe(endpoint.paths[0], response.status, time.perf_counter() - started)
             return response
 
@@ -195,7 +199,9 @@ class Guard:
         if endpoint.max_body:
             most, patience = self._most(endpoint, call.caller), self._limits.request_timeout
             call.raw = await _read_body(request, endpoint, most, patience)
-        return await endpoint.handler(call)
+        body = await endpoint.handler(call)
+        answer.status, answer.own_headers = call.status, call.headers
+        return body
 
     def _purse(self, caller: Login | Group) -> tuple[Who, Limits]:
         if isinstance(caller, Group):
@@ -353,6 +359,12 @@ def _internal(endpoint: Endpoint) -> ApiError:
     request_id = secrets.token_hex(8)
     log.exception("request %s: %s %s failed", request_id, endpoint.method, endpoint.paths[0])
     return ApiError(endpoint.area.internal, f"internal error; the server's log has more under {request_id}")
+
+
+def _answer(body: bytes, headers: dict[str, str], answer: _Answer) -> web.Response:
+    if answer.own_headers is not None:
+        headers |= answer.own_headers
+    return web.Response(status=answer.status, body=body, headers=headers)
 
 
 def _refuse(error: ApiError, headers: dict[str, str]) -> web.Response:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from broker.api import shapes
+from broker.api.dispatch import MAX_ADDRESS, MAX_TEXT, AttemptsReport
 from broker.audiences.device_checks import ChangeRequest, Properties
 from broker.audiences.devices import IdChanges, Ids, Import, Renewal
 from broker.audiences.segments import AudienceRequest, Estimate, EstimateRequest, Segment, SegmentRequest
@@ -51,6 +52,7 @@ class Described:
     needed: tuple[str, ...] = ()
     optional_body: bool = False
     upload: bool = False  # multipart/form-data with a file
+    cached: bool = False  # 304 where the caller has the answer (If-None-Match)
 
 
 def _integer(least: int, most: int, default: int | None = None) -> Schema:
@@ -59,6 +61,7 @@ def _integer(least: int, most: int, default: int | None = None) -> Schema:
 
 
 _TEXT: Final[Schema] = {"type": "string"}
+_SHORT: Final[Schema] = {"type": "string", "maxLength": MAX_TEXT}
 _MSG_IDS: Final = Query(
     "msg_ids",
     "Up to 100 ids with commas between.",
@@ -232,6 +235,33 @@ DESCRIBED: Final[Mapping[str, Described]] = {
     "GET /v3/devices/{id}": Described("getDevice", "One device's tags and alias.", answer=shapes.DeviceView),
     "POST /v3/devices/{id}": Described(
         "updateDevice", "Change a device's tags and alias.", ChangeRequest, codes=(7013, 7015)
+    ),
+    "GET /v1/dispatch": Described(
+        "askDispatch",
+        "Where a device is to connect: addresses in order, heartbeat, backoff; signed. The app key is enough.",
+        answer=shapes.DispatchAnswer,
+        query=(
+            Query(
+                "app",
+                "The app key.",
+                {"type": "string", "minLength": 1, "maxLength": MAX_TEXT},
+                required=True,
+            ),
+            Query("carrier", "MCC+MNC of the SIM card, or a carrier's name.", _SHORT),
+            Query("link", "wifi, cellular, ethernet, satellite or other.", _SHORT),
+            Query("region", "Addresses there go first.", _SHORT),
+            Query(
+                "reached",
+                "The address that the device got through to last.",
+                {"type": "string", "maxLength": MAX_ADDRESS},
+            ),
+            Query("v", "Version of the answer.", {"type": "string", "enum": ["1"]}),
+        ),
+        codes=(1008,),
+        cached=True,
+    ),
+    "POST /v1/dispatch/report": Described(
+        "reportAttempts", "How a device's attempts to connect went.", AttemptsReport, codes=(1008,)
     ),
     # Reports
     "GET /v3/received": Described(

@@ -9,6 +9,7 @@ from aiohttp import web
 from broker.api.call import ApiCounters, Endpoint, Guard, Observe
 from broker.api.callbacks import callback_endpoints
 from broker.api.devices import device_endpoints
+from broker.api.dispatch import dispatch_endpoints
 from broker.api.files import file_endpoints
 from broker.api.groups import group_endpoints
 from broker.api.keys import key_endpoints
@@ -33,6 +34,7 @@ def api_endpoints(broker: Broker) -> list[Endpoint]:
         *file_endpoints(broker.files, broker.pushes),
         *segment_endpoints(broker.segments),
         *device_endpoints(broker.devices),
+        *dispatch_endpoints(broker.dispatch),
         *report_endpoints(broker.reports),
         *user_endpoints(broker.users),
         *account_endpoints(broker.accounts),
@@ -117,7 +119,7 @@ async def _methods(request: web.Request) -> set[str]:
 
 
 def _area(path: str) -> Area:
-    if path.startswith(("/v3/device", "/v3/aliases", "/v3/tags", "/v1/devices")):
+    if path.startswith(("/v3/device", "/v3/aliases", "/v3/tags", "/v1/devices", "/v1/dispatch")):
         return DEVICE
     if path.startswith(("/v3/schedules", "/v3/push/schedules")):
         return SCHEDULE

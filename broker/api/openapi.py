@@ -184,6 +184,8 @@ def _responses(endpoint: Endpoint, row: Described, answer: Document | None, refu
     if answer is not None:
         done["content"] = {JSON: {"schema": answer}}
     responses: Document = {"200": done}
+    if row.cached:
+        responses["304"] = {"description": "The caller has it (If-None-Match).", "headers": _RATE_HEADERS}
     for status, reasons in sorted(_failures(endpoint, row).items()):
         about = "; ".join(f"{code}: {reason}" for code, reason in sorted(reasons.items()))
         responses[str(status)] = refusals.take(f"{endpoint.area.name}-{status}", about)

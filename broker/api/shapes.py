@@ -48,6 +48,31 @@ class Cids(Shape, frozen=True):
     cidlist: list[str]
 
 
+class DispatchWaits(Shape, frozen=True):
+    """Milliseconds, and how many addresses are tried at once."""
+
+    base: Count
+    cap: Count
+    stagger: Count
+    ban: Count
+    parallel: Count
+
+
+class DispatchAnswer(Shape, frozen=True):
+    """`signature`: Ed25519 over the other keys as canonical JSON (RFC 8785), base64url without padding."""
+
+    addresses: list[str]
+    carrier: str
+    heartbeat: Annotated[str, Meta(pattern="^[0-9]+ [0-9]+ [0-9]+$")]
+    key: Annotated[str, Meta(pattern="^[0-9a-f]{8}$")]
+    made: Count
+    reconnect: DispatchWaits
+    region: str
+    signature: Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{86}$")]
+    ttl: Count
+    v: Count
+
+
 class ScheduleView(Shape, frozen=True):
     """`next`: when it fires next, in its zone; null: never again, or it is not enabled."""
 

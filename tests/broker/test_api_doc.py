@@ -11,6 +11,7 @@ import orjson
 
 from broker.api.http import api_endpoints
 from broker.errors import STATUS
+from broker.model import NodeInfo
 from tests.broker.openapi_answers import Conformance
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
@@ -64,6 +65,7 @@ async def test_every_example_answers_as_the_page_says(service: Any) -> None:
     device = await service.register(DEVICE, platform="android", alias="ann", tags=["red"])
     event = service.reports.event(service.app.app_id, device.devno, "opened", b'{"page":3}', service.now)
     await service.store.record_events([event])
+    await service.store.nodes.join(NodeInfo("push-1", address="push-1.example.com:8883", tls=True))
     group = await service.broker.groups.create(orjson.dumps({"name": "ours", "apps": [service.app.key]}))
     logins = {
         "device key": (service.app.key, service.app.device_key),

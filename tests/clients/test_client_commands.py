@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from broker.command import dispatch
 from clients.command_listen import listen
 from clients.command_push import push, status, withdraw
 from clients.command_shared import print_fields, print_table
@@ -172,11 +173,49 @@ def test_listen_with_wrong_credentials_says_so(server: LocalServer) -> None:
         (("--device-key", "k", "--url", "http://x"), "--url needs --journal"),
         (("--device-key", "k", "--url", "x", "--journal", "j"), "must be an http or https address"),
         (("--device-key", "k", "--platform", "palm"), "palm"),
+        (("--device-key", "k", "--server", "http://x"), "'http' is none of tcp, tls, ws, wss"),
+        (("--device-key", "k", "--dispatch", "http://x"), "belong together"),
+        (("--device-key", "k", "--dispatch", "http://x", "--dispatch-key", "k"), "must be a public key"),
     ],
 )
 def test_wrong_usage_of_listen(arguments: tuple[str, ...], told: str) -> None:
     result = CliRunner().invoke(listen, ["--app", "a", *arguments])
     assert (result.exit_code, told in result.stderr) == (2, True)
+
+
+def test_listen_tries_its_servers_in_order(server: LocalServer, environment: dict[str, str]) -> None:
+    assert server.addresses.ws is not None
+    host, port = server.addresses.ws
+    flags = (
+        "--server",
+        "127.0.0.1:1",
+        "--server",
+        f"ws://{host}:{port}",
+        "--carrier",
+        "46000",
+        "--link",
+        "cellular",
+    )
+    with listening(server, "--id", "cli-9", "--count", "1", *flags) as process:
+        msg_id = pushed(run_push(environment, "--registration-id", "cli-9", "x"))
+        assert read(process)["msg_id"] == msg_id
+
+
+def test_listen_goes_where_dispatch_says(server: LocalServer, environment: dict[str, str]) -> None:
+    app = server.app
+    key = json.loads(CliRunner().invoke(dispatch, ["key", "--data-dir", str(server.data_dir)]).stdout)["key"]
+    command = [sys.executable, "-m", "clients.command", "listen", "--app", app.app_key, "--id", "cli-10"]
+    command += ["--device-key", app.device_key, "--count", "1"]
+    command += ["--dispatch", server.addresses.http, "--dispatch-key", key]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            assert process.stderr is not None
+            assert next(process.stderr).startswith("online as cli-10")
+            msg_id = pushed(run_push(environment, "--registration-id", "cli-10", "x"))
+            assert read(process)["msg_id"] == msg_id
+        finally:
+            process.kill()
 
 
 def test_listen_registers_once_and_keeps_its_token(server: LocalServer, tmp_path: Path) -> None:

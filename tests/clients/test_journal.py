@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from clients.journal import TRIM_EVERY, Credentials, Journal, JournalError
+from clients.journal import NETWORKS_KEPT, TRIM_EVERY, Credentials, Journal, JournalError
 
 
 def test_what_was_kept_is_there_after_reopening(tmp_path: Path) -> None:
@@ -78,3 +79,49 @@ def test_what_remember_returned_from_survives_kill_9(tmp_path: Path) -> None:
     journal.close()
     assert seen[: len(told)] == told
     assert len(seen) - len(told) <= 1
+
+
+def test_networks_are_kept_and_the_last_one_is_last(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal", 5)
+    assert journal.networks() == {}
+    journal.keep_network("home", {"addresses": {}})
+    journal.keep_network("office", {"heartbeat": {"good": 270.0}})
+    journal.keep_network("home", {"addresses": {"good": "tcp://a:1"}})
+    journal.close()
+    journal = Journal(tmp_path / "journal", 5)
+    assert list(journal.networks().items()) == [
+        ("office", {"heartbeat": {"good": 270.0}}),
+        ("home", {"addresses": {"good": "tcp://a:1"}}),
+    ]
+    journal.close()
+
+
+def test_only_the_newest_networks_are_kept(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal", 5)
+    for n in range(NETWORKS_KEPT + 3):
+        journal.keep_network(f"hotel {n}", {})
+    journal.keep_network("hotel 5", {})
+    assert list(journal.networks()) == [
+        *(f"hotel {n}" for n in range(3, NETWORKS_KEPT + 3) if n != 5),
+        "hotel 5",
+    ]
+    journal.close()
+
+
+def test_other_values_are_kept_by_name(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal", 5)
+    assert journal.kept("dispatch") is None
+    journal.keep_value("dispatch", b"one")
+    journal.keep_value("dispatch", b"two")
+    assert journal.kept("dispatch") == b"two"
+    journal.close()
+
+
+def test_a_journal_of_a_version_before_is_opened(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "journal") as before:
+        before.execute("CREATE TABLE handled (n INTEGER PRIMARY KEY, msg_id INTEGER NOT NULL) STRICT")
+        before.execute("INSERT INTO handled VALUES (1, 7)")
+    before.close()
+    journal = Journal(tmp_path / "journal", 5)
+    assert (journal.seen(), journal.networks(), journal.kept("dispatch")) == ([7], {}, None)
+    journal.close()

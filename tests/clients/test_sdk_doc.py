@@ -76,7 +76,7 @@ async def page(
 
 
 PUBLISHER = ("Push", "Schedule", "Segment", "File", "Devices", "Reports", "Callbacks")
-DEVICE = ("Receive", "Tell what people did", "Say who it is", "End")
+DEVICE = ("Receive", "Tell what people did", "Say who it is", "Follow the phone", "End")
 
 
 def test_every_part_of_the_page_is_run() -> None:
@@ -145,6 +145,8 @@ async def test_the_devices_half(page: Page, publisher: Publisher) -> None:
         await happens(lambda: list(page["shown"]) == [second])
         await publisher.withdraw(second)
         await happens(lambda: not page["shown"])
+        await page.run("Follow the phone")
+        assert device.online
         await page.run("End")
         assert not device.online
     finally:

@@ -21,7 +21,6 @@ from broker.model import Beat, Claim, NodeEntry, NodeInfo, RouteCheck, Settled
 from broker.store import Conflict, Store, StoreUnavailable
 from broker.store_sqlite import SqliteStore
 from broker.telling.reports import Reports
-from gateway.carriers import Carriers
 from gateway.hub import Hub
 from gateway.membership import Membership
 from gateway.node import Node, NodeSettings
@@ -212,7 +211,7 @@ class Member:
             devices=Devices(store, self.bus, world.limits, world.clock),
             pushes=world.pushes,
             reports=Reports(store, world.limits, world.clock),
-            carriers=Carriers(),
+            carriers=world.carriers,
             metrics=self.metrics,
             membership=self.membership,
             wall=world.clock,

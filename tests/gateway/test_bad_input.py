@@ -300,7 +300,7 @@ def push_broadcast(server: LocalServer, app: object) -> str:
 def test_a_reader_that_never_reads_is_closed_and_gets_everything_later(
     start_server: StartServer, tmp_path: Path
 ) -> None:
-    (tmp_path / "default.toml").write_text('name = "default"\nack_timeout = 1\n')
+    (tmp_path / "default.toml").write_text("[acks]\nfirst = 1\nleast = 1\nmost = 1\n")
     server = start_server("--carriers-directory", str(tmp_path))
     with counted(server, ended("ack timeout")), device(server, "deaf") as peer:
         peer.set_buffers(SMALL)

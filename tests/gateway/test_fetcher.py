@@ -9,6 +9,7 @@ from typing import cast
 import pytest
 
 import gateway.fetcher
+import gateway.hub
 from broker.model import OwedRequest, StoredMessage
 from broker.store import StoreUnavailable
 from broker.store_sqlite import SqliteStore
@@ -98,7 +99,7 @@ async def test_who_left_while_the_store_was_away_is_not_asked_for_again(
 async def test_a_long_inbox_is_read_page_by_page_as_there_is_room(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gateway.fetcher, "PAGE", 2)
+    monkeypatch.setattr(gateway.hub, "ROWS", 2)
     ids = [await world.push(0) for _ in range(5)]
     phone = await world.online(0, properties={"receive_maximum": 2})
     assert phone.got == ids[:2]

@@ -333,7 +333,7 @@ def test_without_an_acknowledgement_the_connection_ends(
 def quick(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Carrier profiles that lose patience after a second."""
     folder = tmp_path_factory.mktemp("carriers")
-    (folder / "default.toml").write_text('name = "default"\nack_timeout = 1\n')
+    (folder / "default.toml").write_text("[acks]\nfirst = 1\nleast = 1\nmost = 1\n")
     return str(folder)
 
 

@@ -12,6 +12,7 @@ from pyroaring import BitMap
 
 import gateway.membership
 from broker.audiences.devices import Devices
+from broker.carriers.catalog import Carriers
 from broker.limits import Limits
 from broker.metrics import Metrics
 from broker.model import DeliveryState, NewDevice, NodeInfo
@@ -21,7 +22,6 @@ from broker.store_redis import RedisStore
 from broker.telling.reports import Reports
 from broker.tenants import tokens
 from broker.tenants.apps import Apps
-from gateway.carriers import Carriers
 from gateway.membership import Membership
 from gateway.mqtt import Connect, Reason
 from gateway.node import Node, NodeSettings

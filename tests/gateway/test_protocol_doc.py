@@ -10,12 +10,14 @@ from pathlib import Path
 import orjson
 import pytest
 
+from broker.carriers.catalog import LINKS, Carriers
 from broker.config import KEYS, Config
 from broker.limits import Limits
 from broker.model import StoredMessage
-from gateway import admission, arrivals, connection, gate, handover, intake, node, session
-from gateway.carriers import Carriers
+from gateway import admission, arrivals, connection, gate, handover, intake, node, proxy_listener, session
+from gateway.connection import NOT_IN_ORDER
 from gateway.doorkeeper import TurnedAway
+from gateway.hub import BACKLOG
 from gateway.live import encoding, render
 from gateway.mqtt import (
     CONNACK_RETURN_CODES,
@@ -30,12 +32,14 @@ from gateway.websocket import MAX_FIRST_FRAME_SIZE, MAX_HANDSHAKE_SIZE
 from gateway.websocket import Refusal as WebSocketRefusal
 
 PAGE = (Path(__file__).parents[2] / "docs/protocol.md").read_text()
-SOURCES = [Path(str(module.__file__)) for module in (admission, arrivals, connection, handover, intake, node)]
+MODULES = (admission, arrivals, connection, handover, intake, node, proxy_listener)
+SOURCES = [Path(str(module.__file__)) for module in MODULES]
 NOT_A_LIMIT = {
     "mqtt.port",
     "mqtt.tls_port",
     "mqtt.ws_port",
     "mqtt.ws_origins",
+    "mqtt.proxy_protocol",
     "mqtt.certificate",
     "mqtt.private_key",
     "mqtt.anonymous_app",
@@ -149,11 +153,11 @@ def test_every_limit_is_told_with_its_default() -> None:
 
 def test_limits_that_are_no_setting_have_the_values_of_the_code() -> None:
     settings: NodeSettings = _node_settings(Config())
-    profile = Carriers().default
+    profile = Carriers().catalog.default
     told = {
         connection.MAX_CONNECT_SIZE: "Limits",
         settings.receive_maximum: "Limits",
-        profile.write_buffer: "Limits",
+        profile.delivery.write_buffer: "Limits",
         connection.MAX_UNREAD: "Limits",
         connection.TURN: "Limits",
         settings.mailbox.queued_bytes: "Limits",
@@ -166,9 +170,19 @@ def test_limits_that_are_no_setting_have_the_values_of_the_code() -> None:
         assert f"{number:,}" in section(heading), number
     assert f"over {MAX_HANDSHAKE_SIZE} bytes" in section("Refused connections")
     assert f"at most {session.ALIASES_SENT} of them" in section("CONNECT")
-    assert f"`keep_alive_max` ({profile.keep_alive_max})" in section("CONNECT")
-    assert f"`window` ({profile.window})" in section("CONNECT")
-    assert f"`ack_timeout` ({profile.ack_timeout:g} s" in section("Acknowledgement")
+    assert f"`heartbeat.most` ({profile.heartbeat.most})" in section("CONNECT")
+    assert f"`delivery.window` ({profile.delivery.window})" in section("CONNECT")
+    for name in (arrivals.CARRIER_PROPERTY, arrivals.LINK_PROPERTY, admission.HEARTBEAT_PROPERTY, *LINKS):
+        assert f"`{name}`" in section("CONNECT"), name
+    [(_, advised)] = admission.advice(profile.heartbeat, 0, settings.keep_alive_max)
+    assert f"`{advised}`" in section("CONNECT")
+    for name in ("first", "least", "most"):
+        assert f"`acks.{name}` ({getattr(profile.acks, name):g} s)" in section("Acknowledgement")
+    assert f"`delivery.largest` ({profile.delivery.largest:,} bytes" in section("Acknowledgement")
+    assert profile.delivery.largest == admission.NO_PUSH_IS_LARGER
+    assert f"up to {BACKLOG} sorted" in section("Acknowledgement")
+    for label in NOT_IN_ORDER:
+        assert f"`{label}`" in section("Acknowledgement")
     later = section("Come later")
     assert f"at most {gate.LONGEST:g} each" in later
     for name, _ in gate.Appointment(1.0, 1.0).properties:

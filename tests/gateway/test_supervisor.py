@@ -390,6 +390,7 @@ def test_sighup_and_an_interrupt_of_the_terminal_are_for_all(start: Start) -> No
     crew = start(workers=2)
     workers = crew.until_ready(2)
     os.kill(crew.pid, signal.SIGHUP)
+    _until(lambda: crew.log_text().count("carrier profiles reloaded") == 2)
     assert crew.until_ready(2) == workers
     for pid in (*_children(crew.pid), crew.pid):  # as a terminal does it
         os.kill(pid, signal.SIGINT)

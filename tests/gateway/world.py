@@ -17,6 +17,7 @@ from pyroaring import BitMap
 from broker.audiences.devices import Devices
 from broker.bus import Broadcast, Doorbell, Targeted
 from broker.bus_local import LocalBus
+from broker.carriers.catalog import Carriers
 from broker.limits import Limits
 from broker.metrics import Metrics
 from broker.model import App, DeliveryState, NewDevice, NewMessage, NodeInfo, StoredBroadcast, StoredMessage
@@ -26,7 +27,6 @@ from broker.store_sqlite import SqliteStore
 from broker.telling.reports import Reports
 from broker.tenants import tokens
 from broker.tenants.apps import Apps
-from gateway.carriers import Carriers
 from gateway.connection import Connection, Phase
 from gateway.hub import Hub
 from gateway.membership import Membership
@@ -170,8 +170,10 @@ class World:
         fanout_limit: int = 1,
         store: Callable[..., SqliteStore] = SqliteStore,
         settings: NodeSettings | None = None,
+        carriers: Carriers | None = None,
     ) -> None:
         self.wall = START
+        self.carriers = carriers or Carriers()
         self.limits = Limits(fanout_limit=fanout_limit)
         self.store = store(path / "data.db", clock=self.clock)
         self.bus = LocalBus()
@@ -217,7 +219,7 @@ class World:
             devices=self.devices,
             pushes=self.pushes,
             reports=Reports(store, self.limits, self.clock),
-            carriers=Carriers(),
+            carriers=self.carriers,
             metrics=self.metrics,
             membership=Membership(store.nodes, lambda: info, self.metrics),
             wall=self.clock,

@@ -1,0 +1,1 @@
+"""Where devices are to connect: asked over HTTP or with one datagram, answered with a small signed document."""
