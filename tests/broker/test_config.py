@@ -66,6 +66,7 @@ def test_every_key_is_read_from_each_place(file: Path, path: str) -> None:
         "server.log_format": "json",
         "server.role": "broker",
         "server.workers": "7",
+        "server.brokers": "0",
         "server.advertise": "push.example.com:1883",
         "store.url": "redis://127.0.0.1",
         "store.unsafe": "true",
