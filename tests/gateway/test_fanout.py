@@ -23,8 +23,9 @@ EVERYONE = range(DEVICES)
 
 @pytest.fixture
 async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
-    """With one device to a slice of a walk."""
+    """With one device to a slice of a walk, which rests on no machine, however busy."""
     monkeypatch.setattr(gateway.fanout, "SLICE", 1)
+    monkeypatch.setattr(gateway.fanout, "PATIENCE", 3600)
     world = await World(tmp_path).open(devices=DEVICES)
     yield world
     await world.close()
@@ -129,6 +130,7 @@ async def test_a_walk_rests_when_the_node_had_to_wait_for_a_core(
     world: World, phones: list[Phone], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits = [0.0, 0.02]
+    monkeypatch.setattr(gateway.fanout, "PATIENCE", 0.01)
     monkeypatch.setattr(CoreLoad, "waited", lambda _: waits.pop(0) if waits else 0.0)
     rests: list[float] = []
     loop = asyncio.get_running_loop()

@@ -785,6 +785,7 @@ def _small_slices() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gateway.settler, "FOLD_AFTER", 0)
         patch.setattr(gateway.settler, "RECORD_AFTER", 0)
+        patch.setattr(gateway.fanout, "PATIENCE", 3600)  # or a busy machine would have walks rest
         yield
 
 
