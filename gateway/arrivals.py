@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import select
 from collections import deque
 from collections.abc import Callable
 from secrets import token_hex
@@ -218,6 +219,10 @@ class Arrivals:
     # CONNECT
 
     def _decide(self, connection: Connection, connect: Connect) -> None:
+        if _has_left(connection):
+            self._node.count_refusal("peer left")
+            connection.close("peer left")
+            return
         method = connect.properties.get("authentication_method")
         if method is not None and method != METHOD:
             self._refuse(connection, connect, UNKNOWN_METHOD)
@@ -594,3 +599,15 @@ def _declared(properties: UserProperties, name: str) -> str:
 def _is_of_sys(will: Will | None) -> bool:
     """A bridge of mosquitto has a will on `$SYS/broker/connection/…`, which is nobody's to set: it is dropped."""
     return will is not None and will.topic.startswith(SYS)
+
+
+def _has_left(connection: Connection) -> bool:
+    """Whether the peer has closed its side by now. On a node that is late by seconds CONNECTs wait unread, and their
+    peers, tired of it, may be connected elsewhere by now: an old one must not take the device from there. It costs
+    a system call; while nothing is read, the event loop would not tell."""
+    socket = connection.transport.get_extra_info("socket")
+    if socket is None:
+        return False
+    look = select.poll()
+    look.register(socket.fileno(), select.POLLRDHUP)
+    return bool(look.poll(0))

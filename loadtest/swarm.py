@@ -53,8 +53,8 @@ FINAL: Final = frozenset(
         Reason.BAD_AUTHENTICATION_METHOD,
     }
 )
-"""Reasons after which a device must not come back: each is an error of the test or the server. SESSION_TAKEN_OVER is none:
-who gives a CONNECT up, and sends another, may meet the first again, which stood in line."""
+"""Reasons after which a device must not come back: each is an error of the test or the server. SESSION_TAKEN_OVER is
+none: who gives a CONNECT up, and sends another, may meet the first again, which stood in line."""
 
 _PINGREQ: Final = encode(Pingreq(), 4)
 _DISCONNECT: Final = encode(Disconnect(), 4)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -104,6 +105,19 @@ def test_connects_that_trickle_stop_or_never_begin_time_out(start_server: StartS
         assert [peer.rest_of_bytes() for peer in (silent, stopped, trickling)] == [b"", b"", b""]
         assert time.monotonic() - began < 4
     works(server)
+
+
+def test_a_connect_whose_peer_has_left_takes_nobody_over(start_server: StartServer) -> None:
+    """It waits unread while the server is busy; its device is tired of it, and comes anew."""
+    server = start_server()
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        with Peer(server.addresses.mqtt) as tired:
+            tired.send(connect_packet(server.app, "phone"))
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+    eventually(lambda: server.metrics().get('holdfast_refusals_total{reason="peer left"}') == 1)
+    assert not any("connects_total" in name and value for name, value in server.metrics().items())
 
 
 def test_a_connect_cut_off_by_the_end_is_forgotten(server: LocalServer) -> None:
