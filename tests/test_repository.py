@@ -108,7 +108,9 @@ def _commands() -> dict[str, click.Command]:
 def test_each_holdfast_command_in_the_documents_exists() -> None:
     commands = _commands()
     for document in DOCUMENTS:
-        for name, second in re.findall(r"(?m)(?:^|`)holdfast ([a-z]+)(?: ([a-z][a-z-]*))?", document.read_text()):
+        for name, second in re.findall(
+            r"(?m)(?:^|`)holdfast ([a-z]+)(?: ([a-z][a-z-]*))?", document.read_text()
+        ):
             assert name in commands, f"{document.name}: holdfast {name}"
             command = commands[name]
             if isinstance(command, click.Group) and second:
