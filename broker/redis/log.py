@@ -612,26 +612,16 @@ class Log:
                 put = await self._put(app_id, _inboxes(entries))
             else:
                 _, put = await asyncio.gather(written, self._put(app_id, _inboxes(entries)))
-            self._start_ringing(app, entries, put.routes, withdrawn)
-        else:  # the doorbell has all that a node needs: who reads the row waits for it
+        else:
             put = await self._put(app_id, _inboxes(entries))
-            self._start_ringing(app, entries, put.routes, withdrawn)
             await self._write(_with_routes(entries, put.routes))
         await self._settle(app_id, entries, put.evictions)
         app.withdrawn.update((i, some) for i, some in withdrawn.items() if i in app.awaited)
         app.passed(entries[-1].msg_id)
+        app.ringing = asyncio.create_task(self._ring(app.ringing, entries, put.routes, withdrawn))
 
     def _write(self, entries: Iterable[Entry]) -> Awaitable[Mapping[int, BitMap]]:
         return self._rows.write([(entry.msg_id, entry.row) for entry in entries])
-
-    def _start_ringing(
-        self,
-        app: _App,
-        entries: Sequence[Entry],
-        routes: Mapping[int, int],
-        withdrawn: Mapping[int, Sequence[Withdrawn]],
-    ) -> None:
-        app.ringing = asyncio.create_task(self._ring(app.ringing, entries, routes, withdrawn))
 
     async def _ring(
         self,
