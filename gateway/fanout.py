@@ -26,9 +26,7 @@ from gateway.session import Inbox
 from gateway.wheel import Clock
 
 SLICE: Final = 32
-PATIENCE: Final = (
-    0.006  # seconds between two slices that may pass without a core: a thread may have taken 0.005
-)
+PATIENCE = 0.006  # seconds between two slices that may pass without a core: a thread may have taken 0.005
 REST: Final = 2.0  # seconds for each second of that
 LONGEST_REST: Final = 0.1
 

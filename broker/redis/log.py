@@ -332,14 +332,14 @@ class Log:
         messages = [message for call in group for message in call.messages]
         rows = [row for call in group for row in call.rows]
         await self._check_replaced(app.app_id, messages)
+        app.counted = (
+            asyncio.get_running_loop().create_future()
+        )  # not before: what is looked up may need spreading
         self._runs += 1
         holder = f"{self._name}.{self._runs}"
-        wide = [place for place, row in enumerate(rows) if _is_wide(row)]
-        if wide:  # not before: what is looked up may need spreading
-            app.counted = asyncio.get_running_loop().create_future()
         answer, online = await asyncio.gather(
             self._ask_commit(app.app_id, holder, rows, group[0].changes, messages),
-            self._online(app.app_id, [messages[place].targets for place in wide]),
+            self._online(app.app_id, [message.targets for message in messages]),
             return_exceptions=True,
         )
         if isinstance(answer, BaseException):
@@ -354,10 +354,10 @@ class Log:
                     after = first + place
         ours = owner == 1 or owner.startswith(f"{self._name}.".encode())
         if ours and not isinstance(online, BaseException):
-            counted = [entry for entry in entries if _is_wide(entry.row)]
-            app.online.update(zip((e.msg_id for e in counted), _counts(counted, online), strict=True))
-        if app.counted is not None:
-            _wake(app.counted)
+            app.online.update(
+                (entry.msg_id, count) for entry, count in zip(entries, _counts(entries, online), strict=True)
+            )
+        _wake(app.counted)
         if ours and owner != 1:
             app.extend(entries, int(answer[4]))
         if owner == 1:
@@ -366,14 +366,12 @@ class Log:
             self._start(app, owner.decode(), None)
         elif not ours and before > BACKLOG:
             await self._let_spread(app.app_id, first)
-        answers = [
-            used.get(place) or Appended(first + place, False, message.sendno, rung=True)
-            for place, message in enumerate(messages)
-        ]
-        if entries and ours and app.run is not None and entries[-1].msg_id > app.spread_to:
-            self._finish_when_spread(app, group, answers, entries)
-        else:
-            _finish(app, group, answers)
+        for call, ids in _ids_of(group, first):
+            answers = [
+                used.get(msg_id - first) or Appended(msg_id, False, message.sendno, rung=True)
+                for msg_id, message in zip(ids, call.messages, strict=True)
+            ]
+            self._answer(app, call, answers, ours)
 
     async def _let_spread(self, app_id: int, msg_id: int) -> None:
         """Who does not spread must not commit faster than another process spreads."""
@@ -381,19 +379,19 @@ class Log:
             async with asyncio.timeout(SPREAD_WAIT):
                 await self.passed(app_id, msg_id)
 
-    def _finish_when_spread(
-        self, app: _App, group: Sequence[_Call], answers: list[Appended], entries: Sequence[Entry]
-    ) -> None:
-        takers = [entry.msg_id for entry in entries if _takes(entry.row)]
-        app.awaited.update(takers)
+    def _answer(self, app: _App, call: _Call, answers: list[Appended], ours: bool) -> None:
+        fresh = [answer.msg_id for answer in answers if not answer.repeated]
+        if not fresh or not ours or app.run is None or fresh[-1] <= app.spread_to:
+            _finish(app, call, answers)
+            return
+        app.awaited.update(fresh)
         spread: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         late = asyncio.get_running_loop().call_later(SPREAD_WAIT, _wake, spread)
-        app.watched.append((entries[-1].msg_id, spread))
+        app.watched.append((fresh[-1], spread))
 
         def done(_: asyncio.Future[None]) -> None:
             late.cancel()
-            app.awaited.difference_update(takers)
-            _finish(app, group, answers)
+            _finish(app, call, answers)
 
         spread.add_done_callback(done)
 
@@ -442,8 +440,6 @@ class Log:
                     raise UnknownMessage(str(msg_id))
 
     async def _online(self, app_id: int, targets: Sequence[BitMap]) -> BitMap:
-        if not targets:
-            return BitMap()
         return await self._inboxes.online(app_id, BitMap.union(*targets) if len(targets) > 1 else targets[0])
 
     async def find_cids(self, app_id: int, cids: Sequence[str]) -> dict[str, Appended]:
@@ -604,34 +600,17 @@ class Log:
             *[settling.take_back(app_id, entry.msg_id, entry.row) for entry in takers]
         )
         withdrawn = {entry.msg_id: tuple(some) for entry, some in zip(takers, taken, strict=True) if some}
-        if any(_is_wide(entry.row) for entry in entries):
-            entries = await self._with_online(app, entries)
-            written = self._write(entries)
-            if any(entry.row.part_of for entry in entries):
-                entries = _without(entries, await written)
-                put = await self._put(app_id, _inboxes(entries))
-            else:
-                _, put = await asyncio.gather(written, self._put(app_id, _inboxes(entries)))
-            self._start_ringing(app, entries, put.routes, withdrawn)
-        else:  # the doorbell has all that a node needs: who reads the row waits for it
+        entries = await self._with_online(app, entries)
+        written = self._rows.write([(entry.msg_id, entry.row) for entry in entries])
+        if any(entry.row.part_of for entry in entries):
+            entries = _without(entries, await written)
             put = await self._put(app_id, _inboxes(entries))
-            self._start_ringing(app, entries, put.routes, withdrawn)
-            await self._write(_with_routes(entries, put.routes))
+        else:
+            _, put = await asyncio.gather(written, self._put(app_id, _inboxes(entries)))
         await self._settle(app_id, entries, put.evictions)
         app.withdrawn.update((i, some) for i, some in withdrawn.items() if i in app.awaited)
         app.passed(entries[-1].msg_id)
-
-    def _write(self, entries: Iterable[Entry]) -> Awaitable[Mapping[int, BitMap]]:
-        return self._rows.write([(entry.msg_id, entry.row) for entry in entries])
-
-    def _start_ringing(
-        self,
-        app: _App,
-        entries: Sequence[Entry],
-        routes: Mapping[int, int],
-        withdrawn: Mapping[int, Sequence[Withdrawn]],
-    ) -> None:
-        app.ringing = asyncio.create_task(self._ring(app.ringing, entries, routes, withdrawn))
+        app.ringing = asyncio.create_task(self._ring(app.ringing, entries, put.routes, withdrawn))
 
     async def _ring(
         self,
@@ -790,8 +769,14 @@ def _used(answer: Sequence[Any]) -> dict[int, Appended]:
     }
 
 
-def _finish(app: _App, group: Iterable[_Call], answers: list[Appended]) -> None:
-    """`answers`: to all messages of these calls."""
+def _ids_of(group: Sequence[_Call], first: int) -> Iterator[tuple[_Call, range]]:
+    for call in group:
+        yield call, range(first, first + len(call.messages))
+        first += len(call.messages)
+
+
+def _finish(app: _App, call: _Call, answers: list[Appended]) -> None:
+    app.awaited.difference_update(answer.msg_id for answer in answers if not answer.repeated)
     if app.withdrawn:
         answers = [
             replace(answer, withdrawn=app.withdrawn.pop(answer.msg_id))
@@ -799,12 +784,8 @@ def _finish(app: _App, group: Iterable[_Call], answers: list[Appended]) -> None:
             else answer
             for answer in answers
         ]
-    start = 0
-    for call in group:
-        end = start + len(call.messages)
-        if not call.future.done():
-            call.future.set_result(answers[start:end])
-        start = end
+    if not call.future.done():
+        call.future.set_result(answers)
 
 
 def _counts(entries: Sequence[Entry], online: BitMap) -> list[int]:
@@ -827,18 +808,6 @@ def _bounded(entries: Iterable[Entry]) -> list[Entry]:
 def _without(entries: Sequence[Entry], gone: Mapping[int, BitMap]) -> Sequence[Entry]:
     """Some targets are to get nothing of them."""
     return [entry._replace(targets=entry.targets - gone.get(entry.msg_id, BitMap())) for entry in entries]
-
-
-def _with_routes(entries: Iterable[Entry], routes: Mapping[int, int]) -> Iterator[Entry]:
-    """Online are those that have one."""
-    for entry in entries:
-        count = sum(devno in routes for devno in entry.targets)
-        yield entry._replace(row=replace(entry.row, online=count)) if count else entry
-
-
-def _is_wide(row: Row) -> bool:
-    """A broadcast, or of one in parts: its row has its targets, and who of them is online is asked for it alone."""
-    return row.broadcast or row.paced or bool(row.part_of)
 
 
 def _takes(row: Row) -> bool:

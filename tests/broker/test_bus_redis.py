@@ -354,7 +354,7 @@ async def test_looking_is_tried_again_until_the_store_answers(
     attempts = iter(range(3))
 
     async def missed() -> None:
-        if (attempt := next(attempts)) < 2:
+        if (attempt := next(attempts, 3)) < 2:
             raise StoreUnavailable("away")
         node.heard.append(f"missed {attempt}")
 
