@@ -84,6 +84,7 @@ MAX_PACKET: Final = 1 << 20
 
 REST: Final = 6.5  # seconds that a node takes at most to look up what a device that was elsewhere is owed
 PLAN: Final = "plan"  # kind of a record
+STARTS: Final = 30.0  # seconds that redis-server has until it listens
 NEVER: Final = float("inf")
 
 Wrong = list[str]
@@ -1041,6 +1042,18 @@ def simulate(redis: RedisBehind, seed: int, *, trace: bool = False) -> Wrong:
     return [f"{fleet.kind}: {text}" for text in dict.fromkeys(wrong)]
 
 
+def _connected(path: Path) -> RedisBehind:
+    """The socket's file is there a moment before the server listens."""
+    deadline = time.monotonic() + STARTS
+    while True:
+        try:
+            return RedisBehind(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
 @contextmanager
 def running_redis() -> Iterator[RedisBehind]:
     """A server of its own behind a Unix socket. It keeps nothing: what a power cut loses is not simulated here."""
@@ -1051,9 +1064,7 @@ def running_redis() -> Iterator[RedisBehind]:
         options = ("--port", "0", "--unixsocket", str(path), "--save", "", "--dir", directory)
         process = subprocess.Popen([program, *options], stdout=subprocess.DEVNULL)
         try:
-            while not path.exists():
-                time.sleep(0.01)
-            redis = RedisBehind(path)
+            redis = _connected(path)
             yield redis
             redis.close()
         finally:
