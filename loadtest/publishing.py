@@ -74,8 +74,7 @@ class OpenLoop:
         cid = f"one-{serial}" if self._cids else ""
         body = push_body(self._name_of(device), alert(serial, self._digits), cid=cid)
         request = self._pool.build("POST", "/v3/push", body)
-        self._pool.send(request, lambda status, answer: self._answered(serial, status, answer))
-        self.sent += 1
+        self._post(request, [serial], check_accepted)
 
     def _send_batch(self, due: float) -> None:
         items: dict[int, tuple[str, str, str]] = {}
@@ -85,25 +84,20 @@ class OpenLoop:
             items[serial] = f"one-{serial}", self._name_of(device), alert(serial, self._digits)
         body = batch_body(list(items.values()))
         request = self._pool.build("POST", "/v3/push/batch/regid/single", body)
-        self._pool.send(request, lambda status, answer: self._answered_batch(list(items), status, answer))
-        self.sent += self._together
+        self._post(request, list(items), check_batch)
 
-    def _answered_batch(self, serials: Sequence[int], status: int, body: bytes) -> None:
-        if status == UNAVAILABLE and self._forgiving:
-            self.refused += len(serials)
-            for serial in serials:
-                self._ledger.forget(serial)
-            return
-        check_batch(status, body)
-        self.accepted += len(serials)
+    def _post(self, request: bytes, serials: Sequence[int], check: Callable[[int, bytes], None]) -> None:
+        def answered(status: int, body: bytes) -> None:
+            if status == UNAVAILABLE and self._forgiving:
+                self.refused += len(serials)
+                for serial in serials:
+                    self._ledger.forget(serial)
+                return
+            check(status, body)
+            self.accepted += len(serials)
 
-    def _answered(self, serial: int, status: int, body: bytes) -> None:
-        if status == UNAVAILABLE and self._forgiving:
-            self.refused += 1
-            self._ledger.forget(serial)
-            return
-        check_accepted(status, body)
-        self.accepted += 1
+        self._pool.send(request, answered)
+        self.sent += len(serials)
 
 
 def check_accepted(status: int, body: bytes) -> None:

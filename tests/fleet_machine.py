@@ -35,6 +35,7 @@ LATENCY: Final = (0.0002, 0.001)  # seconds, one way
 RETRANSMIT: Final = 0.2  # seconds after a cut network is whole until TCP tries again
 SHARDS: Final = 3
 NODES_TABLE: Final = b"{nodes}:table"
+OF_THE_DEAD: Final = "carried out late, of a killed process"
 INFINITE: Final = float("inf")
 _NOTHING: Final = object()
 _PUBLISHING: Final = re.compile(rb"PUBLISH", re.IGNORECASE)
@@ -232,7 +233,7 @@ class Link(asyncio.Transport):
             machine.note("lost in flight")
         else:
             if self.over:
-                machine.note("carried out late")
+                machine.note("carried out late" if self.process.alive else OF_THE_DEAD)
             self._exchange(asked)
         if self.over and not self.flying:
             self._hang_up()

@@ -501,7 +501,7 @@ class Volley:
     spent: Spent
 
 
-def _push_for(scene: Scene, seconds: float, together: int = 1) -> Volley:
+def _push_for(scene: Scene, seconds: float, together: int) -> Volley:
     scene.ledger.latencies.clear()
     before, started = scene.spent(), time.perf_counter()
     publisher = _publisher(scene, range(scene.devices), scene.targeted_rate, together=together)

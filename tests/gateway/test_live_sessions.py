@@ -576,7 +576,7 @@ def test_a_revoked_token_closes_the_connection_and_opens_no_other(server: LocalS
 
 
 def test_an_expired_token_opens_no_connection_but_does_not_end_one(start_server: StartServer) -> None:
-    server = start_server("--push-token-lifetime", "1")
+    server = start_server("--push-token-lifetime", "3")
     app = server.create_app("hasty")
     first = register(server, app, "early")
     later = register(server, app, "late")

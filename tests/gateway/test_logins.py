@@ -355,7 +355,7 @@ def test_two_proofs_at_once_are_an_error(server: LocalServer) -> None:
 
 
 def test_a_token_that_is_over_opens_no_connection_and_proves_nothing_again(start_server: StartServer) -> None:
-    server = start_server("--push-token-lifetime", "2")
+    server = start_server("--push-token-lifetime", "3")
     app = server.create_app("hasty")
     token = register(server, app, "phone")
     numbers = iter(range(1000))
