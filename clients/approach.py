@@ -69,6 +69,11 @@ class Approach:
         return self._book.hints
 
     @property
+    def alternatives(self) -> bool:
+        """There is more than one address."""
+        return len(self._book.addresses) > 1
+
+    @property
     def told(self) -> Told | None:
         """What dispatch said of this network."""
         return None if self._dispatch is None else self._dispatch.told
@@ -105,7 +110,7 @@ class Approach:
                 self._race = None
                 self._fail(race)
         self.at, now = address, loop.time()
-        if len(self._book.addresses) > 1:
+        if self.alternatives:
             self.greet_by = now + greeting_limit(self.hints.greeting, now - begun, self._unspoken)
         return line
 

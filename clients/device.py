@@ -414,6 +414,7 @@ class Device:
         it may learn how long it can be silent. Without a call it does not wait longer, and learns."""
         self._app_state = state
         self._session.foreground = state == "foreground"
+        self._session.dozing = state == "doze"
         self._set_pace()
         if state == "foreground":
             self._hurry()
@@ -449,6 +450,7 @@ class Device:
         told = self._approach.told
         if told is not None:
             self._session.take_advice("{} {} {}".format(*told.heartbeat))
+        self._session.alternatives = self._approach.alternatives
         self._set_pace()
 
     def _dispatch_answered(self) -> None:

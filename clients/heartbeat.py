@@ -23,6 +23,9 @@ never below where it began. `python -m loadtest.heartbeats` compares.
 What it cannot see: a NAT that forgets a connection, lets the device's next packet make a new entry for it, and so
 answers each probe (Linux's does, unless nf_conntrack_tcp_loose is 0; its timeout is five days where nobody lowered
 it). There the operator lowers `most` of the carrier.
+
+A path that dies, or a NAT that moves, would be noticed at the next heartbeat only. Where pushes come often, silence
+itself says something: `Rhythm` knows how often, and after several usual gaps without one the device asks early.
 """
 
 from __future__ import annotations
@@ -43,6 +46,16 @@ FIRST_REST: Final = 3600.0  # seconds from the end of a search to the next probe
 LONGEST_REST: Final = 86_400.0  # … up to this
 LONGEST: Final = 65_535  # seconds: MQTT's keep-alive has 16 bits
 INEXACT: Final = 0.5  # seconds: two silences that differ by less are the same
+CALM: Final = (
+    4.0,
+    1,
+)  # usual gaps between pushes without one until the device asks early, and how often it does
+WARY: Final = (2.0, 2)  # the same where a connection died lately, or another address is known
+WARY_FOR: Final = 3600.0  # seconds after a death
+EARLY_LEAST: Final = 20.0  # seconds of silence that say nothing, however often pushes come
+TOGETHER: Final = 1.0  # seconds: pushes that are closer are one
+GAPS: Final = 16  # that count; the gaps between chance events then say their mean to within a fifth
+FIRST_GAPS: Final = 4  # say nothing yet
 ANSWER_LEAST: Final = 4.0  # seconds: three losses in a row, sent again by TCP after 0.4 + 0.8 + 1.6 s
 
 
@@ -87,6 +100,7 @@ class Heartbeat:
         "_deaths",
         "_doubted",
         "_growth",
+        "_hint",
         "_margin",
         "_met",
         "_probe_at",
@@ -107,6 +121,7 @@ class Heartbeat:
         self._deaths = 0  # since a silence was survived
         self._doubted = False  # died at a silence survived before, and not survived it since
         self._proof = 0.0  # longest silence survived since
+        self._hint = math.inf  # died at, when asked early, and no silence as long was survived since
         self._margin = MARGIN
         self._growth = STEP
         self._rest = FIRST_REST
@@ -146,6 +161,8 @@ class Heartbeat:
             return
         silence = min(silence, LONGEST)  # a phone may sleep longer
         self._deaths = 0
+        if silence >= self._hint - INEXACT:
+            self._hint = math.inf
         if self._doubted:
             self._proof = max(self._proof, silence)
         if silence >= self.bounds.clamp(self.good * self._margin) - INEXACT:
@@ -161,12 +178,17 @@ class Heartbeat:
         else:
             self._rest_if_found(now)
 
-    def died(self, silence: float, now: float) -> None:
+    def died(self, silence: float, now: float, *, early: bool = False) -> None:
         """Nobody answered after so long a silence, and a new connection was possible at once: it was not the network
-        that was gone, but the connection."""
+        that was gone, but the connection. `early`: asked because pushes were missing (Rhythm), which finds more paths
+        that died than NATs that forget. So it counts when it is the second, and no silence as long was survived since
+        the first."""
         if silence < self.bounds.least - INEXACT:
             return
         silence = min(silence, LONGEST)
+        if early and silence < self._hint - INEXACT:
+            self._hint = silence
+            return
         self._met = True
         self._deaths += 1
         if silence > self.good + INEXACT:
@@ -211,6 +233,47 @@ class Heartbeat:
             found._rest, found._probe_at = kept.rest, now + kept.probe_in
             found._met, found._margin, found._growth = kept.met, kept.margin, kept.growth
         return found
+
+
+class Rhythm:
+    """How often the server speaks unasked. A decaying mean of the gaps; a burst counts as one, and what waited while
+    the device was away is a burst. Pushes are as frequent in each network: only what died is forgotten with it."""
+
+    __slots__ = ("_asked", "_gaps", "_mean", "_spoke_at", "_wary_until")
+
+    def __init__(self) -> None:
+        self._asked = 0  # questions since it spoke
+        self._gaps = 0
+        self._mean = 0.0
+        self._spoke_at: float | None = None  # on this connection
+        self._wary_until = -math.inf
+
+    def connected(self, now: float, *, died: bool) -> None:
+        """`died`: the connection before, without a word."""
+        self._spoke_at = None
+        if died:
+            self._wary_until = now + WARY_FOR
+
+    def moved(self) -> None:
+        self._wary_until = -math.inf
+
+    def spoke(self, now: float) -> None:
+        before, self._spoke_at, self._asked = self._spoke_at, now, 0
+        if before is None or now - before < TOGETHER:
+            return
+        self._gaps = min(self._gaps + 1, GAPS)
+        self._mean += (now - before - self._mean) / self._gaps
+
+    def asked(self) -> None:
+        self._asked += 1
+
+    def patience(self, now: float, *, alternatives: bool) -> float:
+        """Seconds of silence, since anything was heard, after which it is worth a question; infinite while the usual
+        gap is not known, and when enough was asked. `alternatives`: there is another way, if this one is dead."""
+        gaps, times = WARY if alternatives or now < self._wary_until else CALM
+        if self._spoke_at is None or self._gaps < FIRST_GAPS or self._asked >= times:
+            return math.inf
+        return max(gaps * self._mean, EARLY_LEAST)
 
 
 class AnswerTime:

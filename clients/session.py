@@ -33,7 +33,7 @@ from typing import Any, Final
 
 import orjson
 
-from clients.heartbeat import Bounds, Heartbeat
+from clients.heartbeat import Bounds, Heartbeat, Rhythm
 from gateway.mqtt import (
     Connack,
     Connect,
@@ -59,6 +59,10 @@ ZLIB: Final = b"\x78"  # the first byte of a zlib stream of this server (RFC 195
 MAX_OUTBOX: Final = 1000  # reports that wait for an answer; past it, publishing is refused
 MAX_WAIT: Final = 3600.0  # seconds that a server may ask us to stay away
 HEARTBEAT_OVERDUE: Final = "heartbeat overdue"  # as Offline says it: the connection died without a word
+EAGER: Final = 60.0  # seconds after a death without a word in which an attempt to connect has …
+EAGER_TIMEOUT: Final = (
+    10.0  # … no more: a SYN that is lost is sent again ever later, a new attempt sends one at once
+)
 SOON: Final = 30.0  # seconds from a death to CONNACK: the network was there, so the connection was forgotten
 MAX_TAKEOVERS: Final = 5  # in a row: another process uses the registration id, and would fight for ever
 HEARTBEAT: Final = Bounds()
@@ -202,12 +206,14 @@ class _Report:
 
 class DeviceSession:
     """`client_id` and `password` may change while it is not connected. `foreground`: somebody looks at the app, so no
-    heartbeat may be a gamble. `jitter` gives numbers in [0, 1)."""
+    heartbeat may be a gamble. `dozing`: the phone sleeps, so it is not woken for a question that is not due.
+    `alternatives`: other addresses are known. `jitter` gives numbers in [0, 1)."""
 
     __slots__ = (
         "_address",
         "_answer_by",
         "_asked_at",
+        "_asked_early",
         "_attempt",
         "_busy",
         "_busy_packet",
@@ -227,6 +233,7 @@ class DeviceSession:
         "_quiet",
         "_quiet_since",
         "_retry_at",
+        "_rhythm",
         "_seen",
         "_suspect",
         "_takeovers",
@@ -234,8 +241,10 @@ class DeviceSession:
         "_unsent",
         "_waiting",
         "_window",
+        "alternatives",
         "carrier",
         "client_id",
+        "dozing",
         "foreground",
         "link",
         "password",
@@ -260,7 +269,7 @@ class DeviceSession:
         self.settings = settings
         self.phase = Phase.RESTING
         self.repeats = 0  # pushes that came again and were not offered again
-        self.foreground = False
+        self.foreground = self.dozing = self.alternatives = False
         self.link = self.carrier = ""  # as the server is told them
         self._jitter = jitter
         self._seen: dict[int, None] = {}  # oldest first
@@ -282,9 +291,11 @@ class DeviceSession:
         self._quiet_since = 0.0
         self._quiet = 0.0  # how long it was silent before the question that is open
         self._asked_at: float | None = None  # CONNECT or PINGREQ, whose answer is timed
-        self._suspect: tuple[float, float] | None = (
-            None  # the silence that the last one may have died of, and when
+        self._asked_early = False  # that question
+        self._suspect: tuple[float, float, bool] | None = (
+            None  # the silence that the last one may have died of, when, and whether it was asked early
         )
+        self._rhythm = Rhythm()
         # Pushes
         self._busy: Push | None = None  # offered
         self._busy_packet = 0  # its packet id; 0: of a connection that is gone
@@ -321,7 +332,7 @@ class DeviceSession:
         match self.phase:
             case Phase.RESTING if now >= self._retry_at:
                 self.phase = Phase.OPENING
-                self._give_up_at = now + self.settings.connect_timeout
+                self._give_up_at = now + self._patience(now)
                 return [Open(self._address)]
             case Phase.OPENING | Phase.GREETING if now >= self._give_up_at:
                 return self._end("no answer from the server", now)
@@ -332,16 +343,30 @@ class DeviceSession:
             case _:
                 return []
 
+    def _patience(self, now: float) -> float:
+        """Until the server has answered an attempt to connect."""
+        eager = self._suspect is not None and now < self._suspect[1] + EAGER
+        return min(self.settings.connect_timeout, EAGER_TIMEOUT if eager else math.inf)
+
     def _ping_at(self) -> float | None:
         """Before a NAT forgets us, which sees traffic of either side; and before the server does, who counts ours."""
         if not self._interval:
             return None
-        by_nat = self._quiet_since + self._interval
-        return min(by_nat, self._last_sent + self._keep_alive) if self._keep_alive else by_nat
+        due = min(self._quiet_since + self._interval, self._early_at())
+        return min(due, self._last_sent + self._keep_alive) if self._keep_alive else due
+
+    def _early_at(self) -> float:
+        """Pushes are missing by then, if they come as often as before."""
+        if self.dozing or self.settings.keep_alive is not None:
+            return math.inf
+        since = self._quiet_since
+        return since + self._rhythm.patience(since, alternatives=self.alternatives)
 
     def _ping(self, now: float) -> Send:
-        self._expect_answer(now, self._heartbeat.answers.limit(self.settings.answer_timeout))
+        early = self._early_at() <= now < self._quiet_since + self._interval
+        self._expect_answer(now, self._heartbeat.answers.limit(self.settings.answer_timeout), early=early)
         self._asked_at = now
+        self._rhythm.asked()
         return self._send(PINGREQ, now)
 
     def check(self, now: float) -> list[Action]:
@@ -388,6 +413,7 @@ class DeviceSession:
         self.lost("the network changed", now)
         self.hurry(now)
         self._suspect = None
+        self._rhythm.moved()
         self._heartbeat = Heartbeat.restored(kept, self.settings.heartbeat, now)
         self.link, self.carrier = link, carrier
         return [Drop(), Offline("the network changed", self._retry_at - now)] if connected else []
@@ -434,7 +460,7 @@ class DeviceSession:
         if (
             self._answer_by is not None and self.phase is Phase.ONLINE
         ):  # overdue, or a question was answered by a reset
-            self._suspect = (self._quiet, now)
+            self._suspect = (self._quiet, now, self._asked_early)
         self._forget_connection()
         self.phase = Phase.RESTING
         backoff = self._backoff()
@@ -453,6 +479,7 @@ class DeviceSession:
     def _forget_connection(self) -> None:
         self._partial = None
         self._answer_by = self._asked_at = None
+        self._asked_early = False
         self._busy_packet = 0
         self._waiting = None
         self._unacked = 0
@@ -519,6 +546,7 @@ class DeviceSession:
             return self._take_connack(packet, now)
         match packet:
             case Publish():
+                self._rhythm.spoke(now)
                 self._take_publish(packet)
                 return []
             case Puback():
@@ -547,8 +575,10 @@ class DeviceSession:
         self.take_advice(dict(properties.get("user_properties", ())).get("heartbeat", ""))
         self._time_answer(now)
         suspect, self._suspect = self._suspect, None
-        if suspect is not None and now <= suspect[1] + SOON:
-            self._heartbeat.died(suspect[0], now)
+        died = suspect is not None and now <= suspect[1] + SOON
+        if suspect is not None and died:
+            self._heartbeat.died(suspect[0], now, early=suspect[2])
+        self._rhythm.connected(now, died=died)
         self._quiet_since = now
         self._plan_heartbeat(now)
 
@@ -742,11 +772,12 @@ class DeviceSession:
         self._last_sent = self._quiet_since = now
         return Send(data)
 
-    def _expect_answer(self, now: float, limit: float) -> None:
+    def _expect_answer(self, now: float, limit: float, *, early: bool = False) -> None:
         """Before what asks is sent."""
         if self._answer_by is None:
             self._answer_by = now + limit
             self._quiet = now - self._quiet_since
+            self._asked_early = early
 
     def _time_answer(self, now: float) -> None:
         if self._asked_at is not None:

@@ -9,6 +9,9 @@ wait for an answer as long (`clients.heartbeat.AnswerTime`), so that only their 
 an hour on: pushes that took more than 10 s, and heartbeats against the oracle's, where a reconnect counts as three
 (TCP's handshake, CONNECT).
 
+A second table is of connections that die of something else, after four hours on average, and nobody is told: ours
+with and without the question that it asks early where pushes are missing (`clients.heartbeat.Rhythm`).
+
 The oracle sends its heartbeat one second before the NAT forgets, and knows of each change. mars is written after its
 code: start 210 s, +60 s after five successes (three at the start), at most 600 s; two failures while it probes: 80 s
 less, for good; two failures later: from the start again; +20 s after seven days; never below its start.
@@ -16,6 +19,7 @@ less, for good; two failures later: from the start again; +20 s after seven days
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,7 +28,7 @@ from typing import Final, Protocol
 
 import click
 
-from clients.heartbeat import AnswerTime, Bounds, Heartbeat
+from clients.heartbeat import AnswerTime, Bounds, Heartbeat, Rhythm
 
 LEARNING: Final = 1800.0  # seconds that are not counted
 LATE: Final = 10.0  # seconds
@@ -61,7 +65,7 @@ class Strategy(Protocol):
 
     def survived(self, silence: float, now: float) -> None: ...
 
-    def died(self, silence: float, now: float) -> None: ...
+    def died(self, silence: float, now: float, *, early: bool = False) -> None: ...
 
 
 class Oracle:
@@ -74,7 +78,7 @@ class Oracle:
     def survived(self, silence: float, now: float) -> None:
         pass
 
-    def died(self, silence: float, now: float) -> None:
+    def died(self, silence: float, now: float, *, early: bool = False) -> None:
         pass
 
 
@@ -119,7 +123,7 @@ class Mars:
         self._current = max(interval, self.START)
         self._stable_since = now
 
-    def died(self, silence: float, now: float) -> None:
+    def died(self, silence: float, now: float, *, early: bool = False) -> None:
         self._failures += 1
         if self._failures < 2:
             return
@@ -137,12 +141,17 @@ class Outcome:
     pushes: int = 0
     late: int = 0
     slowest: float = 0.0  # seconds
+    dead: list[float] = field(default_factory=list)  # seconds from each death until a new connection
     heartbeats: int = 0
     reconnects: int = 0
 
     @property
     def in_time(self) -> float:
         return 1 - self.late / max(self.pushes, 1)
+
+    def dead_for(self, share: float) -> float:
+        """Seconds: this share of the deaths was over by then. 0 without deaths."""
+        return sorted(self.dead)[int(share * (len(self.dead) - 1))] if self.dead else 0.0
 
     @property
     def radio(self) -> int:
@@ -156,43 +165,56 @@ class Outcome:
 
 @dataclass(slots=True)
 class Life:
-    """A device behind a NAT."""
+    """A device behind a NAT. `asks`: early, where pushes are missing. `lasts`: mean seconds until a connection dies
+    of something else."""
 
     nat: Nat
     strategy: Strategy
     loss: float
     chance: random.Random
     pushes_every: float = PUSHES_EVERY
+    asks: bool = False
+    lasts: float = math.inf
     outcome: Outcome = field(default_factory=Outcome)
     answers: AnswerTime = field(default_factory=AnswerTime)
+    rhythm: Rhythm = field(default_factory=Rhythm)
+    dies_at: float = math.inf
     now: float = 0.0  # when the silence began
     push_at: float = 0.0
 
     def run(self, until: float) -> Outcome:
         self._await_push(0.0)
+        self._connect()
         while self.now < until:
             self._silence()
         return self.outcome
 
     def _silence(self) -> None:
         """One, until a push or a heartbeat ends it, or finds the connection forgotten."""
-        beat_at = self.now + self.strategy.interval(self.now)
-        forgotten_at = self.now + self.nat.draw(self.now, self.chance)
+        due = self.now + self.strategy.interval(self.now)
+        early = self.now + self.rhythm.patience(self.now, alternatives=False) if self.asks else math.inf
+        beat_at = min(due, early)
+        forgotten_at = min(self.now + self.nat.draw(self.now, self.chance), self.dies_at)
         if self.push_at < min(beat_at, forgotten_at):
             self._push()
-        elif beat_at < forgotten_at:
-            self._beat(beat_at, alive=True)
         else:
-            self._beat(beat_at, alive=False)
+            self.rhythm.asked()
+            self._beat(beat_at, alive=beat_at < forgotten_at, early=early < due)
 
     def _push(self) -> None:
         silence, took = self.push_at - self.now, self._one_way()
         self._count_push(took)
         self.now = max(self.now, self.push_at) + took
         self.strategy.survived(silence, self.now)
+        self.rhythm.spoke(self.now)
         self._await_push(self.push_at)
 
-    def _beat(self, at: float, *, alive: bool) -> None:
+    def _connect(self, *, died: bool = False) -> None:
+        self.rhythm.connected(self.now, died=died)
+        if self.lasts < math.inf:
+            self.dies_at = self.now + self.chance.expovariate(1 / self.lasts)
+
+    def _beat(self, at: float, *, alive: bool, early: bool) -> None:
         self._count(heartbeats=1, at=at)
         silence, took = at - self.now, self._one_way() + self._one_way()
         limit = self.answers.limit(PATIENCE)
@@ -205,11 +227,15 @@ class Life:
             at + limit + self.chance.random() + self._reconnect()
         )  # the backoff's first second, with full jitter
         self._count(reconnects=1, at=at)
-        self.strategy.died(silence, self.now)
+        if at >= max(LEARNING, self.dies_at):
+            self.outcome.dead.append(self.now - self.dies_at)
+        self.strategy.died(silence, self.now, early=early)
+        self._connect(died=True)
         while (
             self.push_at < self.now
         ):  # what came in the meantime; what the server sends at once is not lost again
             self._count_push(self.now - self.push_at)
+            self.rhythm.spoke(self.now)
             self._await_push(self.push_at)
 
     def _reconnect(self) -> float:
@@ -264,10 +290,11 @@ LOSSES: Final = (0.0, 0.05, 0.2)
 def compare(
     name: str, nat: Nat, loss: float, *, seed: int, seconds: float, pushes_every: float = PUSHES_EVERY
 ) -> Row:
-    def live(strategy: Strategy) -> Outcome:
-        return Life(nat, strategy, loss, random.Random(f"{seed} {name} {loss}"), pushes_every).run(seconds)
+    def live(strategy: Strategy, *, asks: bool = False) -> Outcome:
+        chance = random.Random(f"{seed} {name} {loss}")
+        return Life(nat, strategy, loss, chance, pushes_every, asks).run(seconds)
 
-    return Row(name, loss, live(Heartbeat()), live(Mars()), live(Oracle(nat)))
+    return Row(name, loss, live(Heartbeat(), asks=True), live(Mars()), live(Oracle(nat)))
 
 
 def rows(seed: int, days: float) -> Iterator[Row]:
@@ -291,6 +318,38 @@ def table(found: Iterator[Row]) -> str:
     return "\n".join(lines)
 
 
+# Connections that die
+
+
+LASTS: Final = 4 * 3600.0  # seconds, on average
+LIVES: Final = 4  # times as many days: deaths are rare
+PATH: Final = Nat(((0, 600),))  # it forgets, too
+PUSHES: Final = (5.0, 15.0, 60.0, 300.0)  # seconds between two, on average
+INTRODUCTION: Final = (
+    f"Connections that die without a word after {LASTS / 3600:g} h on average, behind a NAT that forgets after "
+    f"{PATH.shortest(0):g} s, at 1 % loss; with and without the question that is asked early:"
+)
+
+
+def deaths(pushes_every: float, *, asks: bool, lasts: float = LASTS, seed: int, seconds: float) -> Outcome:
+    chance = random.Random(f"{seed} deaths {pushes_every}")
+    return Life(PATH, Heartbeat(), 0.01, chance, pushes_every, asks, lasts).run(seconds)
+
+
+def table_of_deaths(seed: int, days: float) -> str:
+    seconds = LIVES * days * DAY
+    lines = [
+        "| a push each | dead for, median | without | 9 of 10 | without | heartbeats /h | without |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for pushes_every in PUSHES:
+        both = [deaths(pushes_every, asks=asks, seed=seed, seconds=seconds) for asks in (True, False)]
+        dead = " | ".join(f"{one.dead_for(share):.0f} s" for share in (0.5, 0.9) for one in both)
+        heartbeats = " | ".join(f"{one.heartbeats / (seconds - LEARNING) * 3600:.1f}" for one in both)
+        lines.append(f"| {pushes_every:g} s | {dead} | {heartbeats} |")
+    return "\n".join(lines)
+
+
 def write(block: str, path: Path) -> None:
     """Between BEGIN and END."""
     before, _, rest = path.read_text().partition(BEGIN)
@@ -305,7 +364,7 @@ def write(block: str, path: Path) -> None:
 def main(seed: int, days: float, path: Path | None) -> None:
     """Ours, mars' and an oracle's heartbeats behind simulated NATs."""
     show: Callable[[str], None] = click.echo
-    block = table(rows(seed, days))
+    block = f"{table(rows(seed, days))}\n\n{INTRODUCTION}\n\n{table_of_deaths(seed, days)}"
     show(block)
     if path is not None:
         write(f"`python -m loadtest.heartbeats --seed {seed} --days {days:g}`:\n\n{block}", path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from itertools import pairwise
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -12,14 +13,17 @@ from hypothesis import strategies as st
 
 from clients.heartbeat import (
     ANSWER_LEAST,
+    EARLY_LEAST,
     FIRST_REST,
     LONGEST_REST,
     MARGIN,
     NARROW,
     STEP,
+    WARY_FOR,
     AnswerTime,
     Bounds,
     Heartbeat,
+    Rhythm,
 )
 
 BOUNDS = Bounds(240, 30, 1200)
@@ -342,6 +346,141 @@ def test_bounds_are_read_as_the_server_says_them() -> None:
 def test_other_bounds_are_refused(text: str) -> None:
     with pytest.raises(ValueError):
         Bounds.read(text)
+
+
+# Asked early
+
+
+def test_one_death_when_asked_early_may_be_the_paths() -> None:
+    heartbeat = Heartbeat(BOUNDS)
+    heartbeat.died(60, 1000, early=True)
+    assert heartbeat.interval(1000) == 240
+
+
+def test_a_second_one_without_proof_in_between_is_the_nats() -> None:
+    heartbeat = Heartbeat(BOUNDS)
+    heartbeat.died(60, 1000, early=True)
+    heartbeat.died(61, 2000, early=True)
+    assert heartbeat.interval(2000) < 60
+
+
+@pytest.mark.parametrize(("survived", "held"), [(61, False), (45, True)])
+def test_proof_of_as_long_a_silence_takes_the_first_one_back(survived: float, held: bool) -> None:
+    heartbeat = Heartbeat(BOUNDS)
+    heartbeat.died(60, 1000, early=True)
+    heartbeat.survived(survived, 1500)
+    heartbeat.died(61, 2000, early=True)
+    assert (heartbeat.bad < math.inf) is held
+
+
+def test_a_death_at_a_shorter_silence_asks_for_shorter_proof() -> None:
+    heartbeat = Heartbeat(BOUNDS)
+    heartbeat.died(60, 1000, early=True)
+    heartbeat.died(40, 2000, early=True)
+    assert heartbeat.interval(2000) == 240
+    heartbeat.survived(41, 2500)
+    heartbeat.died(60, 3000, early=True)
+    assert heartbeat.interval(3000) == 240
+
+
+def test_a_nat_is_found_where_pushes_come_often_too() -> None:
+    """Its silences are all asked early."""
+    heartbeat, rhythm = Heartbeat(BOUNDS), Rhythm()
+    heard(rhythm, 15, 10)
+    now = 1000.0
+    for _ in range(4):
+        silence = min(rhythm.patience(now, alternatives=False), heartbeat.interval(now))
+        heartbeat.died(silence, now, early=silence < heartbeat.interval(now))
+    assert heartbeat.interval(now) < 50
+
+
+# How often pushes come
+
+
+def heard(rhythm: Rhythm, gap: float, times: int, now: float = 0.0) -> float:
+    for _ in range(times):
+        now += gap
+        rhythm.spoke(now)
+    return now
+
+
+def test_silence_says_nothing_until_it_is_known_how_long_it_usually_is() -> None:
+    rhythm = Rhythm()
+    now = heard(rhythm, 20, 4)
+    assert rhythm.patience(now, alternatives=True) == math.inf
+    heard(rhythm, 20, 1, now)
+    assert rhythm.patience(now, alternatives=False) == pytest.approx(80)
+
+
+@pytest.mark.parametrize(("alternatives", "times"), [(False, 1), (True, 2)])
+def test_enough_is_asked_until_the_next_push(alternatives: bool, times: int) -> None:
+    rhythm = Rhythm()
+    now = heard(rhythm, 20, 9)
+    for _ in range(times):
+        assert rhythm.patience(now, alternatives=alternatives) < 100
+        rhythm.asked()
+    assert rhythm.patience(now, alternatives=alternatives) == math.inf
+    heard(rhythm, 20, 1, now)
+    assert rhythm.patience(now, alternatives=alternatives) < 100
+
+
+def test_where_there_is_another_way_less_silence_is_enough() -> None:
+    rhythm = Rhythm()
+    now = heard(rhythm, 20, 9)
+    assert rhythm.patience(now, alternatives=True) == pytest.approx(40)
+
+
+def test_where_a_connection_died_less_silence_is_enough_for_an_hour() -> None:
+    rhythm = Rhythm()
+    now = heard(rhythm, 20, 9)
+    for died, patience in ((False, 80), (True, 40)):
+        rhythm.connected(now, died=died)
+        assert rhythm.patience(now, alternatives=False) == math.inf, "nothing is missing yet"
+        rhythm.spoke(now)
+        assert rhythm.patience(now, alternatives=False) == pytest.approx(patience)
+    assert rhythm.patience(now + WARY_FOR, alternatives=False) == pytest.approx(80)
+    rhythm.moved()
+    assert rhythm.patience(now, alternatives=False) == pytest.approx(80)
+
+
+def test_a_burst_counts_as_one_push() -> None:
+    rhythm = Rhythm()
+    now = 0.0
+    for _ in range(9):
+        now = heard(rhythm, 0.3, 5, now + 60)
+    assert rhythm.patience(now, alternatives=False) == pytest.approx(240, rel=0.05)
+
+
+def test_a_time_without_connection_is_no_gap() -> None:
+    rhythm = Rhythm()
+    now = heard(rhythm, 20, 9)
+    rhythm.connected(now + 5000, died=False)
+    heard(rhythm, 20, 3, now + 5000)
+    assert rhythm.patience(now, alternatives=False) == pytest.approx(80)
+
+
+def test_however_often_pushes_come_a_moment_without_says_nothing() -> None:
+    rhythm = Rhythm()
+    now = heard(rhythm, 1.5, 50)
+    assert rhythm.patience(now, alternatives=True) == EARLY_LEAST
+
+
+def test_what_is_rarer_than_before_is_so_soon() -> None:
+    rhythm = Rhythm()
+    now = heard(rhythm, 10, 30)
+    heard(rhythm, 3600, 1, now)
+    assert rhythm.patience(now, alternatives=True) > 400
+
+
+@pytest.mark.parametrize(("alternatives", "least", "most"), [(False, 0.01, 0.04), (True, 0.1, 0.2)])
+def test_of_gaps_between_chance_events_few_are_so_long(alternatives: bool, least: float, most: float) -> None:
+    rhythm, chance, now, asked = Rhythm(), Random(6), 0.0, 0
+    for _ in range(20_000):
+        gap = chance.expovariate(1 / 60)
+        asked += gap > rhythm.patience(now, alternatives=alternatives)
+        now += gap
+        rhythm.spoke(now)
+    assert least < asked / 20_000 < most
 
 
 # How long to wait for an answer

@@ -9,15 +9,18 @@ import itertools
 import math
 import random
 from collections.abc import Callable
+from itertools import pairwise
 
 import orjson
 import pytest
 
 from clients.device import Device
-from clients.heartbeat import MARGIN, STEP, Bounds
+from clients.heartbeat import EARLY_LEAST, MARGIN, STEP, Bounds
 from clients.local_server import AppKeys, LocalServer
 from clients.publisher import Publisher
 from clients.session import (
+    EAGER,
+    EAGER_TIMEOUT,
     HEARTBEAT_OVERDUE,
     SOON,
     Action,
@@ -275,6 +278,109 @@ def test_a_check_is_for_a_connection_that_is_there(story: Story) -> None:
     assert story.session.check(story.now) == []
 
 
+# Where pushes are missing
+
+
+def chat(story: Story, gap: float = 20.0, times: int = 9) -> None:
+    """Pushes at regular times, each acknowledged."""
+    for number in range(times):
+        story.now += gap
+        story.hear(push(int(story.now * 1000), number + 1))
+        story.session.handled(story.now)
+
+
+def beats(story: Story, seconds: float) -> list[float]:
+    """The silences that a heartbeat ended; each was answered."""
+    found = []
+    end = story.now + seconds
+    while (deadline := story.session.deadline) is not None and deadline < end:
+        found.append(story.beat())
+    return found
+
+
+def test_where_pushes_are_missing_it_asks_early_and_once(story: Story) -> None:
+    story.connect()
+    chat(story)
+    assert [round(silence) for silence in beats(story, 3600)[:3]] == [80, 240, 288]
+
+
+def test_a_burst_and_hours_of_silence_cost_one_question(story: Story) -> None:
+    quiet = Story()
+    quiet.connect()
+    story.connect()
+    chat(story, 2.0, 50)
+    assert story.session.deadline == pytest.approx(story.now + EARLY_LEAST)
+    usual = beats(quiet, 6 * 3600)
+    assert len(beats(story, 6 * 3600)) <= len(usual) + 1
+
+
+def test_where_it_is_wary_a_burst_and_hours_of_silence_cost_two(story: Story) -> None:
+    story.session.alternatives = True
+    story.connect()
+    chat(story)
+    assert [round(silence) for silence in beats(story, 3600)[:4]] == [40, 40, 240, 288]
+
+
+def test_the_next_push_makes_it_ask_again(story: Story) -> None:
+    story.connect()
+    chat(story)
+    assert [round(story.beat()) for _ in range(2)] == [80, 240]
+    chat(story, times=1)
+    assert round(story.beat()) < 240
+
+
+def test_a_path_that_died_is_noticed_and_the_heartbeat_stays_as_long(story: Story) -> None:
+    story.connect()
+    chat(story)
+    assert story.beat(None) == pytest.approx(80)
+    story.connect()
+    assert story.beat() == 240
+
+
+def test_after_a_death_it_asks_sooner(story: Story) -> None:
+    story.connect()
+    chat(story)
+    story.beat(None)
+    story.connect()
+    chat(story, times=2)
+    assert story.beat() == pytest.approx(40)
+
+
+def test_where_there_is_another_address_it_asks_sooner(story: Story) -> None:
+    story.session.alternatives = True
+    story.connect()
+    chat(story)
+    assert story.beat() == pytest.approx(40)
+
+
+def test_an_answer_to_an_early_question_proves_that_silence_and_no_more(story: Story) -> None:
+    story.connect("60 30 300")
+    chat(story, 10)
+    assert story.beat() == pytest.approx(40)
+    assert story.session._heartbeat.good == pytest.approx(40)
+
+
+def test_where_the_heartbeat_is_due_sooner_nothing_is_asked_early(story: Story) -> None:
+    story.connect("60 30 300")
+    chat(story)
+    assert story.beat() == pytest.approx(60)
+    assert story.beat() == pytest.approx(60 * STEP, rel=0.01)
+
+
+def test_a_phone_that_sleeps_is_not_woken_early(story: Story) -> None:
+    story.connect()
+    chat(story)
+    story.session.dozing = True
+    assert story.beat() == 240
+
+
+def test_a_fixed_keep_alive_stays_fixed_where_pushes_are_missing() -> None:
+    story = Story(LinkSettings(keep_alive=200))
+    story.connect()
+    chat(story)
+    assert story.beat() == pytest.approx(200)
+
+
 # Networks
 
 
@@ -356,6 +462,21 @@ def test_a_report_on_a_dead_connection_goes_out_on_the_next(story: Story) -> Non
     assert again == [Publish("event/x", b"1", qos=1, packet_id=1, dup=True)]
 
 
+def test_after_a_silent_death_it_tries_again_and_again_for_a_minute(story: Story) -> None:
+    story.connect()
+    story.beat(None)
+    died = story.now
+    tries: list[float] = []
+    while len(tries) < 12:
+        if story.wait() == [Open(None)]:
+            tries.append(story.now - died)
+            story.wait()
+    patience = [after - before for before, after in pairwise(tries)]
+    assert len([one for one in tries if one < EAGER]) >= 4
+    assert patience[0] <= EAGER_TIMEOUT + 2
+    assert patience[-1] >= LEARNS.connect_timeout
+
+
 # With a server
 
 
@@ -381,6 +502,24 @@ async def test_a_device_that_says_where_it_is_learns_within_the_bounds_of_its_ca
             bounds = device._session._heartbeat.bounds
         assert (bounds != own) is told
         assert bounds.least >= 10
+
+
+@pytest.mark.parametrize("known", [1, 2])
+async def test_a_device_knows_whether_there_is_another_way_and_whether_it_sleeps(
+    server: LocalServer, app: AppKeys, publisher: Publisher, known: int
+) -> None:
+    registered = await publisher.register_device("phone", platform="android")
+    host, port = server.addresses.mqtt
+    servers = [f"{host}:{port}", "127.0.0.9:1"][:known]
+    device = Device(
+        app.app_key, "phone", on_push=lambda _: None, token=registered.token, servers=servers, ordered=True
+    )
+    async with device:
+        await asyncio.wait_for(device.connected(), 10)
+        assert device._session.alternatives is (known > 1)
+        for state in ("doze", "background"):
+            device.app_state(state)
+            assert device._session.dozing is (state == "doze")
 
 
 # Days behind a NAT
@@ -451,6 +590,10 @@ class Simulation:
                     self.took.append((accepted, self.now - accepted))
                     self.perform(self.session.handled(self.now))
 
+    def move(self) -> None:
+        """Another public address, and nobody is told."""
+        self.forgotten_at = self.now
+
     def open(self) -> None:
         if self.session.phase is Phase.OPENING:
             self.forgotten_at = self.now + self.timeout
@@ -513,6 +656,18 @@ def test_pushes_arrive_in_time_after_half_an_hour_and_few_heartbeats_are_sent(
     oracle = (end - LEARNING) / 900 / (math.exp((timeout - 1) / 900) - 1)  # a push resets the silence, too
     assert sent <= 1.3 * oracle
     assert not [msg_id for msg_id, accepted in simulation.owed.items() if accepted < end - 1300]
+
+
+def test_a_nat_that_moves_makes_pushes_late_by_some_usual_gaps() -> None:
+    """paho with its 60 s would notice after 120."""
+    end = 86_400.0
+    simulation = Simulation(300, pushes_every=15)
+    for at in range(1200, int(end), 1200):
+        simulation.at(at, simulation.move)
+    simulation.run(end)
+    times = sorted(seconds for accepted, seconds in simulation.took if accepted >= LEARNING)
+    assert times[int(0.99 * len(times))] < 35
+    assert len(simulation.heartbeats) < 45 * end / 3600
 
 
 def test_a_heartbeat_that_is_not_learned_makes_most_pushes_late() -> None:

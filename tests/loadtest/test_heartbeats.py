@@ -23,6 +23,7 @@ from loadtest.heartbeats import (
     Outcome,
     Row,
     compare,
+    deaths,
     main,
 )
 
@@ -72,6 +73,28 @@ def test_mars_is_beaten() -> None:
         assert row.ours.in_time >= row.mars.in_time - 0.005
         late = row.mars.in_time < 0.95
         assert late or row.share(row.ours) <= row.share(row.mars) + 0.05
+
+
+@pytest.mark.parametrize("timeout", [60, 300])
+def test_where_pushes_are_often_they_are_in_time(timeout: float) -> None:
+    row = behind(Nat(((0, timeout),)), 0.05, pushes_every=timeout / 6)
+    assert row.ours.in_time >= 0.99
+
+
+@pytest.mark.parametrize("pushes_every", [5, 15, 30])
+def test_a_death_is_noticed_in_some_usual_gaps(pushes_every: float) -> None:
+    """At less than paho's 60 heartbeats an hour, even where a push comes every few seconds."""
+    with_it, without = (
+        deaths(pushes_every, asks=asks, seed=SEED, seconds=20 * DAY) for asks in (True, False)
+    )
+    assert with_it.dead_for(0.5) < 0.7 * without.dead_for(0.5)
+    assert with_it.dead_for(0.9) < max(6 * pushes_every, 40)
+    assert with_it.heartbeats < 60 * 24 * 20
+
+
+def test_who_hears_rarely_asks_no_more_than_before() -> None:
+    with_it, without = (deaths(900, asks=asks, seed=SEED, seconds=20 * DAY) for asks in (True, False))
+    assert with_it.heartbeats <= 1.1 * without.heartbeats
 
 
 # The simulation itself
@@ -155,3 +178,4 @@ def test_the_command_writes_its_table(tmp_path: Path) -> None:
     assert text.startswith("before\n") and text.endswith("\nafter\n")  # noqa: PT018
     assert "old" not in text
     assert "| 60 s | 20% |" in text
+    assert "| 15 s | " in text
