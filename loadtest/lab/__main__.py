@@ -88,10 +88,10 @@ def main(
     if results is not None:
         head = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "command": _command(), "seed": seed}
         write_json(results, head, outcome.results)
-    if picture is not None:
-        _plot(picture, outcome, networks)
     if write:
         write_block(NUMBERS, "lab", block)
+    if picture is not None:
+        _plot(picture, outcome, networks)
 
 
 def _read(file: Path) -> Lab:

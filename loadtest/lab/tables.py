@@ -25,7 +25,7 @@ COLUMNS: Final = (
     "repeats",
     "heartbeats /h",
     "bytes /push",
-    "back, worst",
+    "back (from noticing), worst",
 )
 COLOURS: Final = {"a": "#1a7f37", "b": "#bf8700", "c": "#8250df"}
 ACROSS: Final = 4  # plots in a row
@@ -63,8 +63,15 @@ def _cells(title: str, result: Result) -> list[str]:
         str(result.repeats),
         heartbeats,
         f"{result.bytes_per_push:,.0f}",
-        "" if result.back_worst is None else show_time(result.back_worst),
+        _back(result),
     ]
+
+
+def _back(result: Result) -> str:
+    if result.back_worst is None:
+        return ""
+    since = "" if result.again_worst is None else f" ({show_time(result.again_worst)})"
+    return show_time(result.back_worst) + since
 
 
 def _percent(share: float) -> str:

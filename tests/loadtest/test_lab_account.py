@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from loadtest.lab.account import (
     NEVER,
+    Cut,
     Happening,
     Result,
-    back_times,
+    cut_off,
     make_result,
     quantile,
     read_accepted,
@@ -100,7 +101,7 @@ def test_times_count_from_the_moment_a_push_was_due() -> None:
     assert (result.p50, result.p99) == (4.0, NEVER)
     assert (result.pushes, result.lost, result.repeats, result.refused) == (4, 1, 1, 0)
     assert result.heartbeats == pytest.approx(20), "20 of two devices in half an hour"
-    assert result.bytes_per_push == 800
+    assert result.bytes_per_push == 1000, "of the four that came"
     assert result.dropped == {"lost": 7}
 
 
@@ -131,13 +132,16 @@ def test_back_is_when_a_device_that_was_cut_off_is_online_again() -> None:
         _got(3, 100.5, 1),  # on its way before
         Happening("off", 1, START + 160),
     ]
-    assert back_times(network, log, START) == [7.5, NEVER]
+    plan = [_push(1, 50), _push(2, 119), _push(3, 100), _push(4, 150, 1)]
+    assert cut_off(network, plan, log, START) == [Cut(7.5, 7.5), Cut(60.0, NEVER)]
+    assert cut_off(network, plan[:-1], log, START) == [Cut(7.5, 7.5)], "nothing more was for the second one"
 
 
 def test_a_device_that_gets_pushes_meanwhile_was_not_cut_off() -> None:
     network = _network(event=(Event(what="dead", address=1, at=100, until=200),), addresses=2)
     log = [_got(1, 130), Happening("on", 0, START + 300), _got(2, 140, 1)]
-    assert back_times(network, log, START) == []
+    plan = [_push(1, 130), _push(2, 140, 1)]
+    assert cut_off(network, plan, log, START) == []
 
 
 # What is wanted
@@ -156,8 +160,8 @@ def test_one_that_reaches_all_misses_nothing() -> None:
         ("within-5", {"shares": {1.0: 0.5, 5.0: 0.98, 30.0: 1.0, 300.0: 1.0}}, "98.0% within 5 s"),
         ("oracle", {"oracle": 10.0, "heartbeats": 14.0}, "1.40 of the oracle's"),
         ("oracle", {"oracle": 10.0, "times": (0.1, 11.0)}, "50.0% within 10 s"),
-        ("back", {"back": (1.0, 16.0)}, "back after 16.0 s"),
-        ("back", {"back": (NEVER,)}, "back after inf s"),
+        ("back", {"back": (40.0, 50.0), "again": (1.0, 16.0)}, "back 16.0 s after it was noticed"),
+        ("back", {"back": (NEVER,), "again": (NEVER,)}, "back inf s after it was noticed"),
         ("tenfold", {"p99": 0.3}, "wanted a tenth"),
         (None, {"lost": 1}, "1 lost"),
         (None, {"repeats": 2}, "2 repeated"),
@@ -171,6 +175,13 @@ def test_each_wish_can_be_missed(wish: str | None, given: dict[str, Any], expect
     )
     assert len(found) == 1
     assert expected in found[0]
+
+
+def test_phones_that_are_told_have_nothing_to_notice() -> None:
+    told = _network(wanted=("back",), event=(Event(what="moved", at=1, told=True),))
+    late = _result(back=(16.0,), again=(1.0,))
+    assert shortcomings(told, {"a": late}) == ["back 16.0 s after the event, wanted 15"]
+    assert shortcomings(_network(wanted=("back",)), {"a": late}) == []
 
 
 @pytest.mark.parametrize(
@@ -200,7 +211,7 @@ def test_what_the_machine_adds_is_not_worse() -> None:
 
 
 def test_the_table_has_a_row_each_and_names_a_network_once() -> None:
-    ours = _result(heartbeats=13.0, oracle=10.0, back=(2.0, 4.5), refused=3)
+    ours = _result(heartbeats=13.0, oracle=10.0, back=(2.0, 4.5), again=(0.5, 0.25), refused=3)
     theirs = _result("c", p99=NEVER, lost=5, shares={1.0: 0.9996, 5.0: 1.0, 30.0: 1.0, 300.0: 1.0})
     lines = as_table([theirs, ours], [_network()]).splitlines()
     assert len(lines) == 4
@@ -208,7 +219,7 @@ def test_the_table_has_a_row_each_and_names_a_network_once() -> None:
     assert lines[2].startswith("| A test | a | 2 | 100.0 % |")
     assert "13.0 (1.30 of an oracle's)" in lines[2]
     assert "0, 3 refused" in lines[2]
-    assert lines[2].endswith("| 4.5 s |")
+    assert lines[2].endswith("| 4.5 s (500 ms) |")
     assert lines[3].startswith("|  | c | 2 | 99.9 % |"), "not rounded up"
     assert "never" in lines[3]
 
