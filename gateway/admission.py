@@ -185,23 +185,32 @@ class Terms(NamedTuple):
     told_keep_alive: int | None
     session_expiry: int
     told_session_expiry: int | None
+    patience: float  # silence after which the peer is dead (MQTT5-3.1.2-22, MQTT311-3.1.2-24)
 
 
 def agree(connect: Connect, *, keep_alive_min: int, keep_alive_max: int, session_expiry_max: int) -> Terms:
     """3.1.1 cannot be told anything: its keep-alive is taken as it is, and a session that is not clean lives as long
     as any. MQTT 5 is overruled where it asks for more, or for less (MQTT5-3.2.2-21, MQTT5-3.2.2.3.2)."""
     if connect.version == 4:
-        return Terms(connect.keep_alive, None, 0 if connect.clean_start else session_expiry_max, None)
+        return _terms(connect.keep_alive, None, 0 if connect.clean_start else session_expiry_max, None)
     asked = connect.keep_alive or keep_alive_max  # 0: for ever
     keep_alive = max(min(asked, keep_alive_max), min(keep_alive_min, keep_alive_max))
     wished = connect.properties.get("session_expiry_interval", 0)
     expiry = min(wished, session_expiry_max)
-    return Terms(
+    return _terms(
         keep_alive,
         None if keep_alive == connect.keep_alive else keep_alive,
         expiry,
         None if expiry == wished else expiry,
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _terms(
+    keep_alive: int, told_keep_alive: int | None, session_expiry: int, told_session_expiry: int | None
+) -> Terms:
+    """The same for all who agreed on the same: their connections keep these numbers, and none of their own."""
+    return Terms(keep_alive, told_keep_alive, session_expiry, told_session_expiry, 1.5 * keep_alive)
 
 
 def manners(connect: Connect, largest: int = 0) -> Manners:

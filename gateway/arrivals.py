@@ -404,6 +404,7 @@ class Arrivals:
         self._node.settler.returned(hub.app.app_id, devno)
         self._take_over(hub.members.get(devno))
         self._take_over(hub.others.get(DEVICE + connect.client_id))  # a guest of that name
+        link = self._recognise(connection, connect)
         session = self._session(connection, connect, platform, devno=devno)
         self._come_back(connection, session, hub.endings.take(devno), claim)
         connection.epoch = claim.epoch
@@ -412,7 +413,7 @@ class Arrivals:
         elsewhere = not self._node.membership.alone
         for push in hub.start(session, may_owe=claim.may_owe, elsewhere=elsewhere):
             self._node.settler.note_evicted(push)
-        self._welcome(connection, connect, hub, session, role="device", prefix=DEVICE)
+        self._welcome(connection, connect, hub, session, link=link, role="device", prefix=DEVICE)
 
     @staticmethod
     def _come_back(connection: Connection, session: Session, ending: Ending, claim: Claim) -> None:
@@ -442,25 +443,29 @@ class Arrivals:
         assigned = None if connect.client_id else token_hex(10)
         key = prefix + (connect.client_id or str(assigned))
         self._take_over(hub.others.get(key))
+        link = self._recognise(connection, connect)
         session = self._session(connection, connect, "other")
         hub.others[key] = connection
-        self._welcome(connection, connect, hub, session, role=role, prefix=prefix, assigned=assigned)
+        self._welcome(
+            connection, connect, hub, session, link=link, role=role, prefix=prefix, assigned=assigned
+        )
 
     def _take_over(self, old: Member | None) -> None:
         if old is not None:
             self._node.metrics.takeovers.value += 1
             old.close("taken over", Reason.SESSION_TAKEN_OVER)  # MQTT5-3.1.4-3
 
-    def _recognise(self, connection: Connection, connect: Connect) -> None:
-        """By what the peer declares of its network: nothing, if it is not made for us."""
+    def _recognise(self, connection: Connection, connect: Connect) -> str:
+        """By what the peer declares of its network: nothing, if it is not made for us. Returns its link, one of
+        broker.carriers.catalog.LINKS; empty: it says nothing."""
         declared = connect.properties.get("user_properties", ())
         carrier, link = (_declared(declared, name) for name in (CARRIER_PROPERTY, LINK_PROPERTY))
-        if carrier or link:
-            connection.link = read_link(link)
-            catalog = self._node.carriers.catalog
-            former = connection.profile
-            connection.profile = catalog.at_connect(former, carrier, link)
-            sockets.change(connection.transport, former.tcp, connection.profile.tcp)
+        if not (carrier or link):
+            return ""
+        former = connection.profile
+        connection.profile = self._node.carriers.catalog.at_connect(former, carrier, link)
+        sockets.change(connection.transport, former.tcp, connection.profile.tcp)
+        return read_link(link)
 
     def _session(
         self,
@@ -470,7 +475,6 @@ class Arrivals:
         *,
         devno: int = -1,
     ) -> Session:
-        self._recognise(connection, connect)
         wishes = connect.properties.get("user_properties", ())
         packed, deflated = FORMAT_PROPERTY in wishes, COMPRESSION_PROPERTY in wishes
         profile = connection.profile
@@ -495,11 +499,12 @@ class Arrivals:
         hub: Hub,
         session: Session,
         *,
+        link: str,
         role: str,
         prefix: str,
         assigned: str | None = None,
     ) -> None:
-        node, settings, profile, link = self._node, self._node.settings, connection.profile, connection.link
+        node, settings, profile = self._node, self._node.settings, connection.profile
         heartbeat = node.learning.heartbeat(profile, link)
         # Who tells its network learns by itself how long it may be silent there.
         most = heartbeat.most if link else node.learning.longest(profile, link)
@@ -515,7 +520,7 @@ class Arrivals:
         connection.session = session
         connection.will = None if _is_of_sys(connect.will) else connect.will
         connection.last_seen = node.clock.now
-        connection.keep_alive = 1.5 * terms.keep_alive  # MQTT5-3.1.2-22, MQTT311-3.1.2-24
+        connection.keep_alive = terms.patience
         connection.session_expiry = terms.session_expiry
         connection.transport.set_write_buffer_limits(high=connection.profile.delivery.write_buffer)
         resumed, present = node.keeper.resume(connection, hub, session, clean_start=connect.clean_start)
@@ -523,13 +528,13 @@ class Arrivals:
         self.opening.discard(connection)
         connection.phase = Phase.LIVE
         if session.devno >= 0:
-            node.witness.connected(connection, hub.app.app_id, session.devno)
+            node.witness.connected(connection, hub.app.app_id, session.devno, link)
         node.count_live(connection, str(connect.version), 1)
         node.blocked += connection.blocked
         more: Properties = self.logins.proof_for(connection)
         if assigned is not None:
             more["assigned_client_identifier"] = assigned
-        told = advice(heartbeat, settings.keep_alive_min, settings.keep_alive_max) if connection.link else ()
+        told = advice(heartbeat, settings.keep_alive_min, settings.keep_alive_max) if link else ()
         frame = self._connack(connect.version, present, terms, more, told)
         if told and not session.fits(len(frame)):  # MQTT5-3.2.2-20
             frame = self._connack(connect.version, present, terms, more, ())

@@ -54,6 +54,9 @@ if TYPE_CHECKING:
 LINGER: Final = (
     2.0  # seconds in which a peer may read our last bytes; one that never does would keep its socket
 )
+LOOK: Final = (
+    30.0  # seconds between looks at who is idle, at most: so late is a loss noticed, and a silence measured
+)
 OPENING_CHECK: Final = 1.0  # seconds between checks before CONNECT; the first check after it follows in time
 JOINING_PATIENCE: Final = 6  # connect timeouts that an answer may take, whatever the store does
 MAX_CONNECT_SIZE: Final = 65_536  # bytes of a CONNECT, will included: nobody has proved anything yet
@@ -92,7 +95,6 @@ class Connection(asyncio.Protocol):
         "hub",
         "keep_alive",
         "last_seen",
-        "link",
         "listener",
         "longest",
         "network",
@@ -121,7 +123,6 @@ class Connection(asyncio.Protocol):
         self.epoch = 0
         self.generation = 0  # of the device's token
         self.profile: CarrierProfile = node.carriers.catalog.default
-        self.link = ""  # one of broker.carriers.catalog.LINKS; "": the peer says nothing of its network
         self.network: Network | None = None  # of a device, while it is live
         self.since = 0.0  # when that began
         self.quiet = self.longest = 0  # bins of its silences (gateway/witness.py)
@@ -403,7 +404,7 @@ class Connection(asyncio.Protocol):
             self.node.witness.looked(self, self.network, now)
         acks = self.profile.acks
         if session.unacked is None:
-            next_check = now + acks.first  # whatever was learned: who is idle is not looked at more often
+            next_check = now + min(acks.first, LOOK)
         else:
             next_check = session.waiting_since + session.ack_time.timeout(acks)
             if now >= next_check:

@@ -8,13 +8,13 @@ from typing import Final
 
 from broker.carriers.profile import Tcp
 
-USUAL: Final = 1400  # bytes, where the system does not say: what most paths let through, tunnels included
+USUAL: Final = 1400  # bytes, where the system does not say, or a proxy beside us: what most paths let through
 STEP: Final = 100  # bytes: sizes are rounded down to these, so that many devices share one encoding of a push
 
 
 def segment_size(transport: asyncio.BaseTransport, tcp: Tcp) -> int:
     """Bytes that one segment carries: as the profile has it, or the system at this moment (TCP_MAXSEG)."""
-    size = tcp.mss or _ask(transport.get_extra_info("socket")) or USUAL
+    size = tcp.mss or min(_ask(transport.get_extra_info("socket")) or USUAL, USUAL)
     return max(size // STEP, 1) * STEP
 
 

@@ -13,6 +13,7 @@ import functools
 import logging
 import socket
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -48,14 +49,26 @@ class Setting:
     value: Value
 
 
+def _mtu_discovery(fragment: bool) -> int:
+    return IP_PMTUDISC_DONT if fragment else IP_PMTUDISC_WANT
+
+
 TCP: Final = socket.IPPROTO_TCP
+TCP_THIN_LINEAR_TIMEOUTS: Final = 16  # linux/tcp.h; Python's socket module has none of these
+TCP_RTO_MAX_MS: Final = 44  # since Linux 6.15
+IP_MTU_DISCOVER: Final = 10  # linux/in.h
+IP_PMTUDISC_DONT: Final = 0  # packets without DF
+IP_PMTUDISC_WANT: Final = 1
 OPTIONS: Final = (
     _Option("user_timeout", TCP, socket.TCP_USER_TIMEOUT, _milliseconds),
+    _Option("retry_pause", TCP, TCP_RTO_MAX_MS, _milliseconds),
+    _Option("linear_retries", TCP, TCP_THIN_LINEAR_TIMEOUTS, int),
     _Option("keepalive_idle", TCP, socket.TCP_KEEPIDLE, int),
     _Option("keepalive_interval", TCP, socket.TCP_KEEPINTVL, int),
     _Option("keepalive_count", TCP, socket.TCP_KEEPCNT, int),
     _Option("congestion", TCP, socket.TCP_CONGESTION, str.encode),
     _Option("notsent_lowat", TCP, socket.TCP_NOTSENT_LOWAT, int),
+    _Option("fragment", socket.IPPROTO_IP, IP_MTU_DISCOVER, _mtu_discovery),  # of no effect in IPv6
 )
 BUFFERS: Final = (  # the system's own size cannot be had back: it was growing as needed
     _Option("send_buffer", socket.SOL_SOCKET, socket.SO_SNDBUF, int),
@@ -100,9 +113,11 @@ def settings_of(tcp: Tcp) -> tuple[Setting, ...]:
 def changes(former: Tcp, tcp: Tcp) -> tuple[Setting, ...]:
     """What only the former set goes back to the system's value, but for buffers."""
     left = [
-        Setting(option.field, option.level, option.number, _system_value(option.level, option.number))
+        Setting(option.field, option.level, option.number, value)
         for option in OPTIONS
-        if getattr(former, option.field) is not None and getattr(tcp, option.field) is None
+        if getattr(former, option.field) is not None
+        and getattr(tcp, option.field) is None
+        and (value := _system_value(option.level, option.number)) is not None
     ]
     if _keeps_alive(former) and not _keeps_alive(tcp):
         left.append(_keep_alive(0))
@@ -118,12 +133,13 @@ def _keep_alive(on: int) -> Setting:
 
 
 @functools.cache
-def _system_value(level: int, number: int) -> Value:
-    """What a new socket has."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as fresh:
-        if number == socket.TCP_CONGESTION:
+def _system_value(level: int, number: int) -> Value | None:
+    """What a new socket has; None: the system does not know the option."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as fresh, suppress(OSError):
+        if (level, number) == (TCP, socket.TCP_CONGESTION):
             return fresh.getsockopt(level, number, CONGESTION_SIZE).rstrip(b"\0")
         return fresh.getsockopt(level, number)
+    return None
 
 
 def _set_all(transport: Any, settings: Iterable[Setting]) -> None:

@@ -80,10 +80,10 @@ class Witness:
         self._suspects: dict[Who, Suspect] = {}  # oldest first
         self._sweep_at = 0.0
 
-    def connected(self, connection: Connection, app_id: int, devno: int) -> None:
-        """A device that is being welcomed; its profile and link are known."""
+    def connected(self, connection: Connection, app_id: int, devno: int, link: str) -> None:
+        """A device that is being welcomed, and whose profile is known. `link`: as for `Learning.network`."""
         now = self._clock.now
-        network = self.learning.network(connection.profile, connection.link)
+        network = self.learning.network(connection.profile, link)
         network.connected()
         connection.network = network
         connection.since = now

@@ -12,10 +12,15 @@ from collections.abc import Callable, Iterator
 from random import SystemRandom
 
 import pytest
+from hypothesis import settings
 
 from clients.local_server import LocalServer
 
 StartServer = Callable[..., LocalServer]
+
+# Examples have no time limit: a machine that stood still for a moment says nothing of the code.
+settings.register_profile("holdfast", deadline=None)
+settings.load_profile("holdfast")
 
 
 @pytest.fixture(scope="module")

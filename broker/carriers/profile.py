@@ -86,11 +86,14 @@ class Tcp(_Part, frozen=True):
     user_timeout: Seconds | None = (
         None  # TCP_USER_TIMEOUT: unacknowledged bytes for so long end the connection
     )
+    retry_pause: Annotated[int, Meta(ge=1, le=120)] | None = None  # TCP_RTO_MAX_MS: between retries, at most
+    linear_retries: bool | None = None  # TCP_THIN_LINEAR_TIMEOUTS: the first ones without doubling the pause
     keepalive_idle: Count | None = None  # SO_KEEPALIVE with TCP_KEEPIDLE …
     keepalive_interval: Count | None = None
     keepalive_count: Count | None = None
     congestion: str | None = None  # TCP_CONGESTION, where the kernel has it
     mss: Annotated[int, Meta(ge=88, le=32_767)] | None = None  # TCP_MAXSEG
+    fragment: bool | None = None  # IP_MTU_DISCOVER: whether routers may cut packets into pieces
     send_buffer: Size | None = None
     receive_buffer: Size | None = None
     notsent_lowat: Size | None = None  # TCP_NOTSENT_LOWAT

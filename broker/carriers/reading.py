@@ -40,6 +40,15 @@ IN_ORDER: Final = (
     ("reconnect", "base", "cap"),
     ("delivery", "first_window", "window"),
 )
+NEEDED: Final = (
+    # of a TCP setting, another one
+    ("keepalive_interval", "keepalive_idle"),
+    ("keepalive_count", "keepalive_idle"),
+    (
+        "retry_pause",
+        "user_timeout",
+    ),  # without it TCP gives up after a number of retries, which would come faster
+)
 LISTENERS: Final = ("tcp", "tls", "ws")
 PORT: Final = re.compile(r"[1-9]\d{0,4}", re.ASCII)
 OPERATOR: Final = re.compile(r"\d{1,6}", re.ASCII)
@@ -267,9 +276,9 @@ class _Reader:
                 more = f"must be at most {section}.{high} = {settings[high]:g}"
                 self._wrong(source, (section, key), f"{section}.{low} = {settings[low]:g}: {more}")
         tcp = {**_defaults("tcp"), **values.get("tcp", {})}
-        for key in ("keepalive_interval", "keepalive_count"):
-            if tcp[key] is not None and tcp["keepalive_idle"] is None:
-                self._wrong(source, ("tcp", key), f"tcp.{key}: needs tcp.keepalive_idle, which is off")
+        for key, needed in NEEDED:
+            if tcp[key] is not None and tcp[needed] is None:
+                self._wrong(source, ("tcp", key), f"tcp.{key}: needs tcp.{needed}, which is off")
 
     # Who is in it
 
@@ -303,7 +312,7 @@ class _Reader:
     def _claim_file(self, source: _Source, file: Path) -> None:
         try:
             text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # no UTF-8; or a NUL in its name
             self._claims_wrongly(source, "network_files", file.name, f"cannot be read: {error}")
             return
         for number, line in _networks_in(text):

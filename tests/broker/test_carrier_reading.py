@@ -151,6 +151,7 @@ ROWS = [
     ("[acks]\nfirst = '9'\n", ":2: acks.first = '9': must be a number above 0"),
     ("[delivery]\norder = 'newest'\n", ":2: delivery.order = 'newest': must be one of oldest, urgent"),
     ("[tcp]\nmss = 1\n", ':2: tcp.mss = 1: must be a whole number from 88 to 32767, or "off"'),
+    ("[tcp]\nfragment = 1\n", ':2: tcp.fragment = 1: must be true or false, or "off"'),
     ("[delivery]\nwindow = 'off'\n", ":2: delivery.window = 'off': must be a whole number from 1 to 65535"),
     ("[heartbeat]\nlest = 5\n", ":2: heartbeat.lest: no such key; did you mean least?"),
     ("[heart]\nleast = 5\n", ":1: heart: no such key or section; did you mean heartbeat?"),
@@ -190,6 +191,10 @@ ROWS = [
         "[recognise]\nnetwork_files = ['gone.txt']\n",
         ":2: recognise.network_files: 'gone.txt' cannot be read: ",
     ),
+    (
+        '[recognise]\nnetwork_files = ["a\\u0000b"]\n',
+        ":2: recognise.network_files: 'a\\x00b' cannot be read: ",
+    ),
     ("title = 'a'\nname = 'other'\n", ':2: name = "other": must be "wrong", as the file is called'),
     ("title = 5\n", ":1: title = 5: must be text"),
     ("inherits = 5\n", ":1: inherits = 5: must be text"),
@@ -201,6 +206,8 @@ ROWS = [
     ("[reconnect]\ncap = 0.5\n", ":2: reconnect.base = 1: must be at most reconnect.cap = 0.5"),
     ("[delivery]\nwindow = 8\n", ":2: delivery.first_window = 32: must be at most delivery.window = 8"),
     ("[tcp]\nkeepalive_count = 3\n", ":2: tcp.keepalive_count: needs tcp.keepalive_idle, which is off"),
+    ("[tcp]\nretry_pause = 0\n", ':2: tcp.retry_pause = 0: must be a whole number from 1 to 120, or "off"'),
+    ("[tcp]\nretry_pause = 3\n", ":2: tcp.retry_pause: needs tcp.user_timeout, which is off"),
     ("[acks]\nfirst = 30\nfirst = 30\n", ":3: not valid TOML: Cannot overwrite a value"),
     ("[acks]\nfirst = [\n", ":2: not valid TOML: "),
 ]

@@ -103,17 +103,23 @@ def test_the_profile_says_how_large_a_segment_is(mss: int | None, size: int) -> 
     assert segment_size(asyncio.Transport(), Tcp(mss=mss)) == size
 
 
-async def test_or_else_the_system_does() -> None:
-    server = await asyncio.get_running_loop().create_server(asyncio.Protocol, "127.0.0.1", 0)
-    transport, _ = await asyncio.get_running_loop().create_connection(
-        asyncio.Protocol, *server.sockets[0].getsockname()
-    )
-    told = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
-    assert segment_size(transport, Tcp()) == told // STEP * STEP
-    assert segment_size(transport, Tcp(mss=536)) == 500
-    transport.close()
-    server.close()
-    await server.wait_closed()
+def test_or_else_the_system_does() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as dialled:
+        dialled.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1000)
+        dialled.connect(listening.getsockname())
+        told = dialled.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
+        transport = asyncio.Transport({"socket": dialled})
+        assert segment_size(transport, Tcp()) == told // STEP * STEP < USUAL
+        assert segment_size(transport, Tcp(mss=536)) == 500
+
+
+def test_a_proxy_beside_us_says_nothing_of_the_devices_segments() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listening,
+        socket.create_connection(listening.getsockname()) as dialled,
+    ):
+        assert dialled.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG) > USUAL
+        assert segment_size(asyncio.Transport({"socket": dialled}), Tcp()) == USUAL
 
 
 def test_a_socket_without_segments_has_the_usual_ones() -> None:

@@ -6,9 +6,13 @@ import asyncio
 import contextlib
 import itertools
 import os
+import shutil
 import signal
 import socket
 import ssl
+import struct
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +30,7 @@ from gateway import sockets
 from gateway.connection import Connection
 from gateway.listeners import Certificate, listen_tcp
 from gateway.mqtt import Connack, Connect, Properties, decode, encode
-from gateway.sockets import BUFFERS, OPTIONS, changes, clamp, set_up, settings_of
+from gateway.sockets import BUFFERS, IP_PMTUDISC_DONT, OPTIONS, changes, clamp, set_up, settings_of
 from gateway.tcp_info import parse_tcp_info
 from tests.conftest import StartServer
 from tests.gateway.peer import eventually
@@ -35,6 +39,8 @@ from tests.gateway.world import World
 TCP = socket.IPPROTO_TCP
 ALL = Tcp(
     user_timeout=45.5,
+    retry_pause=3,
+    linear_retries=True,
     keepalive_idle=100,
     keepalive_interval=20,
     keepalive_count=4,
@@ -42,6 +48,7 @@ ALL = Tcp(
     send_buffer=16_384,
     receive_buffer=8192,
     notsent_lowat=4096,
+    fragment=True,
 )
 CONGESTION_SIZE = 16
 unheard_of = itertools.count(1)  # names that no test before has used: each is logged once in a process
@@ -85,6 +92,8 @@ def test_each_setting_reaches_the_socket() -> None:
         set_up(Held(ours), ALL)
         assert read(ours) == {
             "user_timeout": 45_500,  # ms
+            "retry_pause": 3000,
+            "linear_retries": 1,
             "keepalive_idle": 100,
             "keepalive_interval": 20,
             "keepalive_count": 4,
@@ -92,6 +101,7 @@ def test_each_setting_reaches_the_socket() -> None:
             "send_buffer": 2 * 16_384,  # the kernel counts its own records, too
             "receive_buffer": 2 * 8192,
             "notsent_lowat": 4096,
+            "fragment": IP_PMTUDISC_DONT,
             "keepalive": 1,
         }
 
@@ -132,11 +142,14 @@ numbers = st.none() | st.integers(1, 120)
 profiles = st.builds(
     Tcp,
     user_timeout=times,
+    retry_pause=numbers,
+    linear_retries=st.none() | st.booleans(),
     keepalive_idle=numbers,
     keepalive_interval=numbers,
     keepalive_count=numbers,
     congestion=st.sampled_from([None, "reno"]),
     notsent_lowat=st.none() | st.integers(1024, 65_536),
+    fragment=st.none() | st.booleans(),
 )
 
 
@@ -329,6 +342,82 @@ async def test_also_over_tls(world: World, tmp_path: Path, authority: trustme.CA
     certificate = Certificate(*[issue(authority, tmp_path)] * 2)
     async with connected(world, "127.0.0.2", certificate=certificate, trust=trust) as connection:
         assert timeout_of(connection) == 40_000
+
+
+# On a path that drops packets
+
+IN_A_NAMESPACE = """
+ip link set lo mtu 1500 up
+nft add table ip path
+nft add chain ip path in '{ type filter hook input priority 0; }'
+exec "$0" -m pytest -q -p no:cacheprovider -o python_functions='inside_*' "$1"
+"""
+
+
+@pytest.mark.parametrize("test", ["long_packets_pass_where_they_may_be_cut", "tcp_tries_again_sooner"])
+def test_on_a_path_that_drops_packets(test: str) -> None:
+    """In a network namespace of its own: this file again, with one of those below."""
+    if os.geteuid() != 0:
+        pytest.skip("network namespaces need root")
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    for program in ("unshare", "nft", "ip"):
+        if shutil.which(program, path=path) is None:
+            pytest.skip(f"{program} is not installed")
+    file = f"{__file__}::inside_a_namespace_{test}"
+    done = subprocess.run(
+        ["unshare", "--net", "sh", "-c", IN_A_NAMESPACE, sys.executable, file],
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+def drop(rule: str) -> None:
+    subprocess.run(["nft", f"add rule ip path in {rule} drop"], check=True)
+
+
+def inside_a_namespace_long_packets_pass_where_they_may_be_cut() -> None:
+    drop("ip length > 1200 ip frag-off & 0x4000 != 0")
+    with pair() as (ours, theirs):
+        theirs.settimeout(1.0)
+        ours.sendall(bytes(5000))
+        with pytest.raises(TimeoutError):
+            theirs.recv(5000)
+        set_up(Held(ours), Tcp(fragment=True))
+        theirs.settimeout(20.0)  # until TCP tries again
+        left = 5000
+        while left:
+            left -= len(theirs.recv(left))
+
+
+def inside_a_namespace_tcp_tries_again_sooner() -> None:
+    with pair() as (plain, _), pair() as (even, _), pair() as (capped, _):
+        set_up(Held(plain), Tcp(congestion="reno"))
+        set_up(Held(even), Tcp(congestion="reno", linear_retries=True))
+        set_up(Held(capped), Tcp(congestion="reno", retry_pause=1))
+        for ours in (plain, even, capped):
+            drop(f"tcp sport {ours.getsockname()[1]} tcp dport {ours.getpeername()[1]}")
+            ours.sendall(b"x")
+        eventually(lambda: tries(plain) >= 3)
+        assert tries(even) > tries(plain) + 1
+        eventually(lambda: tries(capped) >= 3)
+        assert pause(capped) == pytest.approx(1.0, abs=0.01)
+        assert pause(plain) > 1.2
+
+
+def tries(ours: socket.socket) -> int:
+    info = parse_tcp_info(ours.getsockopt(TCP, socket.TCP_INFO, 512))
+    assert info is not None
+    return info.retransmits
+
+
+def pause(ours: socket.socket) -> float:
+    """Until the next try."""
+    micros: int = struct.unpack_from("=8xI", ours.getsockopt(TCP, socket.TCP_INFO, 512))[0]
+    return micros / 1e6
 
 
 # The size of segments is a matter of listening sockets
