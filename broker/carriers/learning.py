@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from msgspec.structs import replace
 
+from broker.carriers.panels import Silences, count_in
 from broker.carriers.profile import CarrierProfile, Heartbeat
 from broker.carriers.rows import (
     ENDS,
@@ -35,7 +36,6 @@ from broker.carriers.rows import (
     read_row,
     summarise,
 )
-from broker.carriers.silences import BINS, Findings, advise, weigh
 from broker.carriers.tally import ACK_BOUNDS, LIFETIME_BOUNDS, Tally, place
 from broker.metrics import Counter, Family, Histogram, Metrics
 from broker.model import Record
@@ -84,13 +84,15 @@ class Network:
         self._ends[how].value += 1
         self._lifetimes.observe(lifetime)
 
-    def survived(self, silence: int) -> None:
-        """A packet of the device ended a silence of this bin."""
+    def survived(self, silence: int, voice: int = 0) -> None:
+        """A packet of the device ended a silence of this bin. `voice`: of broker.carriers.panels.voice_of."""
         self.fresh.survived[silence] += 1
+        count_in(self.fresh.panels, voice, silence, died=False)
 
-    def died(self, silence: int) -> None:
+    def died(self, silence: int, voice: int = 0) -> None:
         """After a silence of this bin its packets did not come through any more."""
         self.fresh.died[silence] += 1
+        count_in(self.fresh.panels, voice, silence, died=True)
 
     def acked(self, seconds: float, count: int = 1) -> None:
         self.fresh.acks[place(ACK_BOUNDS, seconds)] += count
@@ -134,30 +136,6 @@ class Counts:
             "link",
             bounds=ACK_BOUNDS,
         )
-
-
-class Silences:
-    """Of one network, those of all nodes, by bin; weighed by their age."""
-
-    __slots__ = ("_findings", "died", "survived")
-
-    def __init__(self) -> None:
-        self.survived: list[float] = [0.0] * BINS
-        self.died: list[float] = [0.0] * BINS
-        self._findings: Findings | None = None
-
-    def add(self, tally: Tally, weight: float) -> None:
-        for mine, theirs in ((self.survived, tally.survived), (self.died, tally.died)):
-            for number, count in enumerate(theirs):
-                if count:
-                    mine[number] += weight * count
-
-    @property
-    def findings(self) -> Findings:
-        """Once nothing is added any more."""
-        if self._findings is None:
-            self._findings = weigh(self.survived, self.died)
-        return self._findings
 
 
 class Learning:
@@ -225,7 +203,7 @@ class Learning:
         silences = self._silences.get(_name(profile.name, link))
         if silences is None:
             return wish
-        return advise(silences.findings, wish, profile.heartbeat.least, profile.heartbeat.most)
+        return silences.advise(wish, profile.heartbeat.least, profile.heartbeat.most)
 
     # Life
 
@@ -282,12 +260,12 @@ class Learning:
         silences: dict[str, Silences] = {}
         days: dict[int, list[Record]] = {}
         for record in await every_record(self._records, INSTALLATION, KIND):
-            await asyncio.sleep(0)  # a row takes up to a millisecond
             day = day_of(record)
             days.setdefault(day, []).append(record)
             weight = 0.5 ** (max(0, today - day) / HALF_LIFE)
             for name, entry in read_row(record).entries.items():
-                silences.setdefault(name, Silences()).add(entry.tally, weight)
+                await asyncio.sleep(0)  # each takes up to a tenth of a millisecond
+                silences.setdefault(name, Silences()).add(entry.tally.panels, weight)
         self._silences = silences
         await self._tidy(today, days)
 

@@ -10,6 +10,7 @@ from typing import Final
 
 import msgspec
 
+from broker.carriers.panels import PANELS
 from broker.carriers.silences import BINS
 from broker.metrics import LATENCY_BOUNDS
 
@@ -42,18 +43,23 @@ class Tally(msgspec.Struct, array_like=True):
     retransmits: int = 0  # of these
     trips: int = 0  # round-trip times that TCP knew, and
     trip_seconds: float = 0.0  # their sum
+    panels: dict[int, int] = msgspec.field(default_factory=dict)  # silences again: broker/carriers/panels.py
 
     def add(self, other: Tally) -> None:
         for name in self.__struct_fields__:
             mine, theirs = getattr(self, name), getattr(other, name)
-            setattr(self, name, list(map(add, mine, theirs)) if isinstance(mine, list) else mine + theirs)
+            if isinstance(mine, dict):
+                for key, count in theirs.items():
+                    mine[key] = mine.get(key, 0) + count
+            else:
+                setattr(self, name, list(map(add, mine, theirs)) if isinstance(mine, list) else mine + theirs)
 
     @property
     def ends(self) -> int:
         return self.closed + self.told + self.silent + self.taken
 
 
-SHAPE: Final = (1, BINS, len(LIFETIME_BOUNDS), len(ACK_BOUNDS))
+SHAPE: Final = (2, BINS, len(LIFETIME_BOUNDS), len(ACK_BOUNDS), PANELS)
 """Tallies of another one cannot be added: whoever finds them leaves them out."""
 
 
