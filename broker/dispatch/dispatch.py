@@ -94,7 +94,6 @@ class Dispatch:
         self._given = carriers
         self._advise = advise
         self._ttl = ttl
-        self._key: SigningKey | None = None
         self._view: _View | None = None
         self._looking = asyncio.Lock()
         self._ready: OrderedDict[tuple[str, str, str, int], _Ready] = OrderedDict()  # least used first
@@ -104,6 +103,12 @@ class Dispatch:
     @cached_property
     def _carriers(self) -> Carriers:
         return self._given if isinstance(self._given, Carriers) else Carriers(self._given)
+
+    def reload(self) -> None:
+        """Read the profiles again, if somebody asked before. Raises CarrierError, and the old ones stay. Any thread.
+        Where the profiles were given, whoever gave them reads them."""
+        if "_carriers" in vars(self):
+            self._carriers.reload()
 
     def count_in(self, metrics: Metrics) -> None:
         metrics.read_counter("dispatch_signed", "Answers of dispatch made and signed.", lambda: self.signed)
@@ -159,6 +164,7 @@ class Dispatch:
         if (
             ready is not None
             and ready.signed.content == content
+            and ready.signed.key == key.name
             and 0 <= now - ready.signed.made < self._ttl / 2
         ):
             return ready.signed
@@ -196,10 +202,8 @@ class Dispatch:
         return profile.addresses or self._carriers.catalog.default.addresses
 
     async def signing_key(self) -> SigningKey:
-        """Lets StoreError pass."""
-        if self._key is None:
-            self._key = await installation_key(self._store.records, self._clock)
-        return self._key
+        """As it is now: the operator may have changed it. Lets StoreError pass."""
+        return await installation_key(self._store.records, self._clock)
 
     async def _looked(self) -> _View:
         """The nodes as they were at most REFRESH ago; older where somebody else is looking, or the store is away."""

@@ -51,6 +51,7 @@ class Signed(msgspec.Struct, frozen=True):
     made: int  # Unix seconds
     raw: bytes
     etag: str
+    key: str  # its name
 
 
 def compose(

@@ -1,4 +1,8 @@
-"""The installation's key pair: made by whoever needs it first, kept in the store, the same for all its processes."""
+"""The installation's key pair: made by whoever needs it first, kept in the store, the same for all its processes.
+
+Beside it there may be the next one: made long before it is used, so that apps can have both public keys built in
+when the key changes. Devices take an answer that is signed with any key they know.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
 
 KIND: Final = "dispatch-key"
 NAME: Final = "signing"
+NEXT: Final = "next"
 ETAG_LENGTH: Final = 16  # characters of a signature: 96 bits
 TRIES: Final = 3
 
@@ -47,7 +52,7 @@ class SigningKey:
         fields |= {"key": self.name, "made": made}
         signature = encode_bytes(self._key.sign(canonical(fields)))
         raw = canonical({**fields, "signature": signature})
-        return Signed(content, made, raw, f'"{signature[:ETAG_LENGTH]}"')
+        return Signed(content, made, raw, f'"{signature[:ETAG_LENGTH]}"', self.name)
 
 
 def key_name(public: bytes) -> str:
@@ -56,14 +61,39 @@ def key_name(public: bytes) -> str:
 
 
 async def installation_key(records: Records, clock: Clock = time.time) -> SigningKey:
-    """Lets StoreError pass."""
+    """That answers are signed with now. Lets StoreError pass."""
+    return await _find_or_make(records, NAME, clock)
+
+
+async def next_key(records: Records, clock: Clock = time.time) -> SigningKey:
+    """That follows it. Lets StoreError pass."""
+    return await _find_or_make(records, NEXT, clock)
+
+
+async def change_key(records: Records) -> SigningKey:
+    """The next key is that of the installation from now on, and the one before is gone; processes notice within
+    seconds. Raises ValueError where there is no next one; lets StoreError pass, and Conflict is one."""
+    now, following = [await records.find(0, KIND, name) for name in (NAME, NEXT)]
+    if following is None:
+        raise ValueError("there is no next key: make one, and give it to the devices first")
+    version = 0 if now is None else now.version
+    await records.save(
+        [
+            RecordChange(0, KIND, NAME, following.value, version),
+            RecordChange(0, KIND, NEXT, None, following.version),
+        ]
+    )
+    return await installation_key(records)
+
+
+async def _find_or_make(records: Records, name: str, clock: Clock) -> SigningKey:
     for _ in range(TRIES):
-        record = await records.find(0, KIND, NAME)
+        record = await records.find(0, KIND, name)
         if record is not None:
             return SigningKey(msgspec.json.decode(record.value, type=_Kept).private)
         value = msgspec.json.encode(_Kept(_fresh_seed(), clock()))
         try:
-            await records.save([RecordChange(0, KIND, NAME, value, 0)])
+            await records.save([RecordChange(0, KIND, name, value, 0)])
         except Conflict:
             continue  # another process was first: all use its key
     raise StoreUnavailable("the signing key is neither there nor can it be made")

@@ -2,20 +2,24 @@
 
 A question is a JSON object (`app`, `carrier`, `link`, `region`, `v`), padded with blanks; the answer is the
 document. Whoever forges a sender's address gets nothing from it: an answer is at most AMPLIFICATION times as long
-as its question, as in QUIC (RFC 9000, 8.1), and there is one for each question or none. What is wrong is not
-answered: who asks right gets an answer, and nobody else is worth a datagram.
+as its question, as in QUIC (RFC 9000, 8.1), there is one for each question or none, and a network (/24, /48) gets
+at most SOURCE_RATE a second. What is wrong is not answered: who asks right gets an answer, and nobody else is worth
+a datagram.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections.abc import Callable
 from typing import Annotated, Final, cast
 
 import msgspec
 
 from broker.dispatch.dispatch import Dispatch, Question
 from broker.dispatch.document import VERSION
+from broker.dispatch.outcomes import source_of
 from broker.errors import ApiError
 from broker.metrics import Metrics
 from broker.store import StoreError
@@ -23,6 +27,10 @@ from broker.store import StoreError
 AMPLIFICATION: Final = 3
 MAX_DATAGRAM: Final = 1200  # bytes that every path takes in one piece (RFC 9000, 14)
 MAX_WAITING: Final = 256  # questions that wait for an answer; more are dropped, and asked again
+SOURCE_RATE: Final = (
+    100  # questions a second of one network: a carrier's NAT has thousands of devices, asking hourly
+)
+MAX_SOURCES: Final = 10_000  # networks told apart in a second (2 MB), whoever forges senders
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +52,11 @@ _read: Final = msgspec.json.Decoder(Asked).decode
 class DispatchDoor(asyncio.DatagramProtocol):
     """`open`, then `close`. One question is answered at a time: nearly all from memory."""
 
-    def __init__(self, dispatch: Dispatch) -> None:
+    def __init__(self, dispatch: Dispatch, clock: Callable[[], float] = time.monotonic) -> None:
         self._dispatch = dispatch
+        self._clock = clock
+        self._second = 0
+        self._asked: dict[str, int] = {}  # questions of each network in this second
         self._transport: asyncio.DatagramTransport | None = None
         self._waiting: asyncio.Queue[tuple[bytes, Peer]] = asyncio.Queue(MAX_WAITING)
         self._answering: asyncio.Task[None] | None = None
@@ -59,7 +70,7 @@ class DispatchDoor(asyncio.DatagramProtocol):
         )
         metrics.read_counter(
             "dispatch_datagrams_unanswered",
-            "Datagrams that got none: wrong, too short for the answer, or too many at once.",
+            "Datagrams that got none: wrong, too short for the answer, or too many at once or of one network.",
             lambda: self.unanswered,
         )
 
@@ -85,10 +96,24 @@ class DispatchDoor(asyncio.DatagramProtocol):
         self._transport = cast("asyncio.DatagramTransport", transport)
 
     def datagram_received(self, data: bytes, addr: Peer) -> None:
-        if self._waiting.full() or not data.startswith(b"{") or len(data) > MAX_DATAGRAM:
+        wrong = not data.startswith(b"{") or len(data) > MAX_DATAGRAM
+        if wrong or self._waiting.full() or not self._admits(addr[0]):
             self.unanswered += 1
         else:
             self._waiting.put_nowait((data, addr))
+
+    def _admits(self, address: str) -> bool:
+        """And counts."""
+        second = int(self._clock())
+        if second != self._second:
+            self._second = second
+            self._asked.clear()
+        source = source_of(address)
+        asked = self._asked.get(source, 0)
+        if asked >= SOURCE_RATE or (not asked and len(self._asked) >= MAX_SOURCES):
+            return False
+        self._asked[source] = asked + 1
+        return True
 
     def error_received(self, exc: Exception) -> None:
         """An answer before met nobody (ICMP); that device may ask again."""

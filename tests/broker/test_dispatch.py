@@ -23,14 +23,16 @@ from broker.admin import AdminListener, Health, LocalActions, ProcessOverview
 from broker.api.peers import Peers
 from broker.broker import Broker
 from broker.bus_local import LocalBus
-from broker.carriers.catalog import Carriers
+from broker.carriers.catalog import CarrierError, Carriers
 from broker.carriers.profile import Address, CarrierProfile, Heartbeat
 from broker.command import dispatch as dispatch_command
 from broker.command import make_store
 from broker.config import load_config
 from broker.dispatch import outcomes as outcomes_module
+from broker.dispatch import udp
 from broker.dispatch.dispatch import MAX_ANSWERS, REFRESH, Dispatch, Question
 from broker.dispatch.document import MAX_ADDRESSES, as_url, canonical, compose
+from broker.dispatch.keys import keys
 from broker.dispatch.outcomes import (
     ENOUGH_SOURCES,
     KIND,
@@ -44,8 +46,8 @@ from broker.dispatch.outcomes import (
     source_of,
 )
 from broker.dispatch.ranking import SPREAD, Place, node_urls, places, rank, rank_nodes, variant_of
-from broker.dispatch.signing import SigningKey, installation_key
-from broker.dispatch.udp import AMPLIFICATION, MAX_DATAGRAM, MAX_WAITING, DispatchDoor
+from broker.dispatch.signing import SigningKey, change_key, installation_key, next_key
+from broker.dispatch.udp import AMPLIFICATION, MAX_DATAGRAM, MAX_WAITING, SOURCE_RATE, DispatchDoor
 from broker.errors import ApiError
 from broker.metrics import LoopLag, Metrics
 from broker.model import NodeEntry, NodeInfo
@@ -244,6 +246,40 @@ async def test_all_processes_have_one_key(service: Any) -> None:
     keys = await asyncio.gather(*(installation_key(service.store.records) for _ in range(5)))
     assert len({key.public for key in keys}) == 1
     assert (await installation_key(service.store.records)).public == keys[0].public
+
+
+async def test_a_key_is_changed_after_the_next_one_was_given_out(service: Any, dispatch: Dispatch) -> None:
+    records = service.store.records
+    first = await installation_key(records)
+    with pytest.raises(ValueError, match="there is no next key"):
+        await change_key(records)
+    assert (await _ask(dispatch, service))["key"] == first.name
+    following = await next_key(records)
+    assert (await next_key(records)).public == following.public != first.public
+    service.now += REFRESH
+    assert (await _ask(dispatch, service))["key"] == first.name  # it is not used yet
+    assert (await change_key(records)).public == following.public
+    service.now += REFRESH
+    answer = await _ask(dispatch, service)  # the very process that had the first one
+    assert answer["key"] == following.name
+    _verify(answer, following.public)
+    after = await next_key(records)
+    assert after.public not in (first.public, following.public)
+
+
+def test_the_key_is_changed_by_two_commands(tmp_path: Path) -> None:
+    def run(*words: str) -> Any:
+        return CliRunner().invoke(keys, [*words, "--data-dir", str(tmp_path)])
+
+    refused = run("change")
+    assert (refused.exit_code, "there is no next key" in refused.output) == (1, True)
+    first = _command("key", "--data-dir", str(tmp_path))
+    following = json.loads(run("next").output)
+    assert json.loads(run("next").output) == following != first
+    assert json.loads(run("change").output) == following
+    assert _command("key", "--data-dir", str(tmp_path)) == following
+    nowhere = CliRunner().invoke(keys, ["next", "--data-dir", str(tmp_path / "nowhere")])
+    assert "there is no data directory" in nowhere.output
 
 
 # What devices report
@@ -562,6 +598,27 @@ async def test_a_reload_of_the_profiles_is_seen_at_once(
     assert (await _ask(dispatch, service, carrier="46000"))["heartbeat"].startswith("200 ")
 
 
+async def test_who_has_profiles_of_its_own_reads_them_again(service: Any, tmp_path: Path) -> None:
+    directory = tmp_path / "own"
+    directory.mkdir()
+    default = directory / "default.toml"
+    address = "[[addresses]]\nhost = 'a.example.com'\nport = 1\n"
+    default.write_text(address)
+    dispatch = Dispatch(service.store, service.apps, service.clock, carriers=directory)
+    dispatch.reload()  # nobody asked: nothing was read, and nothing is
+    default.write_text(address + "[heartbeat]\nstart = 1\n")
+    dispatch.reload()
+    default.write_text(address)
+    assert json.loads((await dispatch.compute(Question(""))).raw)["addresses"] == ["tcp://a.example.com:1"]
+    default.write_text(address + "[heartbeat]\nstart = 1\n")
+    with pytest.raises(CarrierError, match=r"heartbeat\.start"):
+        dispatch.reload()
+    assert json.loads((await dispatch.compute(Question(""))).raw)["addresses"] == ["tcp://a.example.com:1"]
+    default.write_text(address.replace("a.", "b."))
+    dispatch.reload()
+    assert json.loads((await dispatch.compute(Question(""))).raw)["addresses"] == ["tcp://b.example.com:1"]
+
+
 async def test_the_heartbeat_is_what_was_learned(service: Any, carriers: Carriers) -> None:
     asked: list[tuple[str, str]] = []
 
@@ -677,7 +734,7 @@ async def test_brokers_of_a_fleet_have_one_key_one_list_of_nodes_and_hear_alike(
     async with AsyncExitStack() as stack:
         brokers = []
         for number in range(3):
-            store = RedisStore(plain.url, clock=clock)
+            store = RedisStore(plain.url, clock=clock, node_clock=StoreClock())  # no lease runs out meanwhile
             await store.open()
             stack.push_async_callback(store.close)
             address = f"n{number}.example.com:8883"
@@ -927,9 +984,30 @@ async def test_datagrams_that_nobody_could_mean_cost_nothing(service: Any) -> No
     for raw in (b"", b"GET / HTTP/1.1", b"{" + b" " * MAX_DATAGRAM):
         door.datagram_received(raw, ("192.0.2.1", 1))
     assert door.unanswered == 3
-    for _ in range(MAX_WAITING + 10):
-        door.datagram_received(b"{}", ("192.0.2.1", 1))
+    for n in range(MAX_WAITING + 10):
+        door.datagram_received(b"{}", (f"192.0.{n % 256}.{n // 256}", 1))
     assert door.unanswered == 13
+
+
+async def test_a_network_is_answered_so_often_a_second_and_the_others_all_the_same(
+    service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 7.0
+    door = DispatchDoor(service.broker.dispatch, lambda: now)
+    for n in range(SOURCE_RATE + 5):
+        door.datagram_received(b"{}", (f"192.0.2.{n}", n))  # whatever address of it
+    assert door.unanswered == 5
+    door.datagram_received(b"{}", ("198.51.100.1", 1))
+    assert door.unanswered == 5
+    now = 8.0
+    door.datagram_received(b"{}", ("192.0.2.1", 1))
+    assert door.unanswered == 5
+    monkeypatch.setattr(udp, "MAX_SOURCES", 2)
+    for n in range(4):
+        door.datagram_received(b"{}", (f"203.0.{n}.1", 1))
+    assert door.unanswered == 8  # three networks more than are told apart
+    door.datagram_received(b"{}", ("192.0.2.1", 1))
+    assert door.unanswered == 8
 
 
 # For the operator
