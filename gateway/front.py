@@ -8,6 +8,7 @@ its workers are, and what those that ended had counted.
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 import zlib
@@ -19,6 +20,7 @@ import uvloop
 
 from broker.admin import AdminListener, LocalActions
 from broker.broker import Broker
+from broker.carriers.reading import CarrierError
 from broker.command import make_bus, make_store
 from broker.config import Config
 from broker.metrics import Metrics
@@ -29,6 +31,8 @@ from gateway.server import Listening, WorkerHealth, tune_interpreter
 
 LARGEST: Final = 1 << 20  # bytes of one message of the supervisor
 OURSELVES: Final = "front"  # among the processes whose metrics are merged
+
+log = logging.getLogger(__name__)
 
 
 class WorkerState(msgspec.Struct, frozen=True, array_like=True):
@@ -190,12 +194,10 @@ async def _serve(
 ) -> None:
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
-    for signal_number in (
-        signal.SIGINT,
-        signal.SIGHUP,
-        signal.SIGUSR2,
-    ):  # the supervisor's, or the terminal's
+    reload = asyncio.Event()
+    for signal_number in (signal.SIGINT, signal.SIGUSR2):  # the supervisor's, or the terminal's
         loop.add_signal_handler(signal_number, _ignore)
+    loop.add_signal_handler(signal.SIGHUP, reload.set)
     check_anonymous(config)
     config.server.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     overview = CrewOverview(bury)
@@ -209,12 +211,28 @@ async def _serve(
         demo_app, anonymous_app = await apps.demo_app(), await apps.anonymous_app()
         address = (await admin.open(shared=True)).removeprefix("http://")
         tune_interpreter()
+        await broker.learning.open(f"{config.server.node_id}-{OURSELVES}")  # for what `dispatch ask` is told
+        reloading = loop.create_task(_reload_carriers(broker, reload))
         tell(Listening(None, None, None, None, address, demo_app, anonymous_app))
         await stop.wait()
+        reloading.cancel()
+        await asyncio.wait([reloading])
     finally:
         await admin.close(succeeded=not overview.crew.stopping)
         await broker.close()
+        await broker.learning.close()
         await store.close()
+
+
+async def _reload_carriers(broker: Broker, asked: asyncio.Event) -> None:
+    """Those by which this process answers `dispatch ask`; the workers say in the log that they have theirs."""
+    while True:
+        await asked.wait()
+        asked.clear()
+        try:
+            await asyncio.to_thread(broker.dispatch.reload)
+        except CarrierError as error:
+            log.error("carrier profiles not reloaded, the old ones stay: %s", error)
 
 
 def _hear(channel: socket.socket, overview: CrewOverview, stop: asyncio.Event) -> None:
