@@ -61,16 +61,25 @@ def check(config: Config, directory: Path | None) -> None:
 @carriers.command()
 @click.argument("address")
 @click.option("--carrier", default="", help="What the device declares: MCC+MNC or a name.")
-@click.option("--link", default="", metavar="LINK", help=f"What it declares: {', '.join(sorted(LINKS))}.")
-@click.option("--listener", default="tcp", show_default=True, help="Where it comes in: tcp, tls or ws.")
-@click.option("--port", default=0, help="Where it comes in.")
+@click.option("--link", type=click.Choice(sorted(LINKS)), default=None, help="What it declares.")
+@click.option(
+    "--listener",
+    type=click.Choice(["tcp", "tls", "ws"]),
+    default="tcp",
+    show_default=True,
+    help="Where it comes in.",
+)
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Where it comes in.")
 @click.option("--proxy", default="", metavar="ADDRESS", help="The address of ours that a PROXY header names.")
 @_where
-def find(config: Config, address: str, carrier: str, link: str, listener: str, port: int, proxy: str) -> None:
+def find(
+    config: Config, address: str, carrier: str, link: str | None, listener: str, port: int, proxy: str
+) -> None:
     """Say which profile a device with this address has, and why."""
-    packed = pack(address)
-    if packed is None:
-        raise click.BadParameter("must be an IPv4 or IPv6 address", param_hint="ADDRESS")
+    packed = _packed(address, "ADDRESS")
+    if proxy:
+        _packed(proxy, "--proxy")
+    link = link or ""
     found = _read(config.carriers.directory)
     catalog = Catalog(found)
     accepted = catalog.at_accept(address, listener=listener, port=port, proxy=proxy)
@@ -82,9 +91,18 @@ def find(config: Config, address: str, carrier: str, link: str, listener: str, p
         why = f"it declares link {link}"
     else:
         why = _why_accepted(accepted, found, packed)
+        if carrier:
+            why += f"; carrier {carrier!r} changes nothing"
     click.echo(f"{profile.name}: {why}")
     heartbeat = profile.heartbeat
     click.echo(f"heartbeat {heartbeat.start} s, from {heartbeat.least} to {heartbeat.most}")
+
+
+def _packed(address: str, name: str) -> bytes:
+    packed = pack(address)
+    if packed is None:
+        raise click.BadParameter(f"{address!r} must be an IPv4 or IPv6 address", param_hint=name)
+    return packed
 
 
 def _read(directory: Path | None) -> Read:

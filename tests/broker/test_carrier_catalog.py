@@ -254,7 +254,27 @@ def test_find_says_whose_an_address_is_and_why(directory: Path, arguments: list[
 def test_find_needs_an_address(directory: Path) -> None:
     answer = run("find", "phone")
     assert answer.exit_code == 2
-    assert "must be an IPv4 or IPv6 address" in answer.output
+    assert "ADDRESS: 'phone' must be an IPv4 or IPv6 address" in answer.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--link", "wify"], "'wify' is not one of 'cellular', 'ethernet', 'other', 'satellite', 'wifi'"),
+        (["--listener", "udp"], "'udp' is not one of 'tcp', 'tls', 'ws'"),
+        (["--port", "65536"], "65536 is not in the range 0<=x<=65535"),
+        (["--proxy", "edge"], "--proxy: 'edge' must be an IPv4 or IPv6 address"),
+    ],
+)
+def test_find_refuses_what_no_device_can_have(arguments: list[str], expected: str) -> None:
+    answer = run("find", "203.0.113.1", *arguments)
+    assert answer.exit_code == 2
+    assert expected in answer.output
+
+
+def test_find_says_that_a_carrier_is_nobodys(directory: Path) -> None:
+    answer = run("find", "203.0.113.1", "--carriers-directory", str(directory), "--carrier", "nonsense")
+    assert "no other profile recognises it; carrier 'nonsense' changes nothing" in answer.output
 
 
 def test_the_profiles_that_come_along_are_right() -> None:
