@@ -222,6 +222,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     folder = tmp_path / "carriers"
     folder.mkdir()
     (folder / "default.toml").write_text('name = "default"\n[acks]\nfirst = 30\nleast = 2\nmost = 60\n')
+    (folder / "patient.toml").write_text("[acks]\nfirst = 75\nmost = 85\n")
     world = await World(tmp_path, carriers=Carriers(folder)).open()
     assert world.node._tick_timer is not None
     world.node._tick_timer.cancel()
@@ -267,6 +268,13 @@ async def test_a_fast_device_is_given_up_sooner(world: World) -> None:
     now = world.node.clock.now
     assert phone.connection.check(now + 2.9) == now + 3.0
     assert phone.connection.check(now + 3.0) is None
+
+
+async def test_who_is_idle_is_looked_at_however_long_acknowledgements_may_take(world: World) -> None:
+    """Its silences are measured then."""
+    phone = await world.online(0, properties={"user_properties": (("carrier", "patient"),)})
+    assert phone.connection.profile.acks.first == 75.0
+    assert phone.connection.check(passes(world, 5.0)) == world.node.clock.now + 30.0
 
 
 async def test_a_slow_device_is_waited_for(world: World) -> None:

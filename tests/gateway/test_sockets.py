@@ -194,6 +194,11 @@ def test_each_value_is_logged_for_itself(caplog: pytest.LogCaptureFixture) -> No
     assert len(caplog.records) == 3
 
 
+def test_an_option_that_the_system_does_not_know_has_no_value_to_go_back_to() -> None:
+    assert sockets._system_value(TCP, 999) is None
+    assert sockets._system_value(TCP, socket.TCP_USER_TIMEOUT) == 0
+
+
 def test_a_socket_that_is_closed_says_nothing_of_an_option(caplog: pytest.LogCaptureFixture) -> None:
     with pair() as (ours, _):
         pass
