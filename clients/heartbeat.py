@@ -46,16 +46,16 @@ FIRST_REST: Final = 3600.0  # seconds from the end of a search to the next probe
 LONGEST_REST: Final = 86_400.0  # … up to this
 LONGEST: Final = 65_535  # seconds: MQTT's keep-alive has 16 bits
 INEXACT: Final = 0.5  # seconds: two silences that differ by less are the same
-CALM: Final = (
-    4.0,
-    1,
-)  # usual gaps between pushes without one until the device asks early, and how often it does
+# Usual gaps between pushes without one until the device asks early, and how often it does.
+CALM: Final = (3.0, 1)
 WARY: Final = (2.0, 2)  # the same where a connection died lately, or another address is known
 WARY_FOR: Final = 3600.0  # seconds after a death
 EARLY_LEAST: Final = 20.0  # seconds of silence that say nothing, however often pushes come
 TOGETHER: Final = 1.0  # seconds: pushes that are closer are one
 GAPS: Final = 16  # that count; the gaps between chance events then say their mean to within a fifth
-FIRST_GAPS: Final = 4  # say nothing yet
+FIRST_GAP: Final = (
+    30.0  # seconds: taken for granted, as one gap, so that the first silence says something too
+)
 ANSWER_LEAST: Final = 4.0  # seconds: three losses in a row, sent again by TCP after 0.4 + 0.8 + 1.6 s
 
 
@@ -243,8 +243,8 @@ class Rhythm:
 
     def __init__(self) -> None:
         self._asked = 0  # questions since it spoke
-        self._gaps = 0
-        self._mean = 0.0
+        self._gaps = 1
+        self._mean = FIRST_GAP
         self._spoke_at: float | None = None  # on this connection
         self._wary_until = -math.inf
 
@@ -268,10 +268,10 @@ class Rhythm:
         self._asked += 1
 
     def patience(self, now: float, *, alternatives: bool) -> float:
-        """Seconds of silence, since anything was heard, after which it is worth a question; infinite while the usual
-        gap is not known, and when enough was asked. `alternatives`: there is another way, if this one is dead."""
+        """Seconds of silence, since anything was heard, after which it is worth a question; infinite until the first
+        push of a connection, and when enough was asked. `alternatives`: there is another way, if this one is dead."""
         gaps, times = WARY if alternatives or now < self._wary_until else CALM
-        if self._spoke_at is None or self._gaps < FIRST_GAPS or self._asked >= times:
+        if self._spoke_at is None or self._asked >= times:
             return math.inf
         return max(gaps * self._mean, EARLY_LEAST)
 
