@@ -201,7 +201,7 @@ def _missed(wish: str, network: Network, ours: Result, theirs: Result | None) ->
         missed = [] if within >= 0.99 else [f"{within:.1%} within 10 s, wanted 99 %"]
         if ours.heartbeats > 1.3 * ours.oracle:
             missed.append(
-                f"{ours.heartbeats / max(ours.oracle, 1e-9):.2f} of the oracle's heartbeats, wanted 1.3"
+                f"{ours.heartbeats:.1f} heartbeats /h, wanted 1.3 of the oracle's {ours.oracle:.1f}"
             )
         return missed
     if wish == "back":
