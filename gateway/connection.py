@@ -468,6 +468,8 @@ class Connection(asyncio.Protocol):
             told = True
             most = self.session.manners.maximum_packet
             self.send(_explained(functools.partial(Disconnect, reason), text, 5, most, more or {}))
+        if label in NOT_IN_ORDER:
+            sockets.give_up(self.transport)
         if self.blocked:
             self.transport.abort()  # it does not read: a polite close would wait for ever
         elif told and self.transport.can_write_eof():

@@ -74,6 +74,7 @@ BUFFERS: Final = (  # the system's own size cannot be had back: it was growing a
     _Option("send_buffer", socket.SOL_SOCKET, socket.SO_SNDBUF, int),
     _Option("receive_buffer", socket.SOL_SOCKET, socket.SO_RCVBUF, int),
 )
+SOON: Final = Setting("user_timeout", TCP, socket.TCP_USER_TIMEOUT, 5000)  # from the first repetition
 KEEPALIVE: Final = ("keepalive_idle", "keepalive_interval", "keepalive_count")
 CONGESTION_SIZE: Final = 16  # TCP_CA_NAME_MAX
 
@@ -94,6 +95,12 @@ def clamp(listening: Iterable[Any], catalog: Catalog, name: str) -> None:
     for bound in listening:
         profile = catalog.at_accept("", listener=name, port=bound.getsockname()[1])
         _set(bound, Setting("mss", TCP, socket.TCP_MAXSEG, profile.tcp.mss or 0))  # 0: as the system has it
+
+
+def give_up(transport: Any) -> None:
+    """The connection is over, and its peer did not answer: what it was sent goes to nobody, or again on the next one,
+    and is not repeated for long."""
+    _set_all(transport, (SOON,))
 
 
 @functools.lru_cache(maxsize=CACHED)

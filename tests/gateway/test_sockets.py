@@ -29,7 +29,7 @@ from broker.carriers.profile import Tcp
 from gateway import sockets
 from gateway.connection import Connection
 from gateway.listeners import Certificate, listen_tcp
-from gateway.mqtt import Connack, Connect, Properties, decode, encode
+from gateway.mqtt import Connack, Connect, Properties, Reason, decode, encode
 from gateway.sockets import BUFFERS, IP_PMTUDISC_DONT, OPTIONS, changes, clamp, set_up, settings_of
 from gateway.tcp_info import parse_tcp_info
 from tests.conftest import StartServer
@@ -325,6 +325,15 @@ async def test_others_have_what_the_system_gives(world: World) -> None:
     async with connected(world, "127.0.0.3") as connection:
         assert connection.profile.name == "default"
         assert timeout_of(connection) == 0
+
+
+@pytest.mark.parametrize(
+    ("label", "told"), [("taken over", 5000), ("ack timeout", 5000), ("client disconnected", 40_000)]
+)
+async def test_what_went_to_nobody_is_not_repeated_for_long(world: World, label: str, told: int) -> None:
+    async with connected(world, "127.0.0.2") as connection:
+        connection.close(label, Reason.UNSPECIFIED_ERROR)
+        assert timeout_of(connection) == told
 
 
 def test_also_on_the_loop_of_a_server(tmp_path: Path, carriers: Path) -> None:
