@@ -108,6 +108,7 @@ class Connection(asyncio.Protocol):
         "session_expiry",
         "since",
         "transport",
+        "voice",
         "will",
     )
 
@@ -126,6 +127,7 @@ class Connection(asyncio.Protocol):
         self.network: Network | None = None  # of a device, while it is live
         self.since = 0.0  # when that began
         self.quiet = self.longest = 0  # bins of its silences (gateway/witness.py)
+        self.voice = 0  # in which panels they count (broker/carriers/panels.py)
         self.partial: bytearray | None = None  # the beginning of a packet whose end has not come
         self.last_seen = 0.0
         self.keep_alive = 0.0  # seconds of silence until it counts as dead; 0 = never

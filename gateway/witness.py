@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, cast
 
 from broker.carriers.learning import Learning, Network
+from broker.carriers.panels import voice_of
 from broker.carriers.silences import bin_of
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Suspect:
     """A connection that may have been forgotten; times on the clock of the node."""
 
     network: Network
+    voice: int
     silence: int  # the bin of its last one
     at: float  # when it ended
     until: float  # a device that comes later was away itself
@@ -86,10 +88,11 @@ class Witness:
         network = self.learning.network(connection.profile, link)
         network.connected()
         connection.network = network
+        connection.voice = voice_of(app_id, connection.peer[0])
         connection.since = now
         suspect = self._suspects.pop((app_id, devno), None)
         if suspect is not None and suspect.is_proven(network, now):
-            network.died(suspect.silence)
+            network.died(suspect.silence, suspect.voice)
 
     def looked(self, connection: Connection, network: Network, now: float) -> None:
         """On the timer."""
@@ -100,7 +103,7 @@ class Witness:
 
     @staticmethod
     def _survived(connection: Connection, network: Network) -> None:
-        network.survived(connection.quiet)
+        network.survived(connection.quiet, connection.voice)
         connection.longest = max(connection.longest, connection.quiet)
 
     def ended(
@@ -121,7 +124,8 @@ class Witness:
         if how in WITHOUT_A_WORD and silence > connection.longest:
             until = now + (connection.keep_alive or UNLIMITED)
             told = HOW.get(label) == "silent"
-            self._suspect((app_id, session.devno), Suspect(network, silence, now, until, how, told))
+            suspect = Suspect(network, connection.voice, silence, now, until, how, told)
+            self._suspect((app_id, session.devno), suspect)
 
     def _suspect(self, who: Who, suspect: Suspect) -> None:
         self._suspects.pop(who, None)
@@ -137,7 +141,7 @@ class Witness:
         self._sweep_at = now + SWEEP_EVERY
         for who, suspect in list(self._suspects.items()):
             if suspect.how == "taken" and now >= suspect.at + ELSEWHERE:
-                suspect.network.died(suspect.silence)
+                suspect.network.died(suspect.silence, suspect.voice)
                 del self._suspects[who]
             elif now > suspect.until:
                 del self._suspects[who]

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from broker.carriers.catalog import Carriers
 from broker.carriers.command import carriers
+from broker.carriers.panels import PANELS, voice_of
 from broker.carriers.silences import BINS, LEAST, LEAST_DEATHS, bin_of, floor_of
 from broker.carriers.tally import Tally
 from broker.config import load_config
@@ -217,6 +218,21 @@ async def test_each_silence_counts(world: World) -> None:
         phone.send(Pingreq())
     passes(world, 1.0, phone)
     assert survived(world) == [240] * 3
+
+
+async def test_silences_count_in_the_panels_of_their_app_and_address(world: World) -> None:
+    """Survived ones, and those that a device was forgotten in."""
+    phone = await online(world)
+    voice = voice_of(world.app.app_id, phone.connection.peer[0])
+    assert voice > 0
+    by_app, by_source = divmod(voice, PANELS)
+    passes(world, 240.0, phone)
+    phone.send(Pingreq())
+    passes(world, 1.0, phone)
+    assert {key // BINS for key in learned(world).panels} == {2 * by_app, 2 * (PANELS + by_source)}
+    learned(world).panels.clear()
+    await forgotten(world, 400.0)
+    assert {key // BINS for key in learned(world).panels} == {2 * by_app + 1, 2 * (PANELS + by_source) + 1}
 
 
 async def test_a_word_at_the_end_ends_a_silence_too(world: World) -> None:
