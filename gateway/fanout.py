@@ -7,15 +7,18 @@ broadcast is as fast: docs/numbers.md). Several broadcasts walk in turn; a devic
 is owed in one write, so the later walk finds nothing left to do there.
 
 Where more processes want to run than there are cores, a walk also gives way to those: when the node had to wait for
-a core, the walk rests for longer than that, and the core is there for whoever handles a targeted push.
+a core, the walk rests for much longer, and the core is there for whoever handles a targeted push. A broadcast to
+60,000 devices on four nodes and two cores takes 1.4 s instead of 1.2, and a push amid it 6 ms instead of 59.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import deque
+from contextlib import suppress
 from itertools import islice
-from time import perf_counter, thread_time
+from time import perf_counter
 from typing import Final
 
 from broker.bus import Broadcast, Recalled, Targeted
@@ -26,9 +29,13 @@ from gateway.session import Inbox
 from gateway.wheel import Clock
 
 SLICE: Final = 32
-PATIENCE = 0.006  # seconds between two slices that may pass without a core: a thread may have taken 0.005
-REST: Final = 2.0  # seconds for each second of that
-LONGEST_REST: Final = 0.1
+SCHEDSTAT = "/proc/thread-self/schedstat"  # ns on a core, ns waited for one, times
+PATIENCE: Final = 0.001  # seconds that a slice may wait for a core
+REST: Final = (
+    20.0  # seconds for each second of that: one long rest lets another node finish, short ones disturb it
+)
+LONGEST_REST: Final = 0.3
+MOST_RESTED: Final = 0.75  # of the time of a walk: others may want the cores for ever
 
 
 class Fanout:
@@ -85,6 +92,9 @@ class Fanout:
                 if walk.push is push:
                     walk.leave_out(gone.devnos)
 
+    def close(self) -> None:
+        self._load.close()
+
     def _begin(self, hub: Hub, walk: Walk) -> None:
         self._enqueue(hub, walk)
         if not self._scheduled:
@@ -100,9 +110,8 @@ class Fanout:
             self._walks.append((hub, walk))
 
     def _turn(self) -> None:
-        waited = self._load.waited()
-        if waited > PATIENCE:
-            asyncio.get_running_loop().call_later(min(REST * waited, LONGEST_REST), self._go_on)
+        if rest := self._load.rest():
+            asyncio.get_running_loop().call_later(rest, self._go_on)
             return
         hub, walk = self._walks.popleft()
         try:
@@ -116,7 +125,7 @@ class Fanout:
                 asyncio.get_running_loop().call_soon(self._turn)
 
     def _go_on(self) -> None:
-        self._load.begin()
+        self._load.waited()  # to go on after a rest it waits, too
         self._turn()
 
     def _slice(self, hub: Hub, walk: Walk) -> bool:
@@ -158,15 +167,42 @@ class Fanout:
 
 
 class CoreLoad:
-    """How long this thread, which had always something to do, had to wait for a core."""
+    """How long this thread waits for a core, and how long it is to rest therefore. Only Linux tells; elsewhere there
+    are no rests."""
 
-    __slots__ = ("_began", "_ran")
+    __slots__ = ("_began", "_file", "_rested", "_waited")
+
+    def __init__(self) -> None:
+        self._file: int | None = None
+        self._waited = self._began = self._rested = 0.0
 
     def begin(self) -> None:
-        self._began, self._ran = perf_counter(), thread_time()
+        """A walk."""
+        if self._file is None:  # not before: it is of the thread that opens it
+            with suppress(OSError):
+                self._file = os.open(SCHEDSTAT, os.O_RDONLY | os.O_CLOEXEC)
+        self._began, self._rested = perf_counter(), 0.0
+        self.waited()
 
     def waited(self) -> float:
-        """Seconds since the last look, or `begin`."""
-        began, ran = self._began, self._ran
-        self.begin()
-        return (self._began - began) - (self._ran - ran)
+        """Seconds since the last look: ready to run, but no core."""
+        if self._file is None:
+            return 0.0
+        before = self._waited
+        self._waited = int(os.pread(self._file, 64, 0).split()[1]) / 1e9
+        return self._waited - before
+
+    def rest(self) -> float:
+        """Seconds; 0: go on."""
+        waited = self.waited()
+        if waited <= PATIENCE:
+            return 0.0
+        most = MOST_RESTED * (perf_counter() - self._began) + LONGEST_REST - self._rested
+        rest = max(min(REST * waited, LONGEST_REST, most), 0.0)
+        self._rested += rest
+        return rest
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None

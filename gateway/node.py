@@ -249,6 +249,7 @@ class Node:
         await self.journal.close()
         await self.settler.close()
         self._unsubscribe()  # until then it hears whom others took
+        self.fanout.close()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run something in the background; its failure is logged, and close waits for it."""

@@ -311,7 +311,11 @@ class RedisBehind:
 
     def connect(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX)
-        sock.connect(str(self.path))
+        try:
+            sock.connect(str(self.path))
+        except OSError:
+            sock.close()
+            raise
         return sock
 
     def close(self) -> None:

@@ -1095,7 +1095,7 @@ def main(arguments: Sequence[str]) -> int:
     warnings.simplefilter("ignore")
     sys.unraisablehook = lambda _found: None  # what a killed process leaves half done
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the server goes, too
-    fanout.PATIENCE = 3600.0  # its clock is the machine's: a seed would not give the same run twice
+    fanout.SCHEDSTAT = ""  # what it waits for a core: a seed would not give the same run twice
     first, *rest = options.seeds
     seeds: Sequence[int] = range(first, rest[0] if rest else first + 1)
     if options.kind:

@@ -22,80 +22,48 @@ import logging
 import random
 import secrets
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, Protocol
 
 import msgspec
 from msgspec.structs import replace
-from pyroaring import BitMap
 
-from broker.bitmaps import decode_bits
-from broker.bus import Broadcast, Doorbell, Recalled, Targeted
-from broker.model import (
-    Appended,
-    NewMessage,
-    OwedRequest,
-    RecordChange,
-    StoredBroadcast,
-    StoredMessage,
-    Withdrawn,
-)
+from broker.model import Appended, NewMessage, OwedRequest, RecordChange, StoredMessage
+from broker.redis import spreading
 from broker.redis.engine import Engine
+from broker.redis.entries import Entry, count_online, is_wide, size_of, takes
 from broker.redis.keys import of_app, tag_of_app
-from broker.redis.partitions import Eviction, Inbox, Put
 from broker.redis.records import refused
-from broker.redis.rows import ROWS, Row, row_of, stored_message
+from broker.redis.rows import Row, row_of, stored_message
 from broker.redis.scripts import load
+from broker.redis.spreading import AppLog, Spreader, wake
 from broker.redis.streams import first_id
 from broker.redis.watch import Watch
 from broker.store import StoreError, StoreFull, StoreUnavailable, UnknownMessage
 
 log = logging.getLogger(__name__)
 
-LEASE: Final = 3.0  # seconds that a holder keeps the lock without a sign of life
 MAX_LOG: Final = (
     100_000  # entries that wait to be spread: past it pushes are refused, so that Redis keeps its memory
 )
 BACKLOG: Final = 500  # entries; past it appends wait until another process has spread theirs
 GROUP_MESSAGES: Final = 2_000  # in one commit
 GROUP_BYTES: Final = 4 << 20  # of their rows, likewise; one call may have more
-SPREAD_ENTRIES: Final = 512  # taken from the log at once: a lease is long enough for them
-SPREAD_BYTES: Final = 1 << 20
-SPREAD_DELIVERIES: Final = 20_000
 SPREAD_WAIT: Final = 10.0  # seconds that an append waits for its own process to spread it
 RECOVER: Final = 1.0  # seconds between two looks for logs without a holder
 LOOKS: Final = 1_000  # apps that all processes look at in one turn
 IDLE: Final = 10.0  # seconds without a push after which an app leaves the index
-PATIENCE: Final = 10.0  # seconds to wait for somebody else's spreading
-RING_WAIT: Final = 1.0  # seconds for the doorbells of one step; the bus keeps their order
-MAX_UNRUNG: Final = 8  # steps whose doorbells are on their way while the next one is put
-POLL: Final = 0.005  # seconds between two looks whether it is done
 TRIES: Final = 20  # times a commit is prepared anew
 INDEX: Final = "{spread}:apps"
 
 _commit = load("commit")
-_take = load("take")
-_front = load("log_front")
 _look = load("log_look")
 _unindex = load("unindex")
 
 
-class Rows(Protocol):
-    async def write(self, entries: Sequence[tuple[int, Row]]) -> Mapping[int, BitMap]:
-        """Each once. Answers, of parts, the targets that are to get nothing because their whole was taken back."""
-
+class Rows(spreading.Rows, Protocol):
     async def read(self, app_id: int, ids: Iterable[int]) -> Mapping[int, Row]: ...
-
-
-class Settling(Protocol):
-    async def take_back(self, app_id: int, msg_id: int, row: Row) -> Sequence[Withdrawn]:
-        """What no longer waits because of this message. It takes its place among those of its collapse key."""
-
-    async def evicted(self, app_id: int, dropped: Sequence[tuple[int, int]], at: float) -> None:
-        """msg_id, devno"""
-
-    async def suppressed(self, app_id: int, msg_id: int, row: Row) -> None: ...
 
 
 class Records(Protocol):
@@ -104,43 +72,11 @@ class Records(Protocol):
     async def save(self, changes: Sequence[RecordChange]) -> Sequence[int]: ...
 
 
-class Bell(Protocol):
-    async def ring_nodes(self, numbers: Sequence[int] | None, doorbells: Sequence[Doorbell]) -> None:
-        """Returns when they are published; None: to all live gateway nodes."""
-
-
-class Inboxes(Protocol):
-    async def put(self, app_id: int, inboxes: Mapping[int, Inbox], limit: int) -> Put: ...
-
-    async def recorded(self, app_id: int, evictions: Iterable[Eviction]) -> None: ...
-
+class Inboxes(spreading.Inboxes, Protocol):
     async def owed_ids(self, requests: Sequence[OwedRequest]) -> list[list[int]]: ...
 
-    async def online(self, app_id: int, devnos: BitMap | None = None) -> BitMap: ...
 
-
-class Entry(NamedTuple):
-    """Of the log."""
-
-    msg_id: int
-    row: Row
-    targets: BitMap
-
-
-class _Step(NamedTuple):
-    """Entries that are in the inboxes, and their doorbells."""
-
-    entries: list[Entry]
-    ringing: asyncio.Task[None]
-
-
-def read_entry(packed: bytes) -> tuple[int, Row]:
-    """As the log has it; the row knows the lasting broadcast before it."""
-    msg_id, after, row = packed.split(b" ", 2)
-    return int(msg_id), replace(ROWS.decode(row), after=int(after))
-
-
-class _Call:
+class Call:
     """One append on its way into the log."""
 
     __slots__ = ("changes", "future", "messages", "rows", "size")
@@ -152,87 +88,12 @@ class _Call:
         self.changes = changes
         self.future = future
         self.rows = [row_of(message) for message in messages]
-        self.size = sum(map(_size, self.rows))
+        self.size = sum(map(size_of, self.rows))
 
     @property
     def alone(self) -> bool:
         """It is refused by itself, or not."""
         return bool(self.changes) or any(message.replaces for message in self.messages)
-
-
-class _App:
-    """What this process has to do with one app's log."""
-
-    __slots__ = (
-        "app_id",
-        "awaited",
-        "committing",
-        "counted",
-        "more",
-        "newest",
-        "online",
-        "ready",
-        "ringing",
-        "run",
-        "spread_to",
-        "waiting",
-        "watched",
-        "withdrawn",
-    )
-
-    def __init__(self, app_id: int) -> None:
-        self.app_id = app_id
-        self.waiting: deque[_Call] = deque()
-        self.committing: asyncio.Task[None] | None = None
-        self.run: asyncio.Task[None] | None = None  # the newest one: it waits for those before it
-        self.ready: list[Entry] = []  # committed here, behind all that the run has in its hands
-        self.newest = 0  # msg_id of the last of these; 0: what is behind them is not known
-        self.more: asyncio.Future[None] | None = None  # ends when some get ready
-        self.ringing: asyncio.Task[None] | None = (
-            None  # the newest doorbells: they wait for those before them
-        )
-        self.spread_to = 0  # msg_id: this process has put everything up to it into the inboxes
-        self.watched: deque[tuple[int, asyncio.Future[None]]] = deque()  # whoever waits for that, in order
-        self.counted: asyncio.Future[None] | None = None  # ends with the commit that is under way
-        self.online: dict[int, int] = {}  # msg_id -> targets that were online when it was committed
-        self.awaited: set[int] = set()  # msg_ids whose appends wait for what they take back
-        self.withdrawn: dict[int, tuple[Withdrawn, ...]] = {}  # by msg_id, that
-
-    @property
-    def idle(self) -> bool:
-        return not (self.waiting or self.committing or self.run or self.watched)
-
-    def passed(self, msg_id: int) -> None:
-        self.spread_to = max(self.spread_to, msg_id)
-        while self.watched and self.watched[0][0] <= self.spread_to:
-            _wake(self.watched.popleft()[1])
-
-    def give_up(self) -> None:
-        """Nobody here spreads any more."""
-        while self.watched:
-            _wake(self.watched.popleft()[1])
-        self.online.clear()
-        self.ready, self.newest = [], 0
-
-    def extend(self, entries: Sequence[Entry], before: int) -> None:
-        """These were committed, behind the entry with the id `before`."""
-        if entries and self.run is not None and before == self.newest:
-            self.ready += entries
-            self.newest = entries[-1].msg_id
-            if self.more is not None:
-                _wake(self.more)
-
-    async def wait(self, ringing: asyncio.Task[None], *, more: bool) -> None:
-        """Until these doorbells have rung, or (`more`) entries are ready."""
-        self.more = asyncio.get_running_loop().create_future()
-        await asyncio.wait((ringing, self.more) if more else (ringing,), return_when=asyncio.FIRST_COMPLETED)
-        self.more = None
-
-    def take_ready(self) -> list[Entry]:
-        """As many as are spread in one step."""
-        some = _bounded(self.ready)
-        del self.ready[: len(some)]
-        return some
 
 
 class Log:
@@ -244,9 +105,9 @@ class Log:
         clock: Callable[[], float],
         inboxes: Inboxes,
         rows: Rows,
-        settling: Settling,
+        settling: spreading.Settling,
         records: Records,
-        bell: Bell,
+        bell: spreading.Bell,
         *,
         offline_limit: Callable[[int], Awaitable[int]],
         cid_lifetime: float = 86_400.0,
@@ -256,16 +117,12 @@ class Log:
         self._clock = clock
         self._inboxes = inboxes
         self._rows = rows
-        self._settling = settling
         self._records = records
-        self._bell = bell
-        self._offline_limit = offline_limit
         self._cid_lifetime = cid_lifetime
         self._processes = processes  # that share the work of `recover`
-        self._name = secrets.token_hex(6)
-        self._runs = 0
         self.left = 0  # times that a log with entries had no holder; for the metrics
-        self._apps: dict[int, _App] = {}
+        self.spreader = Spreader(engine, clock, inboxes, rows, settling, bell, offline_limit)
+        self.finish, self.passed = self.spreader.finish, self.spreader.passed
         self._watch = Watch(self.recover, RECOVER, "logs without a holder cannot be looked for")
 
     async def open(self) -> None:
@@ -275,13 +132,6 @@ class Log:
         """Finish what was accepted; what cannot be spread now stays in the log."""
         await self._watch.close()
         await self.finish()
-
-    async def finish(self) -> None:
-        """Returns when nothing is under way here: what was accepted is spread, or left to others."""
-        while tasks := [
-            task for app in self._apps.values() for task in (app.committing, app.run) if task is not None
-        ]:
-            await asyncio.wait(tasks)
 
     # Appending
 
@@ -295,25 +145,15 @@ class Log:
         (app_id, *others) = {m.app_id for m in messages} | {change.app_id for change in changes}
         if others:
             raise ValueError("the messages and record changes of one append belong to one app")
-        call = _Call(messages, changes, asyncio.get_running_loop().create_future())
-        app = self._app(app_id)
+        call = Call(messages, changes, asyncio.get_running_loop().create_future())
+        app = self.spreader.app(app_id)
         app.waiting.append(call)
         if app.committing is None:
             app.committing = asyncio.create_task(self._commit_all(app))
         appended: list[Appended] = await call.future
         return appended
 
-    def _app(self, app_id: int) -> _App:
-        app = self._apps.get(app_id)
-        if app is None:
-            app = self._apps[app_id] = _App(app_id)
-        return app
-
-    def _forget(self, app: _App) -> None:
-        if app.idle:
-            self._apps.pop(app.app_id, None)
-
-    async def _commit_all(self, app: _App) -> None:
+    async def _commit_all(self, app: AppLog) -> None:
         while app.waiting:
             group = list(_next_group(app.waiting))
             try:
@@ -324,22 +164,21 @@ class Log:
                         call.future.set_exception(error)
             finally:
                 if app.counted is not None:
-                    _wake(app.counted)
+                    wake(app.counted)
         app.committing = app.counted = None
-        self._forget(app)
+        self.spreader.forget(app)
 
-    async def _commit(self, app: _App, group: Sequence[_Call]) -> None:
+    async def _commit(self, app: AppLog, group: Sequence[Call]) -> None:
         messages = [message for call in group for message in call.messages]
         rows = [row for call in group for row in call.rows]
         await self._check_replaced(app.app_id, messages)
-        app.counted = (
-            asyncio.get_running_loop().create_future()
-        )  # not before: what is looked up may need spreading
-        self._runs += 1
-        holder = f"{self._name}.{self._runs}"
+        holder = self.spreader.new_holder()
+        wide = [place for place, row in enumerate(rows) if is_wide(row)]
+        if wide:  # not before: what is looked up may need spreading
+            app.counted = asyncio.get_running_loop().create_future()
         answer, online = await asyncio.gather(
             self._ask_commit(app.app_id, holder, rows, group[0].changes, messages),
-            self._online(app.app_id, [message.targets for message in messages]),
+            self.spreader.online(app.app_id, [messages[place].targets for place in wide]),
             return_exceptions=True,
         )
         if isinstance(answer, BaseException):
@@ -352,46 +191,48 @@ class Log:
                 entries.append(Entry(first + place, replace(row, after=after), message.targets))
                 if row.broadcast and row.lasting:
                     after = first + place
-        ours = owner == 1 or owner.startswith(f"{self._name}.".encode())
+        ours = owner == 1 or self.spreader.is_ours(owner)
         if ours and not isinstance(online, BaseException):
-            app.online.update(
-                (entry.msg_id, count) for entry, count in zip(entries, _counts(entries, online), strict=True)
-            )
-        _wake(app.counted)
+            counted = [entry for entry in entries if is_wide(entry.row)]
+            app.online.update(zip((e.msg_id for e in counted), count_online(counted, online), strict=True))
+        if app.counted is not None:
+            wake(app.counted)
         if ours and owner != 1:
             app.extend(entries, int(answer[4]))
         if owner == 1:
-            self._start(app, holder, None if before else entries)
+            self.spreader.start(app, holder, None if before else entries)
         elif ours and app.run is None:  # it stopped because Redis was away
-            self._start(app, owner.decode(), None)
+            self.spreader.start(app, owner.decode(), None)
         elif not ours and before > BACKLOG:
             await self._let_spread(app.app_id, first)
-        for call, ids in _ids_of(group, first):
-            answers = [
-                used.get(msg_id - first) or Appended(msg_id, False, message.sendno, rung=True)
-                for msg_id, message in zip(ids, call.messages, strict=True)
-            ]
-            self._answer(app, call, answers, ours)
+        answers = [
+            used.get(place) or Appended(first + place, False, message.sendno, rung=True)
+            for place, message in enumerate(messages)
+        ]
+        if entries and ours and app.run is not None and entries[-1].msg_id > app.spread_to:
+            self._finish_when_spread(app, group, answers, entries)
+        else:
+            _finish(app, group, answers)
 
     async def _let_spread(self, app_id: int, msg_id: int) -> None:
         """Who does not spread must not commit faster than another process spreads."""
         with suppress(StoreError, TimeoutError):
             async with asyncio.timeout(SPREAD_WAIT):
-                await self.passed(app_id, msg_id)
+                await self.spreader.passed(app_id, msg_id)
 
-    def _answer(self, app: _App, call: _Call, answers: list[Appended], ours: bool) -> None:
-        fresh = [answer.msg_id for answer in answers if not answer.repeated]
-        if not fresh or not ours or app.run is None or fresh[-1] <= app.spread_to:
-            _finish(app, call, answers)
-            return
-        app.awaited.update(fresh)
+    def _finish_when_spread(
+        self, app: AppLog, group: Sequence[Call], answers: list[Appended], entries: Sequence[Entry]
+    ) -> None:
+        takers = [entry.msg_id for entry in entries if takes(entry.row)]
+        app.awaited.update(takers)
         spread: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        late = asyncio.get_running_loop().call_later(SPREAD_WAIT, _wake, spread)
-        app.watched.append((fresh[-1], spread))
+        late = asyncio.get_running_loop().call_later(SPREAD_WAIT, wake, spread)
+        app.watched.append((entries[-1].msg_id, spread))
 
         def done(_: asyncio.Future[None]) -> None:
             late.cancel()
-            _finish(app, call, answers)
+            app.awaited.difference_update(takers)
+            _finish(app, group, answers)
 
         spread.add_done_callback(done)
 
@@ -412,7 +253,16 @@ class Log:
                 _commit,
                 (of_app(app_id, "log"),),
                 (
-                    *(tag, token, first_id(now), repr(now), holder, *self._lock_times(now), number, packed),
+                    *(
+                        tag,
+                        token,
+                        first_id(now),
+                        repr(now),
+                        holder,
+                        *self.spreader.lock_times(now),
+                        number,
+                        packed,
+                    ),
                     *(repr(now + self._cid_lifetime), int(self._cid_lifetime * 1000) + 60_000, MAX_LOG),
                     *items,
                 ),
@@ -426,21 +276,13 @@ class Log:
                 return answer
         raise StoreUnavailable("records are read and changed too often at the same time")
 
-    @staticmethod
-    def _lock_times(now: float) -> tuple[int, int]:
-        """Until when, by the clock, and for how long, by Redis's: whichever ends first."""
-        return int((now + LEASE) * 1000), int((LEASE + 1) * 1000)
-
     async def _check_replaced(self, app_id: int, messages: Sequence[NewMessage]) -> None:
         """Raises UnknownMessage."""
         for msg_id in {message.replaces for message in messages if message.replaces}:
             if not await self._rows.read(app_id, [msg_id]):
-                await self.passed(app_id, msg_id)
+                await self.spreader.passed(app_id, msg_id)
                 if not await self._rows.read(app_id, [msg_id]):
                     raise UnknownMessage(str(msg_id))
-
-    async def _online(self, app_id: int, targets: Sequence[BitMap]) -> BitMap:
-        return await self._inboxes.online(app_id, BitMap.union(*targets) if len(targets) > 1 else targets[0])
 
     async def find_cids(self, app_id: int, cids: Sequence[str]) -> dict[str, Appended]:
         now, found = self._clock(), {}
@@ -492,200 +334,9 @@ class Log:
         rows = await self._rows.read(app_id, wanted)
         missing = [msg_id for msg_id in wanted if msg_id not in rows]
         if missing:
-            await self.passed(app_id, missing[-1])
+            await self.spreader.passed(app_id, missing[-1])
             rows = {**rows, **await self._rows.read(app_id, missing)}
         return rows
-
-    # Spreading
-
-    def _start(self, app: _App, holder: str, entries: list[Entry] | None, *, acquire: bool = False) -> None:
-        app.run = asyncio.create_task(self._run(app, holder, entries, app.run, acquire))
-
-    async def _run(
-        self,
-        app: _App,
-        holder: str,
-        entries: list[Entry] | None,
-        before: asyncio.Task[None] | None,
-        acquire: bool,
-    ) -> None:
-        """`entries`: what is in front of the log, if that is known. Runs of an app come one after the other."""
-        try:
-            if before is not None:
-                await asyncio.wait((before,))
-            app.ready, app.newest = list(entries or ()), entries[-1].msg_id if entries else 0
-            await self._spread_all(app, holder, acquire)
-        except StoreError as error:
-            log.warning("app %d: its pushes are spread later: %s", app.app_id, error)
-        except Exception:
-            log.exception("app %d: its pushes cannot be spread", app.app_id)
-        finally:
-            if app.run is asyncio.current_task():
-                app.run = None
-                app.give_up()
-                self._forget(app)
-
-    async def _spread_all(self, app: _App, holder: str, acquire: bool) -> None:
-        """Until the log is empty, or another process has the lock."""
-        unrung: deque[_Step] = deque()
-        while True:
-            rung = _take_rung(unrung)
-            held = sum(len(step.entries) for step in unrung)
-            if app.ready:
-                held += len(app.ready)
-                entries = app.take_ready()
-                _, ours = await asyncio.gather(
-                    self._spread(app, entries), self._let_go(app.app_id, holder, rung, held)
-                )
-                if not ours:
-                    return
-                assert app.ringing is not None
-                unrung.append(_Step(entries, app.ringing))
-            elif not await self._take_next(app, holder, rung, held, acquire):
-                return
-            if unrung and (not app.ready or len(unrung) >= MAX_UNRUNG):
-                await app.wait(unrung[0].ringing, more=len(unrung) < MAX_UNRUNG)
-
-    async def _take_next(
-        self, app: _App, holder: str, rung: Sequence[Entry], held: int, acquire: bool
-    ) -> bool:
-        """See `_take`: they are ready. Some of them may be already: those that were committed here meanwhile."""
-        taken = await self._take(app.app_id, holder, rung, acquire, held=held)
-        if taken is None:
-            return False
-        known = app.newest if app.ready else 0
-        app.ready += [entry for entry in taken if entry.msg_id > known]
-        if app.ready:
-            app.newest = app.ready[-1].msg_id
-        return True
-
-    async def _let_go(self, app_id: int, holder: str, rung: Sequence[Entry], held: int) -> bool:
-        """False: another process has the lock."""
-        return not rung or await self._take(app_id, holder, rung, held=held, most=0) is not None
-
-    async def _take(
-        self,
-        app_id: int,
-        holder: str,
-        rung: Sequence[Entry],
-        acquire: bool = False,
-        *,
-        held: int = 0,
-        most: int = SPREAD_ENTRIES,
-    ) -> list[Entry] | None:
-        """Let these go, and get those behind the `held` next ones; None: the log is empty, or another process has the
-        lock."""
-        now = self._clock()
-        answer = await self._engine.call(
-            _take,
-            (of_app(app_id, "log"),),
-            (
-                *(tag_of_app(app_id), holder, *self._lock_times(now), int(now * 1000)),
-                *(len(rung), rung[0].msg_id if rung else 0, most, SPREAD_BYTES, int(acquire), held),
-            ),
-        )
-        if answer[0] != b"more":
-            return None
-        return [Entry(msg_id, row, decode_bits(row.targets)) for msg_id, row in map(read_entry, answer[1:])]
-
-    async def _spread(self, app: _App, entries: Sequence[Entry]) -> None:
-        """Their doorbells ring afterwards: `app.ringing`."""
-        for part in _independent(entries):
-            await self._spread_part(app, part)
-
-    async def _spread_part(self, app: _App, entries: Sequence[Entry]) -> None:
-        app_id, settling = app.app_id, self._settling
-        takers = [entry for entry in entries if _takes(entry.row)]
-        taken = await asyncio.gather(
-            *[settling.take_back(app_id, entry.msg_id, entry.row) for entry in takers]
-        )
-        withdrawn = {entry.msg_id: tuple(some) for entry, some in zip(takers, taken, strict=True) if some}
-        entries = await self._with_online(app, entries)
-        written = self._rows.write([(entry.msg_id, entry.row) for entry in entries])
-        if any(entry.row.part_of for entry in entries):
-            entries = _without(entries, await written)
-            put = await self._put(app_id, _inboxes(entries))
-        else:
-            _, put = await asyncio.gather(written, self._put(app_id, _inboxes(entries)))
-        await self._settle(app_id, entries, put.evictions)
-        app.withdrawn.update((i, some) for i, some in withdrawn.items() if i in app.awaited)
-        app.passed(entries[-1].msg_id)
-        app.ringing = asyncio.create_task(self._ring(app.ringing, entries, put.routes, withdrawn))
-
-    async def _ring(
-        self,
-        before: asyncio.Task[None] | None,
-        entries: Sequence[Entry],
-        routes: Mapping[int, int],
-        withdrawn: Mapping[int, Sequence[Withdrawn]],
-    ) -> None:
-        """After the doorbells before them. A node that cannot be rung now is not waited for: the bus lets it know."""
-        if before is not None:
-            await asyncio.wait((before,))
-        for rings in _rings(entries, routes, withdrawn):
-            rung = [asyncio.ensure_future(self._bell.ring_nodes(*ring)) for ring in rings]
-            _, late = await asyncio.wait(rung, timeout=RING_WAIT)
-            for ring in rung:
-                if ring in late:
-                    ring.add_done_callback(_rung)
-                else:
-                    _rung(ring)
-
-    async def _with_online(self, app: _App, entries: Sequence[Entry]) -> list[Entry]:
-        """How many targets were online: counted when they were committed, if this process did it."""
-        known = app.online
-        if app.counted is not None and not app.counted.done() and entries[-1].msg_id not in known:
-            await asyncio.wait(
-                (app.counted,)
-            )  # perhaps they are those of the commit whose answer comes just now
-        unknown = [entry for entry in entries if entry.msg_id not in known]
-        if unknown:
-            online = await self._online(app.app_id, [entry.targets for entry in unknown])
-            known.update(zip((e.msg_id for e in unknown), _counts(unknown, online), strict=True))
-        return [entry._replace(row=replace(entry.row, online=known.pop(entry.msg_id))) for entry in entries]
-
-    async def _put(self, app_id: int, inboxes: Mapping[int, Inbox]) -> Put:
-        if not inboxes:
-            return Put({}, [])
-        return await self._inboxes.put(app_id, inboxes, await self._offline_limit(app_id))
-
-    async def _settle(self, app_id: int, entries: Sequence[Entry], evictions: Sequence[Eviction]) -> None:
-        """What is to be recorded at once."""
-        steps: list[Coroutine[Any, Any, None]] = [
-            self._settling.evicted(app_id, eviction.dropped, eviction.at) for eviction in evictions
-        ]
-        steps += [
-            self._settling.suppressed(app_id, entry.msg_id, entry.row)
-            for entry in entries
-            if entry.row.callback is not None and entry.row.suppressed
-        ]
-        if steps:
-            await asyncio.gather(*steps)
-        if evictions:
-            await self._inboxes.recorded(app_id, evictions)
-
-    async def passed(self, app_id: int, msg_id: int) -> None:
-        """Returns when everything up to this message was spread, by whomever; at once if it is not in the log. Raises
-        StoreUnavailable if that takes too long."""
-        loop = asyncio.get_running_loop()
-        end, key = loop.time() + PATIENCE, of_app(app_id, "log")
-        while True:
-            if (app := self._apps.get(app_id)) is not None and msg_id <= app.spread_to:
-                return
-            front, last = await self._engine.call(_front, (key,), (tag_of_app(app_id),))
-            if not front or not int(front) <= msg_id <= int(last):
-                return
-            if loop.time() >= end:
-                raise StoreUnavailable("a push that was accepted is still being spread")
-            self._help(app_id)
-            await asyncio.sleep(POLL)
-
-    def _help(self, app_id: int) -> None:
-        """Spread the app's log, if nobody has the lock."""
-        app = self._app(app_id)
-        if app.run is None:
-            self._runs += 1
-            self._start(app, f"{self._name}.{self._runs}", None, acquire=True)
 
     # Recovery
 
@@ -700,7 +351,7 @@ class Log:
         for (app_id, _), look in zip(apps, looks, strict=True):
             if look == 2:
                 self.left += 1
-                self._help(app_id)
+                self.spreader.help(app_id)
         await asyncio.gather(
             *[
                 self._engine.call(_unindex, (INDEX,), (app_id, number))
@@ -720,24 +371,7 @@ class Log:
         return int(await self._engine.run("UNLINK", *keys))
 
 
-def _rung(ring: asyncio.Future[None]) -> None:
-    if not ring.cancelled() and (error := ring.exception()) is not None:
-        log.warning("a node was not rung, it will notice: %s", error)
-
-
-def _take_rung(steps: deque[_Step]) -> list[Entry]:
-    rung: list[Entry] = []
-    while steps and steps[0].ringing.done():
-        rung += steps.popleft().entries
-    return rung
-
-
-def _wake(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
-def _next_group(waiting: deque[_Call]) -> Iterator[_Call]:
+def _next_group(waiting: deque[Call]) -> Iterator[Call]:
     """What goes into the next commit: one that goes alone, or those before it."""
     messages = size = 0
     while waiting:
@@ -749,10 +383,6 @@ def _next_group(waiting: deque[_Call]) -> Iterator[_Call]:
         yield waiting.popleft()
         if call.alone:
             return
-
-
-def _size(row: Row) -> int:
-    return len(row.body) + (len(row.targets) if isinstance(row.targets, bytes) else 0)
 
 
 def _arguments(row: Row, message: NewMessage) -> tuple[str | bytes, ...]:
@@ -769,14 +399,8 @@ def _used(answer: Sequence[Any]) -> dict[int, Appended]:
     }
 
 
-def _ids_of(group: Sequence[_Call], first: int) -> Iterator[tuple[_Call, range]]:
-    for call in group:
-        yield call, range(first, first + len(call.messages))
-        first += len(call.messages)
-
-
-def _finish(app: _App, call: _Call, answers: list[Appended]) -> None:
-    app.awaited.difference_update(answer.msg_id for answer in answers if not answer.repeated)
+def _finish(app: AppLog, group: Iterable[Call], answers: list[Appended]) -> None:
+    """`answers`: to all messages of these calls."""
     if app.withdrawn:
         answers = [
             replace(answer, withdrawn=app.withdrawn.pop(answer.msg_id))
@@ -784,123 +408,9 @@ def _finish(app: _App, call: _Call, answers: list[Appended]) -> None:
             else answer
             for answer in answers
         ]
-    if not call.future.done():
-        call.future.set_result(answers)
-
-
-def _counts(entries: Sequence[Entry], online: BitMap) -> list[int]:
-    return [entry.targets.intersection_cardinality(online) for entry in entries]
-
-
-def _bounded(entries: Iterable[Entry]) -> list[Entry]:
-    """As many as are spread in one step."""
-    some: list[Entry] = []
-    deliveries = size = 0
-    for entry in entries:
-        deliveries += 0 if entry.row.broadcast else len(entry.targets)
-        size += _size(entry.row)
-        if some and (deliveries > SPREAD_DELIVERIES or size > SPREAD_BYTES or len(some) >= SPREAD_ENTRIES):
-            break
-        some.append(entry)
-    return some
-
-
-def _without(entries: Sequence[Entry], gone: Mapping[int, BitMap]) -> Sequence[Entry]:
-    """Some targets are to get nothing of them."""
-    return [entry._replace(targets=entry.targets - gone.get(entry.msg_id, BitMap())) for entry in entries]
-
-
-def _takes(row: Row) -> bool:
-    """It may take others' places, or (paced) its parts may lose theirs."""
-    return bool(row.collapse or (row.replaces and not row.paced))
-
-
-def _independent(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
-    """Runs in which none takes another one's place: that has to be in the inboxes before."""
-    run: list[Entry] = []
-    keys: set[str] = set()
-    ids: set[int] = set()
-    for entry in entries:
-        row = entry.row
-        if run and ((row.collapse and row.collapse in keys) or (row.replaces and row.replaces in ids)):
-            yield run
-            run, keys, ids = [], set(), set()
-        run.append(entry)
-        if row.collapse:
-            keys.add(row.collapse)
-        ids.update((entry.msg_id, row.part_of))
-    if run:
-        yield run
-
-
-def _inboxes(entries: Sequence[Entry]) -> dict[int, Inbox]:
-    """What each device gets of them. What does not last is not kept, but the route is asked for."""
-    inboxes: dict[int, Inbox] = {}
-    for msg_id, row, targets in entries:
-        if row.broadcast or row.paced:
-            continue
-        one = (msg_id, row.expires_at if row.lasting else 0.0)
-        evicts = row.evicts and row.lasting
-        for devno in targets:
-            known = inboxes.get(devno)
-            if known is None:
-                inboxes[devno] = Inbox([one], evicts)
-            else:
-                known.entries.append(one)
-                if evicts and not known.evicts:
-                    inboxes[devno] = known._replace(evicts=True)
-    return inboxes
-
-
-Ring = tuple[Sequence[int] | None, list[Doorbell]]
-"""Whom to ring (None: all nodes), and what."""
-
-
-def _rings(
-    entries: Sequence[Entry], routes: Mapping[int, int], withdrawn: Mapping[int, Sequence[Withdrawn]]
-) -> Iterator[list[Ring]]:
-    """Those of one list may go at the same time: what goes to all nodes and what goes to some take turns, so that
-    each node hears the ids in their order."""
-    everywhere: list[Doorbell] = []
-    by_node: dict[int, list[Doorbell]] = {}
-    for entry in entries:
-        general, targeted = _general(entry, withdrawn), _targeted(entry, routes)
-        if general and by_node:
-            yield [((node,), doorbells) for node, doorbells in by_node.items()]
-            by_node = {}
-        everywhere += general
-        if targeted and everywhere:
-            yield [(None, everywhere)]
-            everywhere = []
-        for node, doorbell in targeted.items():
-            by_node.setdefault(node, []).append(doorbell)
-    if everywhere:
-        yield [(None, everywhere)]
-    if by_node:
-        yield [((node,), doorbells) for node, doorbells in by_node.items()]
-
-
-def _general(entry: Entry, withdrawn: Mapping[int, Sequence[Withdrawn]]) -> list[Doorbell]:
-    msg_id, row, targets = entry
-    doorbells: list[Doorbell] = []
-    if msg_id in withdrawn:
-        doorbells.append(Recalled(withdrawn[msg_id]))
-    if row.broadcast and targets and not row.paced:
-        doorbells.append(Broadcast(StoredBroadcast(stored_message(msg_id, row), targets, BitMap())))
-    return doorbells
-
-
-def _targeted(entry: Entry, routes: Mapping[int, int]) -> dict[int, Doorbell]:
-    """By node."""
-    msg_id, row, targets = entry
-    if row.broadcast or row.paced:
-        return {}
-    devnos: dict[int, list[int]] = {}
-    for devno in targets:
-        node = routes.get(devno)
-        if node is not None:
-            devnos.setdefault(node, []).append(devno)
-    if not devnos:
-        return {}
-    message = stored_message(msg_id, row)
-    return {node: Targeted(message, tuple(some)) for node, some in devnos.items()}
+    start = 0
+    for call in group:
+        end = start + len(call.messages)
+        if not call.future.done():
+            call.future.set_result(answers[start:end])
+        start = end

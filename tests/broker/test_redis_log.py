@@ -12,9 +12,11 @@ from pyroaring import BitMap
 
 from broker.bus import Broadcast, Doorbell, Recalled, Targeted
 from broker.model import Callback, RecordChange
+from broker.redis import entries
 from broker.redis import log as log_module
 from broker.redis.keys import of_app, of_message
-from broker.redis.log import IDLE, INDEX, LEASE
+from broker.redis.log import IDLE, INDEX
+from broker.redis.spreading import LEASE
 from broker.store import Conflict, StoreError, StoreFull, StoreUnavailable, UnknownMessage
 from tests.broker.redis_logs import APP, HOUR, START, Broker, World, id_of, lost, message, world
 from tests.broker.redis_rigs import Rig
@@ -58,7 +60,7 @@ async def test_a_push_is_in_the_inbox_when_its_append_returns_and_is_rung(fleet:
         (1,),
     )
     assert not await waiting(broker)
-    assert not broker.log._apps, "an app costs nothing when nothing happens"
+    assert broker.log.spreader.idle, "an app costs nothing when nothing happens"
 
 
 async def test_nodes_hear_of_one_push_once_each(fleet: World) -> None:
@@ -95,7 +97,7 @@ async def test_appends_that_come_during_a_commit_share_the_next_one(fleet: World
 
 async def test_a_group_is_bounded(fleet: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_module, "GROUP_MESSAGES", 3)
-    monkeypatch.setattr(log_module, "SPREAD_ENTRIES", 2)
+    monkeypatch.setattr(entries, "SPREAD_ENTRIES", 2)
     broker = await fleet.broker()
     ids = await asyncio.gather(*[broker.push(5) for _ in range(10)])
     large = await broker.log.append([message(5) for _ in range(7)])
@@ -453,20 +455,20 @@ async def test_a_step_that_is_made_twice_lets_nothing_go_twice(fleet: World) -> 
     dead.hold(failing("put", 100))
     ids = [await dead.push(1) for _ in range(3)]
     fleet.clock.now += LEASE + 1
-    entries = await other.log._take(APP, "x.1", [], acquire=True)
+    entries = await other.log.spreader.take(APP, "x.1", [], acquire=True)
     assert [entry.msg_id for entry in entries] == ids
     for _ in range(2):
-        left = await other.log._take(APP, "x.1", entries[:1])
+        left = await other.log.spreader.take(APP, "x.1", entries[:1])
         assert [entry.msg_id for entry in left] == ids[1:]
-    assert await other.log._take(APP, "x.2", [], acquire=True) is None, "another one has the lock"
-    assert await other.log._take(APP, "x.2", left) is None
+    assert await other.log.spreader.take(APP, "x.2", [], acquire=True) is None, "another one has the lock"
+    assert await other.log.spreader.take(APP, "x.2", left) is None
     assert await waiting(other) == 2
     fleet.clock.now += LEASE + 1
-    assert len(await other.log._take(APP, "x.2", [], acquire=True)) == 2
-    assert await other.log._take(APP, "x.1", left) is None, "it lost the lock, and stops"
+    assert len(await other.log.spreader.take(APP, "x.2", [], acquire=True)) == 2
+    assert await other.log.spreader.take(APP, "x.1", left) is None, "it lost the lock, and stops"
     assert await waiting(other) == 2
-    assert await other.log._take(APP, "x.2", left) is None
-    assert await other.log._take(APP, "x.2", left) is None, "made twice where the log is empty"
+    assert await other.log.spreader.take(APP, "x.2", left) is None
+    assert await other.log.spreader.take(APP, "x.2", left) is None, "made twice where the log is empty"
 
 
 async def test_the_lock_is_free_when_the_log_is_empty(fleet: World) -> None:

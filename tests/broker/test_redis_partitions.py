@@ -116,6 +116,19 @@ async def test_a_claim_whose_answer_was_lost_names_the_former_node(broker: Broke
     assert (claim.epoch, claim.former) == (3, "a")
 
 
+async def test_two_claims_of_a_device_in_a_call_that_comes_twice_keep_their_epochs(broker: Broker) -> None:
+    """Else the first connection, which is over, releases the route of the second one."""
+    packed = struct.pack(">BHIIBHIIBHII", 1, 7, 1, 0, 1, 8, 1, 0, 1, 7, 1, 0)
+
+    async def call() -> list[int]:
+        key = of_partition(APP, 0, "routes")
+        answer: bytes = await broker.engine.call(load("routes"), (key,), (packed, "a", 1))
+        return [epoch for epoch, _, _ in struct.iter_unpack(">IIB", answer)]
+
+    assert await call() == [1, 1, 2]
+    assert await call() == [1, 1, 2]
+
+
 async def test_a_copy_of_a_claim_that_comes_late_takes_no_device_back(broker: Broker) -> None:
     """Its connection broke, the claim was made again, and the device has moved on since."""
     key = of_partition(APP, 0, "routes")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
-from time import thread_time
 from typing import Any
 
 import pytest
 
 import gateway.fanout
-from gateway.fanout import REST, CoreLoad
+from gateway.fanout import LONGEST_REST, MOST_RESTED, REST, SCHEDSTAT, CoreLoad
 from gateway.live import Encoding, Frames, LivePush
 from tests.gateway.world import Phone, World
 
@@ -25,7 +27,7 @@ EVERYONE = range(DEVICES)
 async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
     """With one device to a slice of a walk, which rests on no machine, however busy."""
     monkeypatch.setattr(gateway.fanout, "SLICE", 1)
-    monkeypatch.setattr(gateway.fanout, "PATIENCE", 3600)
+    monkeypatch.setattr(gateway.fanout, "SCHEDSTAT", "")
     world = await World(tmp_path).open(devices=DEVICES)
     yield world
     await world.close()
@@ -129,8 +131,7 @@ async def test_a_device_that_comes_during_a_walk_gets_it_once(world: World, phon
 async def test_a_walk_rests_when_the_node_had_to_wait_for_a_core(
     world: World, phones: list[Phone], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waits = [0.0, 0.02]
-    monkeypatch.setattr(gateway.fanout, "PATIENCE", 0.01)
+    waits = [0.0, 0.0, 0.002]  # as the walk begins, before its first slice, before its second
     monkeypatch.setattr(CoreLoad, "waited", lambda _: waits.pop(0) if waits else 0.0)
     rests: list[float] = []
     loop = asyncio.get_running_loop()
@@ -144,21 +145,47 @@ async def test_a_walk_rests_when_the_node_had_to_wait_for_a_core(
     monkeypatch.setattr(loop, "call_later", later)
     broadcast = await world.push(*EVERYONE)
     await world.when(lambda: reached(phones, broadcast) == DEVICES)
-    assert rests == [0.02 * REST]
+    assert rests == [0.002 * REST]
 
 
-def test_waiting_for_a_core_is_what_did_not_run() -> None:
-    """Sleeping looks the same as waiting to a thread: who measures has always something to do."""
+@pytest.mark.skipif(
+    not Path(SCHEDSTAT).exists(), reason="only Linux says how long a thread waited for a core"
+)
+def test_waiting_for_a_core_is_not_sleeping() -> None:
     load = CoreLoad()
-    began = time.perf_counter()
+    allowed = os.sched_getaffinity(0)
+    core = min(allowed)
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        try:
+            os.sched_setaffinity(other.pid, {core})
+            os.sched_setaffinity(0, {core})
+            load.begin()
+            until = time.perf_counter() + 10
+            waited = 0.0
+            while waited < 0.02 and time.perf_counter() < until:
+                waited += load.waited()
+            assert waited >= 0.02
+        finally:
+            os.sched_setaffinity(0, allowed)
+            other.kill()
+    time.sleep(0.3)
+    assert load.waited() < 0.2
+    load.close()
+
+
+def test_rests_take_no_more_than_their_share_of_a_walk(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(gateway.fanout, "perf_counter", lambda: now)
+    monkeypatch.setattr(CoreLoad, "waited", lambda _: 1.0)
+    load = CoreLoad()
     load.begin()
-    ran = thread_time()
-    while thread_time() - ran < 0.01:
-        pass
-    waited = load.waited()
-    assert waited <= time.perf_counter() - began - 0.01
-    time.sleep(0.02)
-    assert load.waited() >= 0.015
+    rested = 0.0
+    while now < 100:
+        rest = load.rest()
+        assert 0 <= rest <= LONGEST_REST
+        rested += rest
+        now += rest + 0.001
+    assert rested == pytest.approx(MOST_RESTED * now, rel=0.01)
 
 
 async def test_frames_are_forgotten_when_the_walk_is_over(world: World, phones: list[Phone]) -> None:

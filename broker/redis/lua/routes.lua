@@ -6,7 +6,8 @@
 -- or node; u32 last seen (release). ARGV[2]: the caller. ARGV[3]: number of the call, which grows with each of the caller's.
 -- Answer: 9 bytes each: epoch u32, the node that had it before u32, u8 1 if something is in the inbox. Zeros for a release,
 -- and for the claims of a call that comes after a later one: a copy that was under way when its connection broke must not
--- take a device back. A call that comes twice is answered as things are.
+-- take a device back. A call that comes twice is answered as things are; of two claims of one device in it the first one has
+-- the epoch before.
 -- repeatable
 local routes, ops = KEYS[1], ARGV[1]
 local prefix = string.sub(routes, 1, -7)
@@ -15,6 +16,14 @@ local number, last = tonumber(ARGV[3]), tonumber(redis.call("HGET", prefix .. "c
 if number > last then
   redis.call("HSET", prefix .. "calls", ARGV[2], number)
   redis.call("PEXPIRE", prefix .. "calls", 120000)
+end
+
+local later = {} -- offset -> claims of it in a repeated call that are not answered yet
+if number == last then
+  for at = 1, #ops, 11 do
+    local op, offset = struct.unpack(">BI2", ops, at)
+    later[offset] = (later[offset] or 0) + op
+  end
 end
 
 local function count(node, by)
@@ -50,6 +59,8 @@ for at = 1, #ops, 11 do
       if node ~= first then -- it has moved on since
         former, epoch = 0, math.max(epoch - 1, 1)
       end
+      later[offset] = later[offset] - 1
+      epoch = math.max(epoch - later[offset], 1)
     elseif node ~= first then
       if node ~= 0 then
         redis.call("HSET", prefix .. "formers", offset, node)
