@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyroaring import BitMap
 
-from broker.bus import Broadcast, CredentialsChanged, Doorbell, Recalled, Taken, Targeted
+from broker.bus import Broadcast, CredentialsChanged, Doorbell, Missed, Recalled, Taken, Targeted
 from broker.bus_redis import MAX_WAITING, BusStats, RedisBus, _Ear
 from broker.model import NodeInfo, StoredBroadcast, StoredMessage, Withdrawn
 from broker.redis import bells
@@ -46,11 +46,15 @@ class Process:
     async def missed(self) -> None:
         self.heard.append("missed")
 
-    async def listening(self) -> Process:
-        self.bus.subscribe(self.hear, self.missed)
+    async def listening(self, missed: Missed | None = None) -> Process:
+        self.bus.subscribe(self.hear, missed or self.missed)
         await self.bus.catch_up()
         self.heard.clear()  # perhaps it looked: what was rung before it listened was missed
         return self
+
+    async def lose_one(self) -> None:
+        """A doorbell that it does not hear."""
+        await self.engine.run("INCR", of_node(self.nodes.number, "rung"))
 
 
 StartProcess = Callable[..., Awaitable[Process]]
@@ -89,6 +93,25 @@ async def start() -> AsyncIterator[StartProcess]:
 def process(start: StartProcess, rig: Rig) -> StartProcess:
     """`await process("n1")`."""
     return partial(start, rig)
+
+
+async def looking(process: StartProcess) -> tuple[Process, asyncio.Event]:
+    """A process that looks for what it missed, until the event is set."""
+    node = await process("n1")
+    began, go_on = asyncio.Event(), asyncio.Event()
+
+    async def missed() -> None:
+        began.set()
+        await go_on.wait()
+        node.heard.append("missed")
+
+    go_on.set()
+    await node.listening(missed)
+    began.clear()
+    go_on.clear()
+    await node.lose_one()
+    await began.wait()
+    return node, go_on
 
 
 class TestRedisBus(BusContract):
@@ -262,8 +285,9 @@ async def test_the_look_comes_by_itself(process: StartProcess, monkeypatch: pyte
     async def missed() -> None:
         looked.put_nowait("missed")
 
-    node.bus.subscribe(node.hear, missed)
-    assert await asyncio.wait_for(looked.get(), 5) == "missed"
+    await node.listening(missed)
+    while not looked.empty():
+        looked.get_nowait()
     await tamper(node, lambda _pushes: [])
     await node.bus.ring_nodes([node.nodes.number], numbered(1))
     assert await asyncio.wait_for(looked.get(), 5) == "missed"
@@ -328,16 +352,7 @@ async def test_a_new_subscription_looks_for_what_the_old_one_missed(process: Sta
 
 
 async def test_later_ones_wait_while_what_was_missed_is_looked_up(process: StartProcess) -> None:
-    node = await process("n1")
-    looking, go_on = asyncio.Event(), asyncio.Event()
-
-    async def missed() -> None:
-        looking.set()
-        await go_on.wait()
-        node.heard.append("missed")
-
-    node.bus.subscribe(node.hear, missed)
-    await looking.wait()
+    node, go_on = await looking(process)
     await node.bus.ring_nodes([node.nodes.number], numbered(2))
     await node.engine.run("PING")
     assert node.heard == []
@@ -358,7 +373,9 @@ async def test_looking_is_tried_again_until_the_store_answers(
             raise StoreUnavailable("away")
         node.heard.append(f"missed {attempt}")
 
-    node.bus.subscribe(node.hear, missed)
+    await node.listening(missed)
+    attempts = iter(range(3))
+    await node.lose_one()
     await node.bus.catch_up()
     assert node.heard == ["missed 2"]
 
@@ -405,16 +422,7 @@ async def test_g6_what_is_heard_and_not_handed_over_is_bounded(
     process: StartProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("broker.bus_redis.MAX_INCOMING", 100)
-    node = await process("n1")
-    looking, go_on = asyncio.Event(), asyncio.Event()
-
-    async def missed() -> None:
-        looking.set()
-        await go_on.wait()
-        node.heard.append("missed")
-
-    node.bus.subscribe(node.hear, missed)
-    await looking.wait()
+    node, go_on = await looking(process)
     for number in range(50):
         await node.bus.ring_nodes([node.nodes.number], [CredentialsChanged(1, (number,))])
     go_on.set()
