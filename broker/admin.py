@@ -28,6 +28,7 @@ from broker.broker import Broker
 from broker.carriers.learning import KEPT_DAYS
 from broker.config import Config
 from broker.dispatch.dispatch import Question
+from broker.dispatch.signing import SigningKey, change_key, next_key
 from broker.errors import ADMIN, ApiError
 from broker.metrics import LoopLag, Metrics
 from broker.model import App, AppSettings, NodeEntry, OwedRequest, Route
@@ -69,6 +70,8 @@ class Actions(Protocol):
     async def delete_group(self, key: str) -> object: ...
     async def list_audit(self, key: str | None, before: str | None, limit: str | None) -> object: ...
     async def dispatch_key(self) -> object: ...
+    async def next_dispatch_key(self) -> object: ...
+    async def change_dispatch_key(self) -> object: ...
     async def ask_dispatch(self, question: Mapping[str, str]) -> object: ...
     async def list_carriers(self, days: str | None = None) -> list[dict[str, object]]: ...
 
@@ -233,8 +236,23 @@ class LocalActions:
         return describe_page(found, count, await self._keys({entry.app_id for _, entry in found}))
 
     async def dispatch_key(self) -> object:
-        key = await self._broker.dispatch.signing_key()
-        return {"key": key.public, "id": key.name}
+        return _describe_key(await self._broker.dispatch.signing_key())
+
+    async def next_dispatch_key(self) -> object:
+        """The one that is to follow; it is made if there is none."""
+        async with self._deed("dispatch.next_key", "") as deed:
+            key = await next_key(self._broker.store.records, self._broker.clock)
+            deed.subject = key.name
+        return _describe_key(key)
+
+    async def change_dispatch_key(self) -> object:
+        async with self._deed("dispatch.change_key", "") as deed:
+            try:
+                key = await change_key(self._broker.store.records)
+            except ValueError as error:
+                raise ApiError(1003, str(error)) from error
+            deed.subject = key.name
+        return _describe_key(key)
 
     async def ask_dispatch(self, question: Mapping[str, str]) -> object:
         """`address`, `carrier`, `link`, `region`: of a device of any app."""
@@ -571,8 +589,14 @@ ADMIN_CALLS: Final[Sequence[tuple[str, str, Act]]] = (
     ("GET", "/v1/audit", _list_audit),
     ("GET", "/v1/carriers", lambda actions, request: actions.list_carriers(request.query.get("days"))),
     ("GET", "/v1/dispatch/key", lambda actions, _: actions.dispatch_key()),
+    ("POST", "/v1/dispatch/key/next", lambda actions, _: actions.next_dispatch_key()),
+    ("POST", "/v1/dispatch/key/change", lambda actions, _: actions.change_dispatch_key()),
     ("GET", "/v1/dispatch", lambda actions, request: actions.ask_dispatch(request.query)),
 )
+
+
+def _describe_key(key: SigningKey) -> dict[str, object]:
+    return {"key": key.public, "id": key.name}
 
 
 def _key(request: web.Request) -> str:

@@ -21,6 +21,7 @@ from broker.admin import Actions, LocalActions, read_admin_file
 from broker.broker import Broker
 from broker.bus import Bus
 from broker.bus_local import LocalBus
+from broker.carriers.catalog import LINKS
 from broker.config import Config, ConfigError, config_options, format_config, load_config, sample_config
 from broker.errors import ApiError
 from broker.metrics import Metrics
@@ -372,13 +373,27 @@ def dispatch_key(config: Config) -> None:
     _run(config, lambda actions: actions.dispatch_key())
 
 
+@dispatch.command("next-key")
+@_where
+def next_dispatch_key(config: Config) -> None:
+    """Print the public key that is to follow; it is made if there is none."""
+    _run(config, lambda actions: actions.next_dispatch_key())
+
+
+@dispatch.command("change-key")
+@_where
+def change_dispatch_key(config: Config) -> None:
+    """Sign with the next key from now on, and print it; the one before is gone."""
+    _run(config, lambda actions: actions.change_dispatch_key())
+
+
 @dispatch.command("ask")
 @click.option("--address", default="", help="Of the device.")
 @click.option("--carrier", default="", help="MCC+MNC, or a carrier's name.")
-@click.option("--link", default="", help="wifi, cellular, ethernet, satellite or other.")
+@click.option("--link", type=click.Choice(sorted(LINKS)), help="What it declares.")
 @click.option("--region", default="")
 @config_options("server.data_dir", "store.url", "carriers.directory")
-def ask_dispatch(config: Config, **question: str) -> None:
+def ask_dispatch(config: Config, **question: str | None) -> None:
     """Print what such a device is told now."""
     said = {name: value for name, value in question.items() if value}
     _run(config, lambda actions: actions.ask_dispatch(said))
@@ -523,6 +538,12 @@ class RemoteActions:
 
     async def dispatch_key(self) -> object:
         return await self._call("GET", "/v1/dispatch/key")
+
+    async def next_dispatch_key(self) -> object:
+        return await self._call("POST", "/v1/dispatch/key/next")
+
+    async def change_dispatch_key(self) -> object:
+        return await self._call("POST", "/v1/dispatch/key/change")
 
     async def ask_dispatch(self, question: Mapping[str, str]) -> object:
         return await self._call("GET", f"/v1/dispatch?{urlencode(question)}")

@@ -109,9 +109,8 @@ def read_profiles(directory: Path) -> Read:
     if directory / f"{DEFAULT}.toml" not in files:
         reader.errors.append(f"{directory}: has no {DEFAULT}.toml, from which the other profiles inherit")
     profiles = {name: profile for name in reader.sources if (profile := reader.profile(name)) is not None}
-    if not reader.errors:
-        for name, profile in profiles.items():
-            reader.claim(name, profile.recognise)
+    for name, profile in profiles.items():
+        reader.claim(name, profile.recognise)
     if reader.errors:
         more = len(reader.errors) - MAX_ERRORS
         raise CarrierError(

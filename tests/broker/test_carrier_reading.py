@@ -266,6 +266,13 @@ def test_two_profiles_cannot_recognise_the_same(write: Write, text: str, line: s
     assert error.startswith(f"b.toml:2: {line}")
 
 
+def test_what_is_recognised_is_checked_beside_other_mistakes(write: Write) -> None:
+    found = errors(
+        write({"a.toml": "[recognise]\nnetworks = ['10.0.0.0/64']\n", "b.toml": "[acks]\nfirst = 'x'\n"})
+    )
+    assert sorted(error.partition(":")[0] for error in found) == ["a.toml", "b.toml"]
+
+
 def test_a_profile_may_say_the_same_twice(write: Write) -> None:
     text = "[recognise]\nnetworks = ['10.0.0.0/8', '10.0.0.0/8']\nnames = ['a', 'A']\n"
     assert len(read_profiles(write({"a.toml": text})).networks) == 1

@@ -32,7 +32,6 @@ from broker.dispatch import outcomes as outcomes_module
 from broker.dispatch import udp
 from broker.dispatch.dispatch import MAX_ANSWERS, REFRESH, Dispatch, Question
 from broker.dispatch.document import MAX_ADDRESSES, as_url, canonical, compose
-from broker.dispatch.keys import keys
 from broker.dispatch.outcomes import (
     ENOUGH_SOURCES,
     KIND,
@@ -268,18 +267,14 @@ async def test_a_key_is_changed_after_the_next_one_was_given_out(service: Any, d
 
 
 def test_the_key_is_changed_by_two_commands(tmp_path: Path) -> None:
-    def run(*words: str) -> Any:
-        return CliRunner().invoke(keys, [*words, "--data-dir", str(tmp_path)])
-
-    refused = run("change")
+    where = ("--data-dir", str(tmp_path))
+    refused = CliRunner().invoke(dispatch_command, ["change-key", *where])
     assert (refused.exit_code, "there is no next key" in refused.output) == (1, True)
-    first = _command("key", "--data-dir", str(tmp_path))
-    following = json.loads(run("next").output)
-    assert json.loads(run("next").output) == following != first
-    assert json.loads(run("change").output) == following
-    assert _command("key", "--data-dir", str(tmp_path)) == following
-    nowhere = CliRunner().invoke(keys, ["next", "--data-dir", str(tmp_path / "nowhere")])
-    assert "there is no data directory" in nowhere.output
+    first = _command("key", *where)
+    following = _command("next-key", *where)
+    assert _command("next-key", *where) == following != first
+    assert _command("change-key", *where) == following
+    assert _command("key", *where) == following
 
 
 # What devices report
@@ -1028,6 +1023,11 @@ def _command(*words: str) -> Any:
     return json.loads(done.stdout)
 
 
+def test_a_link_that_no_device_can_have_is_refused(tmp_path: Path) -> None:
+    refused = CliRunner().invoke(dispatch_command, ["ask", "--link", "celular", "--data-dir", str(tmp_path)])
+    assert (refused.exit_code, "'cellular'" in refused.output) == (2, True)
+
+
 def test_the_commands_work_beside_a_stopped_server(tmp_path: Path) -> None:
     where = ("--data-dir", str(tmp_path))
     key = _command("key", *where)
@@ -1053,6 +1053,13 @@ async def test_the_commands_ask_a_running_server(tmp_path: Path) -> None:
         answer = await asyncio.to_thread(_command, "ask", "--address", "192.0.2.1", "--link", "wifi", *where)
         assert answer["addresses"] == ["tls://n1.example.com:8883"]
         _verify(answer, key["key"])
+        following = await asyncio.to_thread(_command, "next-key", *where)
+        assert await asyncio.to_thread(_command, "change-key", *where) == following
+        assert (await broker.dispatch.signing_key()).public == following["key"]
+        refused = await asyncio.to_thread(CliRunner().invoke, dispatch_command, ["change-key", *where])
+        assert "there is no next key" in refused.output
+        deeds = [entry.action for _, entry in await broker.audit.entries(0)]
+        assert deeds == ["dispatch.change_key", "dispatch.change_key", "dispatch.next_key"]
     finally:
         await listener.close()
         lag.close()
