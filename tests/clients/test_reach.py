@@ -82,20 +82,6 @@ async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 @pytest.fixture
-def silent_port() -> Iterator[int]:
-    """Nobody answers there: its queue is full, so the kernel drops what comes."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.socket())
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        for _ in range(4):
-            filler = stack.enter_context(socket.socket())
-            filler.setblocking(False)
-            filler.connect_ex(listener.getsockname())
-        yield listener.getsockname()[1]
-
-
-@pytest.fixture
 def closed_port() -> Iterator[int]:
     """Bound, so that nobody else gets it, and not listening."""
     with socket.socket() as holder:
