@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -20,6 +19,7 @@ from broker.redis.engine import Engine
 from broker.redis.generations import Generations
 from broker.redis.keys import of_app
 from broker.redis.scripts import load
+from broker.redis.watch import Watch
 from broker.redis.wire import Argument
 from broker.store import Conflict, StoreError
 from broker.tenants.tokens import new_credentials, new_secret
@@ -71,25 +71,14 @@ class RedisApps:
         self._span = span
         self._purging = purging
         self.deleted: set[int] = set()
-        self._watching: asyncio.Task[None] | None = None
+        self._watch = Watch(self.refresh, REFRESH, "deleted apps cannot be looked up")
 
     async def open(self) -> None:
         await self.refresh()
-        self._watching = asyncio.create_task(self._watch())
+        self._watch.open()
 
     async def close(self) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._watching
-
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(REFRESH)
-            try:
-                await self.refresh()
-            except StoreError as error:
-                log.warning("deleted apps cannot be looked up: %s", error)
+        await self._watch.close()
 
     async def refresh(self) -> None:
         """Look for what others deleted."""

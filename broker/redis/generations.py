@@ -15,11 +15,13 @@ from broker.bus import CredentialsChanged, Doorbell
 from broker.redis.engine import Engine
 from broker.redis.keys import of_app
 from broker.redis.scripts import load
+from broker.redis.watch import Watch
 from broker.store import StoreError
 
 log = logging.getLogger(__name__)
 
 REFRESH: Final = 5.0
+COMPLAINT: Final = "revoked tokens cannot be looked up"
 FEED: Final = "{apps}:revoked"  # app -> version of its last change, and v: the newest
 
 _changed: Final = load("devices_changed")
@@ -30,29 +32,23 @@ class Generations:
         self._engine = engine
         self._apps: dict[int, dict[int, int]] = {}
         self._newest = 0
-        self._watching: asyncio.Task[None] | None = None
+        self._watch = Watch(self.refresh, REFRESH, COMPLAINT)
         self._looking: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
         self._newest = int(await self._engine.run("ZSCORE", FEED, "v") or 0)
-        self._watching = asyncio.create_task(self._watch())
+        self._watch.open()
 
     async def close(self) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.gather(self._watching, *self._looking, return_exceptions=True)
-
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(REFRESH)
-            await self.look()
+        await self._watch.close()
+        await asyncio.gather(*self._looking, return_exceptions=True)
 
     async def look(self) -> None:
         """Refresh, if that is possible now."""
         try:
             await self.refresh()
         except StoreError as error:
-            log.warning("revoked tokens cannot be looked up: %s", error)
+            log.warning("%s: %s", COMPLAINT, error)
 
     async def refresh(self) -> None:
         """Look for what others changed."""
