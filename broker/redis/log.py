@@ -249,20 +249,12 @@ class Log:
         for _ in range(TRIES):
             packed = await self._records.prepare(changes)
             now = self._clock()
+            times = self.spreader.lock_times(now)
             answer: list[Any] = await self._engine.call(
                 _commit,
                 (of_app(app_id, "log"),),
                 (
-                    *(
-                        tag,
-                        token,
-                        first_id(now),
-                        repr(now),
-                        holder,
-                        *self.spreader.lock_times(now),
-                        number,
-                        packed,
-                    ),
+                    *(tag, token, first_id(now), repr(now), holder, *times, number, packed),
                     *(repr(now + self._cid_lifetime), int(self._cid_lifetime * 1000) + 60_000, MAX_LOG),
                     *items,
                 ),

@@ -13,7 +13,6 @@ from clients.session import (
     SEEN_KEPT,
     Action,
     Answered,
-    DeviceSession,
     Discarded,
     Drop,
     LinkSettings,
@@ -24,7 +23,6 @@ from clients.session import (
     OutboxFull,
     Phase,
     Refused,
-    Send,
 )
 from gateway.mqtt import (
     Connack,
@@ -37,40 +35,19 @@ from gateway.mqtt import (
     Puback,
     Publish,
     Reason,
-    decode,
     encode,
 )
+from tests.clients import session_story
+from tests.clients.session_story import packets_of
 
 SETTINGS = LinkSettings(
     keep_alive=100, answer_timeout=5, connect_timeout=20, receive_maximum=4, stable_after=30
 )
 
 
-class Story:
-    """A session, its clock, and the server's side of the wire."""
-
+class Story(session_story.Story):
     def __init__(self, settings: LinkSettings = SETTINGS, jitter: float = 0.5) -> None:
-        self.session = DeviceSession("phone", "app", b"secret", lambda: jitter, settings=settings)
-        self.now = 1000.0
-
-    def sent(self, actions: list[Action]) -> list[Packet]:
-        data = b"".join(action.data for action in actions if isinstance(action, Send))
-        packets, start = [], 0
-        while (found := decode(data, start, 5, 1 << 20)) is not None:
-            packet, start = found
-            packets.append(packet)
-        assert start == len(data)
-        return packets
-
-    def hear(self, *packets: Packet) -> list[Action]:
-        return self.session.receive(b"".join(encode(packet, 5) for packet in packets), self.now)
-
-    def wait(self) -> list[Action]:
-        """Until the session has something to do."""
-        deadline = self.session.deadline
-        assert deadline is not None
-        self.now = max(self.now, deadline)
-        return self.session.tick(self.now)
+        super().__init__(settings, jitter)
 
     def connect(self, *, resumed: bool = False, **properties: int) -> list[Action]:
         assert self.wait() == [Open(None)]
@@ -101,7 +78,7 @@ def story() -> Story:
 
 def test_connect_asks_for_the_old_session_and_says_its_limits(story: Story) -> None:
     assert story.wait() == [Open(None)]
-    (connect,) = story.sent(story.session.opened(story.now))
+    (connect,) = packets_of(story.session.opened(story.now))
     assert isinstance(connect, Connect)
     assert (connect.client_id, connect.username, connect.password) == ("phone", "app", b"secret")
     assert (connect.clean_start, connect.keep_alive) == (False, 100)
@@ -261,10 +238,10 @@ def test_backoff_begins_anew_only_after_a_connection_that_lasted(story: Story) -
 
 def test_heartbeat_follows_the_servers_keep_alive(story: Story) -> None:
     story.connect(server_keep_alive=10)
-    assert story.sent(story.wait()) == [Pingreq()]
+    assert packets_of(story.wait()) == [Pingreq()]
     assert story.now == 1010.0
     assert story.hear(Pingresp()) == []
-    assert story.sent(story.wait()) == [Pingreq()]
+    assert packets_of(story.wait()) == [Pingreq()]
     assert story.now == 1020.0
 
 
@@ -297,8 +274,8 @@ def test_a_push_is_acknowledged_after_it_was_handled(story: Story) -> None:
     story.connect()
     actions = story.hear(push(7, 3))
     assert offered(actions) == [7]
-    assert story.sent(actions) == []
-    assert story.sent(story.session.handled(story.now)) == [Puback(3)]
+    assert packets_of(actions) == []
+    assert packets_of(story.session.handled(story.now)) == [Puback(3)]
 
 
 def test_pushes_are_offered_one_at_a_time_and_in_order(story: Story) -> None:
@@ -315,7 +292,7 @@ def test_a_push_that_comes_again_is_acknowledged_and_not_offered(story: Story) -
     story.session.handled(story.now)
     story.reconnect()
     actions = story.hear(push(7, 3, dup=True))
-    assert (offered(actions), story.sent(actions)) == ([], [Puback(3)])
+    assert (offered(actions), packets_of(actions)) == ([], [Puback(3)])
     assert story.session.repeats == 1
 
 
@@ -323,7 +300,7 @@ def test_a_push_handled_before_a_restart_is_not_offered(story: Story) -> None:
     story.session.remember_all([5, 6])
     story.connect()
     actions = story.hear(push(5, 1), push(6, 2), push(7, 3))
-    assert (offered(actions), story.sent(actions)) == ([7], [Puback(1), Puback(2)])
+    assert (offered(actions), packets_of(actions)) == ([7], [Puback(1), Puback(2)])
 
 
 def test_a_push_that_comes_again_while_it_is_handed_over_is_offered_once(story: Story) -> None:
@@ -331,14 +308,14 @@ def test_a_push_that_comes_again_while_it_is_handed_over_is_offered_once(story: 
     story.hear(push(7, 3))
     story.reconnect()
     assert offered(story.hear(push(7, 9, dup=True))) == []
-    assert story.sent(story.session.handled(story.now)) == [Puback(9)]
+    assert packets_of(story.session.handled(story.now)) == [Puback(9)]
 
 
 def test_an_acknowledgement_does_not_reach_into_the_next_connection(story: Story) -> None:
     story.connect()
     story.hear(push(7, 3))
     story.reconnect()
-    assert story.sent(story.session.handled(story.now)) == []
+    assert packets_of(story.session.handled(story.now)) == []
 
 
 def test_what_was_not_offered_is_left_to_the_next_connection(story: Story) -> None:
@@ -353,25 +330,25 @@ def test_a_failed_push_is_not_acknowledged_and_comes_again(story: Story) -> None
     story.connect()
     story.hear(push(1, 1), push(2, 2))
     actions = story.session.failed(story.now)
-    assert (offered(actions), story.sent(actions)) == ([2], [])
-    assert story.sent(story.session.handled(story.now)) == [Puback(2)]
+    assert (offered(actions), packets_of(actions)) == ([2], [])
+    assert packets_of(story.session.handled(story.now)) == [Puback(2)]
     story.reconnect()
     assert offered(story.hear(push(1, 1, dup=True))) == [1]
-    assert story.sent(story.session.handled(story.now)) == [Puback(1)]
+    assert packets_of(story.session.handled(story.now)) == [Puback(1)]
 
 
 def test_acknowledgements_keep_the_order_of_the_pushes(story: Story) -> None:
     story.session.remember_all([2])
     story.connect()
-    assert story.sent(story.hear(push(1, 1), push(2, 2))) == []
-    assert story.sent(story.session.handled(story.now)) == [Puback(1), Puback(2)]
+    assert packets_of(story.hear(push(1, 1), push(2, 2))) == []
+    assert packets_of(story.session.handled(story.now)) == [Puback(1), Puback(2)]
 
 
 def test_seen_is_bounded(story: Story) -> None:
     story.session.remember_all(range(SEEN_KEPT + 1))
     story.connect()
     actions = story.hear(push(SEEN_KEPT, 1), push(1, 2), push(0, 3))
-    assert (offered(actions), story.sent(actions)) == ([0], [Puback(1), Puback(2)])
+    assert (offered(actions), packets_of(actions)) == ([0], [Puback(1), Puback(2)])
 
 
 @pytest.mark.parametrize(
@@ -380,14 +357,14 @@ def test_seen_is_bounded(story: Story) -> None:
 def test_what_is_no_push_is_acknowledged_and_told(story: Story, payload: bytes) -> None:
     story.connect()
     actions = story.hear(Publish("push", payload, qos=1, packet_id=1))
-    assert story.sent(actions) == [Puback(1)]
+    assert packets_of(actions) == [Puback(1)]
     assert any(isinstance(action, Discarded) for action in actions)
 
 
 def test_more_pushes_than_asked_for_end_the_connection(story: Story) -> None:
     story.connect()
     actions = story.hear(*(push(i, i) for i in range(1, 6)))
-    assert story.sent(actions) == [Disconnect(Reason.RECEIVE_MAXIMUM_EXCEEDED)]
+    assert packets_of(actions) == [Disconnect(Reason.RECEIVE_MAXIMUM_EXCEEDED)]
     assert story.session.phase is Phase.RESTING
 
 
@@ -424,7 +401,7 @@ def test_every_push_is_handled_exactly_once(events: list[str]) -> None:
             if isinstance(action, Offer):
                 assert busy is None
                 busy = action.push.msg_id
-        for packet in story.sent(actions):
+        for packet in packets_of(actions):
             if isinstance(packet, Puback):
                 msg_id = flying.pop(packet.packet_id)
                 assert msg_id in handled
@@ -465,7 +442,7 @@ def test_every_push_is_handled_exactly_once(events: list[str]) -> None:
 def test_a_report_is_answered(story: Story) -> None:
     story.connect()
     ticket, actions = story.session.publish("event/x", b"1", story.now)
-    assert story.sent(actions) == [Publish("event/x", b"1", qos=1, packet_id=ticket)]
+    assert packets_of(actions) == [Publish("event/x", b"1", qos=1, packet_id=ticket)]
     assert story.hear(Puback(ticket)) == [Answered(ticket, Reason.SUCCESS)]
     assert story.hear(Puback(ticket)) == []
 
@@ -482,7 +459,7 @@ def test_a_refusal_carries_reason_text_and_code(story: Story) -> None:
 def test_a_report_made_offline_leaves_with_the_next_connection(story: Story) -> None:
     ticket, actions = story.session.publish("event/x", b"1", story.now)
     assert actions == []
-    assert story.sent(story.connect()) == [Publish("event/x", b"1", qos=1, packet_id=ticket)]
+    assert packets_of(story.connect()) == [Publish("event/x", b"1", qos=1, packet_id=ticket)]
 
 
 @pytest.mark.parametrize("resumed", [True, False])
@@ -492,14 +469,14 @@ def test_an_unanswered_report_is_sent_again_with_dup_where_the_session_survived(
     ticket, _ = story.session.publish("event/x", b"1", story.now)
     story.session.lost("gone", story.now)
     again = Publish("event/x", b"1", qos=1, packet_id=ticket, dup=resumed)
-    assert story.sent(story.connect(resumed=resumed)) == [again]
+    assert packets_of(story.connect(resumed=resumed)) == [again]
 
 
 def test_reports_keep_to_the_servers_window(story: Story) -> None:
     story.connect(receive_maximum=2)
     tickets = [story.session.publish("event/x", b"", story.now)[0] for _ in range(3)]
     actions = story.hear(Puback(tickets[0]))
-    assert story.sent(actions) == [Publish("event/x", b"", qos=1, packet_id=tickets[2])]
+    assert packets_of(actions) == [Publish("event/x", b"", qos=1, packet_id=tickets[2])]
 
 
 def test_reports_that_nobody_answers_end_the_connection(story: Story) -> None:
@@ -539,7 +516,7 @@ def test_packet_ids_wrap_around_and_skip_those_in_use(story: Story) -> None:
 def test_close_says_goodbye(story: Story) -> None:
     story.connect()
     actions = story.session.close(story.now)
-    assert (story.sent(actions), actions[-1]) == ([Disconnect()], Drop())
+    assert (packets_of(actions), actions[-1]) == ([Disconnect()], Drop())
     assert story.session.deadline is None
 
 
@@ -556,7 +533,7 @@ def test_close_says_goodbye(story: Story) -> None:
 def test_a_broken_rule_is_told_and_tried_again(story: Story, packet: Packet, reason: Reason) -> None:
     story.connect()
     actions = story.hear(packet)
-    assert story.sent(actions) == [Disconnect(reason)]
+    assert packets_of(actions) == [Disconnect(reason)]
     assert isinstance(actions[-1], Offline)
     assert story.wait() == [Open(None)]
 

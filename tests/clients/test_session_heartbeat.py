@@ -43,38 +43,17 @@ from gateway.mqtt import (
     Puback,
     Publish,
     Reason,
-    decode,
     encode,
 )
+from tests.clients import session_story
+from tests.clients.session_story import packets_of
 
 LEARNS = LinkSettings()
 
 
-def packets_of(actions: list[Action]) -> list[Packet]:
-    data = b"".join(action.data for action in actions if isinstance(action, Send))
-    packets, start = [], 0
-    while (found := decode(data, start, 5, 1 << 20)) is not None:
-        packet, start = found
-        packets.append(packet)
-    return packets
-
-
-class Story:
-    """A session and its clock."""
-
+class Story(session_story.Story):
     def __init__(self, settings: LinkSettings = LEARNS) -> None:
-        self.session = DeviceSession("phone", "app", b"secret", lambda: 0.5, settings=settings)
-        self.now = 1000.0
-
-    def hear(self, *packets: Packet) -> list[Action]:
-        return self.session.receive(b"".join(encode(packet, 5) for packet in packets), self.now)
-
-    def wait(self) -> list[Action]:
-        """Until the session has something to do."""
-        deadline = self.session.deadline
-        assert deadline is not None
-        self.now = max(self.now, deadline)
-        return self.session.tick(self.now)
+        super().__init__(settings)
 
     def greet(self) -> Connect:
         while self.wait() != [Open(None)]:

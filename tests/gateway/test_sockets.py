@@ -13,7 +13,7 @@ import ssl
 import struct
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from gateway.mqtt import Connack, Connect, Properties, Reason, decode, encode
 from gateway.sockets import BUFFERS, IP_PMTUDISC_DONT, OPTIONS, changes, clamp, set_up, settings_of
 from gateway.tcp_info import parse_tcp_info
 from tests.conftest import StartServer
+from tests.gateway.connected import Held, pair
 from tests.gateway.peer import eventually
 from tests.gateway.world import World
 
@@ -52,29 +53,6 @@ ALL = Tcp(
 )
 CONGESTION_SIZE = 16
 unheard_of = itertools.count(1)  # names that no test before has used: each is logged once in a process
-
-
-class Held:
-    """A transport with this socket."""
-
-    def __init__(self, held: Any) -> None:
-        self._held = held
-
-    def get_extra_info(self, name: str) -> Any:
-        assert name == "socket"
-        return self._held
-
-
-@contextlib.contextmanager
-def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """A connection: our end, theirs."""
-    with (
-        socket.create_server(("127.0.0.1", 0)) as listening,
-        socket.create_connection(listening.getsockname()) as theirs,
-    ):
-        ours, _ = listening.accept()
-        with ours:
-            yield ours, theirs
 
 
 def read(connected: socket.socket) -> dict[str, Any]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
@@ -29,6 +27,7 @@ from gateway.tcp_info import (
     read_tcp_info,
 )
 from tests.conftest import StartServer
+from tests.gateway.connected import Held, pair
 from tests.gateway.peer import device, eventually, push, works
 
 NOW = 1_000_000.0
@@ -74,30 +73,9 @@ def test_what_an_older_kernel_says_is_not_enough() -> None:
     assert parse_tcp_info(b"") is None
 
 
-class Held:
-    """A transport with this socket."""
-
-    def __init__(self, held: Any) -> None:
-        self.held = held
-
-    def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return self.held if name == "socket" else default
-
-
-@contextlib.contextmanager
-def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
-    with (
-        socket.create_server(("127.0.0.1", 0)) as listening,
-        socket.create_connection(listening.getsockname()) as theirs,
-    ):
-        ours, _ = listening.accept()
-        with ours:
-            ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            yield ours, theirs
-
-
 def test_the_kernel_counts_what_was_sent() -> None:
     with pair() as (ours, theirs):
+        ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for _ in range(5):
             ours.sendall(b"push")
             assert theirs.recv(4) == b"push"
