@@ -7,7 +7,7 @@ has a lock: who can open it is alone with it, and a running server that has it i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, TypeVar, cast
@@ -25,6 +25,7 @@ from broker.carriers.catalog import LINKS
 from broker.config import Config, ConfigError, config_options, format_config, load_config, sample_config
 from broker.errors import ApiError
 from broker.metrics import Metrics
+from broker.printing import print_json, print_table
 from broker.store import Store, StoreError, StoreUnavailable
 from broker.store_sqlite import SqliteStore
 from broker.tenants.audit import MAX_ENTRIES
@@ -231,9 +232,9 @@ def list_nodes(config: Config, as_json: bool) -> None:
     """Print the processes that share the store. Those that died without a goodbye are listed for an hour, as lost."""
     nodes = _ask(config, lambda actions: actions.list_nodes())
     if as_json:
-        _print_json(nodes)
+        print_json(nodes)
     else:
-        _print_table(NODE_COLUMNS, nodes)
+        print_table(NODE_COLUMNS, nodes)
 
 
 @node.command()
@@ -262,52 +263,12 @@ def resume(config: Config, name: str) -> None:
 NODE_COLUMNS: Final = ("name", "role", "state", "connections", "address", "beat_age", "version", "wish")
 
 
-def _print_table(columns: Sequence[str], things: Sequence[Mapping[str, object]]) -> None:
-    """Plain columns, for people and for `grep`."""
-    texts = [["-" if thing[name] in ("", None) else str(thing[name]) for name in columns] for thing in things]
-    rows = [list(columns), *texts]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        click.echo("  ".join(f"{text:{width}}" for text, width in zip(row, widths, strict=True)).rstrip())
-
-
 # carriers
 
 
-def show_carriers(config: Config, days: int, *, as_json: bool) -> None:
-    """What was learned of each network: `holdfast carriers`."""
-    learned = _ask(config, lambda actions: actions.list_carriers(str(days)))
-    if as_json:
-        _print_json(learned)
-    else:
-        _print_table(CARRIER_COLUMNS, [_carrier_row(network) for network in learned])
-
-
-CARRIER_COLUMNS: Final = (
-    *("carrier", "link", "online", "connects", "lifetime", "silent", "heartbeat"),
-    *("ack_p50", "ack_p99", "answered", "round_trip", "retransmits"),
-)
-
-
-def _carrier_row(network: Mapping[str, Any]) -> dict[str, object]:
-    return {
-        **{name: network[name] for name in ("carrier", "link", "online", "connects", "heartbeat")},
-        "lifetime": _seconds(network["lifetime_p50"]),
-        "silent": _percent(network["silent_share"]),
-        "ack_p50": _seconds(network["ack_p50"]),
-        "ack_p99": _seconds(network["ack_p99"]),
-        "answered": _percent(network["answered_share"]),
-        "round_trip": _seconds(network["round_trip"]),
-        "retransmits": _percent(network["retransmit_share"]),
-    }
-
-
-def _seconds(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f} s" if value >= 10 else f"{value:.3f} s"
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.2f} %"
+def list_carriers(config: Config, days: int) -> list[dict[str, object]]:
+    """What was learned of each network: `holdfast carriers` prints it."""
+    return _ask(config, lambda actions: actions.list_carriers(str(days)))
 
 
 # group and audit
@@ -415,11 +376,7 @@ def audit(config: Config, key: str | None, before: int | None, limit: int) -> No
 
 def _run(config: Config, act: Callable[[Actions], Awaitable[object]], *, make: bool = False) -> None:
     """Do it and print the answer as JSON; `make`: the data directory may be new."""
-    _print_json(_ask(config, act, make=make))
-
-
-def _print_json(answer: object) -> None:
-    click.echo(orjson.dumps(answer, option=orjson.OPT_INDENT_2))
+    print_json(_ask(config, act, make=make))
 
 
 def _ask(config: Config, act: Callable[[Actions], Awaitable[_T]], *, make: bool = False) -> _T:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
 
@@ -14,8 +14,13 @@ from broker.carriers.prefixes import Prefix, pack
 from broker.carriers.profile import CarrierProfile
 from broker.carriers.reading import CarrierError, Read, read_profiles
 from broker.config import Config, config_options
+from broker.printing import print_json, print_rows, print_table
 
-COLUMNS: Final = ("name", "heartbeat", "acks", "window", "order", "networks", "addresses", "title")
+PROFILE_COLUMNS: Final = ("name", "heartbeat", "acks", "window", "order", "networks", "addresses", "title")
+LEARNED_COLUMNS: Final = (
+    *("carrier", "link", "online", "connects", "lifetime", "silent", "heartbeat"),
+    *("ack_p50", "ack_p99", "answered", "round_trip", "retransmits"),
+)
 
 
 @click.group(invoke_without_command=True)
@@ -35,9 +40,34 @@ def carriers(context: click.Context, config: Config, days: int, as_json: bool) -
     Without a command: a table of the networks, with what their connections lived through.
     """
     if context.invoked_subcommand is None:
-        from broker.command import show_carriers  # it has the stores, of which the others need none
+        from broker.command import list_carriers  # it has the stores, of which the others need none
 
-        show_carriers(config, days, as_json=as_json)
+        learned = list_carriers(config, days)
+        if as_json:
+            print_json(learned)
+        else:
+            print_table(LEARNED_COLUMNS, [_learned_row(network) for network in learned])
+
+
+def _learned_row(network: Mapping[str, Any]) -> dict[str, object]:
+    return {
+        **{name: network[name] for name in ("carrier", "link", "online", "connects", "heartbeat")},
+        "lifetime": _seconds(network["lifetime_p50"]),
+        "silent": _percent(network["silent_share"]),
+        "ack_p50": _seconds(network["ack_p50"]),
+        "ack_p99": _seconds(network["ack_p99"]),
+        "answered": _percent(network["answered_share"]),
+        "round_trip": _seconds(network["round_trip"]),
+        "retransmits": _percent(network["retransmit_share"]),
+    }
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f} s" if value >= 10 else f"{value:.3f} s"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.2f} %"
 
 
 _where = config_options("carriers.directory")
@@ -55,7 +85,7 @@ def check(config: Config, directory: Path | None) -> None:
     counts = dict.fromkeys(found.profiles, 0)
     for name, _ in found.networks.values():
         counts[name] += 1
-    _print([COLUMNS, *(_row(profile, counts[name]) for name, profile in found.profiles.items())])
+    print_rows([PROFILE_COLUMNS, *(_row(profile, counts[name]) for name, profile in found.profiles.items())])
 
 
 @carriers.command()
@@ -140,9 +170,3 @@ def _row(profile: CarrierProfile, networks: int) -> Sequence[str]:
         str(len(profile.addresses)),
         profile.title,
     )
-
-
-def _print(rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        click.echo("  ".join(f"{text:{width}}" for text, width in zip(row, widths, strict=True)).rstrip())
