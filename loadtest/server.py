@@ -168,11 +168,14 @@ def read_machine_usage() -> Usage:
 
 
 def read_usage(pid: int) -> Usage:
-    """All threads, from the scheduler's own nanoseconds: /proc/PID/stat counts in steps of 10 ms."""
-    total = 0
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        total += int((task / "schedstat").read_text().split()[0])
-    return Usage(total / 1e9, time.perf_counter())
+    """All threads, in nanoseconds; of another process without what it did since it last waited or its core's clock
+    ticked, which is some milliseconds."""
+    return Usage(time.clock_gettime(_cpu_clock(pid)), time.perf_counter())
+
+
+def _cpu_clock(pid: int) -> int:
+    """As clock_getcpuclockid(3) makes it: the pid above bits that say "a process", "as the scheduler counts"."""
+    return ~pid << 3 | 2
 
 
 def sum_metric(text: str, name: str) -> float:

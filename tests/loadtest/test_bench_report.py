@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from loadtest.http_pool import read_answer
 from loadtest.ledger import Ledger, alert
 from loadtest.publishing import quantile
 from loadtest.report import Contest, Load, Row, contest_table, contests, show, write_block
-from loadtest.server import Server, ServerError, run_holdfast, sum_metric
+from loadtest.server import Server, ServerError, read_usage, run_holdfast, sum_metric
 from loadtest.stage import Plan, Stage
 from loadtest.transports import masked_frame
 
@@ -188,3 +189,9 @@ def test_the_server_of_another_checkout_is_started(tmp_path: Path) -> None:
         Server(tmp_path / "data", source=tmp_path / "checkout").start()
     with pytest.raises(ServerError, match="another checkout"):
         run_holdfast("app", "list", source=tmp_path / "checkout")
+
+
+def test_cpu_time_is_told_up_to_this_moment() -> None:
+    here = [read_usage(os.getpid()).cpu for _ in range(100)]
+    assert len(set(here)) == 100
+    assert here[-1] <= time.process_time()

@@ -237,7 +237,8 @@ def test_a_length_of_five_bytes_is_no_packet() -> None:
 def test_topics_are_held_against_broadcasts(stage: Stage) -> None:
     rows = topics(stage)
     assert len(rows) == 14
-    assert all(row.values[0] > 0 for row in rows)
+    # CPU time may be 0: so little work falls between two ticks of the clock that counts it.
+    assert all(row.values[0] > 0 for row in rows if row.unit != "µs")
     assert _row(rows, "topic at QoS 1, 4 at once").note == "none lost"
     ratio = _row(rows, "topic at QoS 1, 1 at once / push broadcast, 1 at once")
     [topic_rate] = _row(rows, "devices, topic at QoS 1, 1 at once").values
@@ -248,7 +249,7 @@ def test_topics_are_held_against_broadcasts(stage: Stage) -> None:
 def test_many_subscriptions_are_held_against_few(stage: Stage) -> None:
     rows = subscriptions(stage)
     assert len(rows) == 10
-    assert all(row.values[0] > 0 for row in rows if not row.what.startswith("subscriptions: RSS"))
+    assert all(row.values[0] > 0 for row in rows if row.unit in {"/s", "ms"})
     assert all(row.note == "none lost" for row in rows if row.what.endswith("at once"))
 
 
