@@ -200,7 +200,13 @@ class Connection(asyncio.Protocol):
         """The hot path: a run of PUBACKs (architecture, decision 7), then whatever else there is."""
         session = cast("Session", self.session)
         note, devno, now = self.node.settler.note, session.devno, self.last_seen
-        if len(data) == PUBACK_SIZE and data[1] == 2:
+        flight = session.flight
+        if flight is not None and data == flight.acks:
+            end = len(data)
+            session.arrived(now)
+            for sent in flight.pushes:
+                note(sent, devno)
+        elif len(data) == PUBACK_SIZE and data[1] == 2:
             end = PUBACK_SIZE
             push = session.acked(data[2] << 8 | data[3], now)
             if push is not None:

@@ -31,9 +31,9 @@ from pyroaring import BitMap
 from broker.metrics import Counter
 from broker.model import App, StoredBroadcast, Withdrawn
 from broker.tenants.access import Access
-from gateway.live import LivePush
+from gateway.live import Encoding, Flight, LivePush
 from gateway.mailbox import Mailbox
-from gateway.session import Comeback, Inbox, Member, Session
+from gateway.session import MAX_PACKET_ID, Comeback, Inbox, Member, Session
 from gateway.topics import RetainedMessages, SubscriptionIndex
 from gateway.wheel import Clock
 
@@ -53,6 +53,7 @@ TAKEN_MEMORY: Final = 60.0  # seconds: a claim of ours may be answered after we 
 MAX_UINT32: Final = 0xFFFF_FFFF
 ROWS: Final = 32  # of one inbox in one read: what a connected device may hold in RAM beyond its window
 BACKLOG: Final = 128  # the same for a device that is sent the urgent first: what is sorted at once
+FLIGHTS_KEPT: Final = 1024  # of one walk; more packet ids than this share nothing
 PAGE: Final = 64  # devnos
 MAX_PAGES: Final = (
     131_072  # of one app, 60 MB; past it the oldest are forgotten, and their sessions begin anew
@@ -62,7 +63,7 @@ MAX_PAGES: Final = (
 class Walk:
     """A broadcast on its way through the devices that were online when it came."""
 
-    __slots__ = ("_devnos", "last", "left", "position", "push", "todo")
+    __slots__ = ("_devnos", "_flights", "last", "left", "position", "push", "todo")
 
     def __init__(self, push: LivePush, position: int, devnos: BitMap) -> None:
         self.push = push
@@ -71,6 +72,19 @@ class Walk:
         self.left = len(devnos)
         self.last = -1  # the greatest devno that it came to
         self._devnos = devnos
+        self._flights: dict[tuple[Encoding, int, tuple[LivePush, ...]], Flight] = {}
+
+    def flight(self, session: Session, pushes: tuple[LivePush, ...]) -> Flight | None:
+        """These, for a session at rest; None: they do not go into its window, or not under ids in a row."""
+        key = session.encoding, session.next_id, pushes
+        flight = self._flights.get(key)
+        if len(pushes) > session.window:
+            return None
+        if flight is None and session.next_id + len(pushes) <= MAX_PACKET_ID:
+            if len(self._flights) >= FLIGHTS_KEPT:
+                self._flights.clear()
+            flight = self._flights[key] = Flight(pushes, session.encoding, session.next_id)
+        return flight
 
     def leave_out(self, devnos: BitMap) -> None:
         self._devnos = self._devnos - devnos
@@ -337,6 +351,20 @@ class Hub:
         return Walk(push, position, devnos - push.settled if push.settled else devnos)
 
     # What a session is owed
+
+    def owed_broadcasts(self, session: Session, wall: float) -> tuple[LivePush, ...]:
+        """All from its cursor on, for a session that owes no older inbox row; in msg_id order."""
+        devno, sent = session.devno, session.sent
+        return tuple(
+            [
+                push
+                for push in self._log[max(session.cursor - self._base, 0) :]
+                if push is not None
+                and push.owed_to(devno)
+                and push.message.msg_id > sent
+                and push.message.expires_at > wall
+            ]
+        )
 
     def start(self, session: Session, *, may_owe: bool, elsewhere: bool = False) -> list[LivePush]:
         """A device connected: everything owed is to be looked at from the beginning. Applies the newest-N rule to

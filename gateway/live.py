@@ -27,6 +27,7 @@ FRAMES_KEPT: Final = (
     1024  # byte strings a message keeps for one encoding; more packet ids than this share nothing
 )
 AROUND: Final = 40  # bytes that MQTT, WebSocket and TLS put around a payload, about
+PUBACK: Final = b"\x40\x02"  # of one that says no more than yes
 DUP: Final = 0x08
 QOS: Final = 0x06  # bits of a PUBLISH's first byte
 
@@ -65,12 +66,36 @@ class Frames(dict[int, bytes]):
     def __missing__(self, packet_id: int) -> bytes:
         if len(self) >= FRAMES_KEPT:
             self.clear()
-        frame = self[packet_id] = self.head + packet_id.to_bytes(2) + self.tail
+        frame = self[packet_id] = self.make(packet_id)
         return frame
+
+    def make(self, packet_id: int) -> bytes:
+        return self.head + packet_id.to_bytes(2) + self.tail
 
     def again(self, packet_id: int) -> bytes:
         """The same packet with DUP set, for a resend in a session that survived (MQTT5-3.3.1-1)."""
         return bytes((self.head[0] | DUP,)) + self[packet_id][1:]
+
+
+class Flight:
+    """Pushes that go to many sessions in one write, under packet ids in a row: what is written, and what all their
+    acknowledgements are when they come back together and in order (MQTT5-4.6.0-2)."""
+
+    __slots__ = ("acks", "data", "end", "first", "pushes")
+
+    def __init__(self, pushes: tuple[LivePush, ...], encoding: Encoding, first: int) -> None:
+        """`first`: packet id of the first push."""
+        packet_ids = range(first, first + len(pushes))
+        frames = [push.frames(encoding) for push in pushes]
+        self.pushes = pushes
+        self.first = first
+        self.end = packet_ids.stop
+        self.data = b"".join(frame.make(i) for frame, i in zip(frames, packet_ids, strict=True))
+        self.acks = b"".join([PUBACK + i.to_bytes(2) for i in packet_ids])
+
+    def window(self) -> dict[int, LivePush]:
+        """By packet id: for a session that goes on by itself."""
+        return dict(zip(range(self.first, self.end), self.pushes, strict=True))
 
 
 class LivePush:

@@ -83,6 +83,7 @@ class NodeSettings:
     drain_rate: int = 1000  # connections asked in a second to go to another node
     anonymous_app: str | None = None  # key of the app that takes in who brings no credentials
     mailbox: MailboxLimits = field(default_factory=MailboxLimits)
+    gives_way: bool = False  # walks rest while other processes of the machine wait for a core
 
 
 class Node:
@@ -133,7 +134,7 @@ class Node:
             unsettle=self._unsettle,
             acked=self.witness.acked,
         )
-        self.fanout = Fanout(self.clock, self.metrics)
+        self.fanout = Fanout(self.clock, self.metrics, gives_way=settings.gives_way)
         self.journal = Journal(store, self.metrics, self.clock)
         self.postman = Postman(self.clock, self.metrics, self.spawn)
         self.exchange = Exchange(

@@ -523,4 +523,5 @@ def _node_settings(config: Config) -> NodeSettings:
             queued_messages=mqtt.max_queued,
             queued_bytes=mqtt.max_queued_bytes,
         ),
+        gives_way=config.store.kind == "redis",  # its nodes and brokers may share it
     )

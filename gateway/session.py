@@ -30,7 +30,7 @@ from typing import Final, Protocol, cast
 from pyroaring import BitMap
 
 from gateway.ack_time import UNKNOWN, AckTime
-from gateway.live import Encoding, Frames, LivePush
+from gateway.live import PUBACK, Encoding, Flight, Frames, LivePush
 from gateway.mailbox import Mailbox, MailboxLimits
 from gateway.messages import TopicCopy
 from gateway.mqtt import (
@@ -57,7 +57,6 @@ from gateway.mqtt.errors import TopicAliasInvalid
 MAX_PACKET_ID: Final = 65_535
 ALIASES_SENT: Final = 32  # topics that one peer gets by alias at most, whatever it would take
 ALIAS_WORTH: Final = 3  # bytes a topic alias takes: a shorter name is sent as it is
-SUCCESS_PUBACK: Final = b"\x40\x02"
 PUBACK_SIZE: Final = 4
 PUBACK_BYTES: Final = 0x40
 PINGRESP: Final = encode(Pingresp(), 4)
@@ -182,6 +181,7 @@ class Session:
     """One connection's session. `encoding` and the rest are fixed at CONNECT; `window` then only grows."""
 
     __slots__ = (
+        "_unacked",
         "ack_time",
         "aliases",
         "aliases_sent",
@@ -191,6 +191,7 @@ class Session:
         "devno",
         "encoding",
         "fetch",
+        "flight",
         "held",
         "inbound",
         "inbox",
@@ -202,7 +203,6 @@ class Session:
         "seen",
         "sent",
         "timed",
-        "unacked",
         "unsure",
         "waiting_since",
         "window",
@@ -225,9 +225,8 @@ class Session:
             window  # packet ids in flight at most: the peer's Receive Maximum and the carrier's window
         )
         self.next_id = 1
-        self.unacked: dict[int, LivePush | TopicCopy] | None = (
-            None  # None when empty: idle sessions own no dict
-        )
+        self._unacked: dict[int, LivePush | TopicCopy] | None = None
+        self.flight: Flight | None = None  # all that is in flight, if many sessions share it
         self.waiting_since = (
             0.0  # since when the oldest acknowledgement is awaited, restarted by any progress
         )
@@ -260,7 +259,49 @@ class Session:
         """What is owed goes out by urgency, not in its order."""
         return self.comeback is not None and self.comeback.urgent
 
+    @property
+    def unacked(self) -> dict[int, LivePush | TopicCopy] | None:
+        """What is in flight, by packet id, oldest first; None when nothing is: idle sessions own no dict. Whoever
+        asks makes the session leave its `flight`."""
+        if self.flight is not None:
+            self._unacked, self.flight = cast("dict[int, LivePush | TopicCopy]", self.flight.window()), None
+        return self._unacked
+
+    @unacked.setter
+    def unacked(self, unacked: dict[int, LivePush | TopicCopy] | None) -> None:
+        self._unacked, self.flight = unacked, None
+
     # Sending
+
+    @property
+    def at_rest(self) -> bool:
+        """Nothing is in flight or waits, nothing is unusual: what is owed may go out, under any packet ids."""
+        return (
+            self._unacked is None
+            and self.flight is None
+            and self.fetch is Inbox.EMPTY
+            and self.inbox is None
+            and (self.mailbox is None or not (self.mailbox.queue or self.mailbox.in_flight))
+            and self.comeback is None
+            and not self.resend
+            and not self.behind
+            and not self.manners.choosy
+        )
+
+    def depart(self, flight: Flight, now: float) -> None:
+        """Of a session at rest, with this `next_id`: these are sent."""
+        self.flight = flight
+        self.sent = flight.pushes[-1].message.msg_id
+        self.waiting_since = now
+        self.timed = flight.first
+        self.next_id = flight.end
+
+    def arrived(self, now: float) -> None:
+        """The whole flight is acknowledged."""
+        self.flight = None
+        if not (now == self.waiting_since and self.ack_time.steady):
+            self.ack_time = self.ack_time.after(now - self.waiting_since)
+        self.waiting_since = now
 
     @property
     def room(self) -> int:
@@ -661,7 +702,7 @@ class Session:
         elif packet.qos == 2:
             self._undecided().discard(packet.packet_id)
         if packet.qos == 1 and reason == Reason.SUCCESS and not text and not user_properties:
-            return SUCCESS_PUBACK + packet.packet_id.to_bytes(2)
+            return PUBACK + packet.packet_id.to_bytes(2)
         return self._acknowledge(
             Puback if packet.qos == 1 else Pubrec, packet.packet_id, reason, text, user_properties
         )

@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 
 import gateway.fanout
+from broker.model import DeliveryState
 from gateway.fanout import LONGEST_REST, MOST_RESTED, REST, SCHEDSTAT, CoreLoad
 from gateway.live import Encoding, Frames, LivePush
+from gateway.session import MAX_PACKET_ID
 from tests.gateway.world import Phone, World
 
 DEVICES = 5
@@ -25,9 +27,8 @@ EVERYONE = range(DEVICES)
 
 @pytest.fixture
 async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
-    """With one device to a slice of a walk, which rests on no machine, however busy."""
+    """With one device to a slice of a walk."""
     monkeypatch.setattr(gateway.fanout, "SLICE", 1)
-    monkeypatch.setattr(gateway.fanout, "SCHEDSTAT", "")
     world = await World(tmp_path).open(devices=DEVICES)
     yield world
     await world.close()
@@ -128,9 +129,88 @@ async def test_a_device_that_comes_during_a_walk_gets_it_once(world: World, phon
     assert again.got == [msg_id]
 
 
+async def have(world: World, msg_id: int) -> list[int]:
+    """Devices that have it, as it is recorded."""
+    await world.recorded()
+    states = await world.states(msg_id)
+    return [devno for devno, state in states.items() if state is DeliveryState.DELIVERED]
+
+
+async def three_at_once(world: World) -> list[int]:
+    """Three broadcasts whose doorbells ring in a row."""
+    msg_ids = [await world.append(*EVERYONE) for _ in range(3)]
+    for msg_id in msg_ids:
+        world.ring(msg_id, *EVERYONE)
+    await world.calm()
+    return msg_ids
+
+
+async def test_devices_at_rest_share_what_is_in_flight(world: World, phones: list[Phone]) -> None:
+    msg_ids = await three_at_once(world)
+    flight = phones[0].session.flight
+    assert flight is not None
+    assert [phone.session.flight for phone in phones] == [flight] * DEVICES
+    for phone in phones[1:]:
+        phone.ack()
+        assert phone.session.flight is phone.session.unacked is None
+    assert [await have(world, msg_id) for msg_id in msg_ids] == [[1, 2, 3, 4]] * 3
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+async def test_who_acknowledges_one_by_one_leaves_the_flight(
+    world: World, phones: list[Phone], order: tuple[int, ...]
+) -> None:
+    msg_ids = await three_at_once(world)
+    left = list(msg_ids)
+    for place in order:
+        phones[0].ack(msg_ids[place])
+        left.remove(msg_ids[place])
+        assert [push.msg_id for push in phones[0].session.unanswered()] == left
+    assert phones[1].session.flight is not None
+    assert [await have(world, msg_id) for msg_id in msg_ids] == [[0]] * 3
+
+
+async def test_who_leaves_amid_a_flight_is_sent_it_again(world: World, phones: list[Phone]) -> None:
+    msg_ids = await three_at_once(world)
+    phones[0].ack(msg_ids[1])
+    await world.recorded()
+    phones[0].leave()
+    again = world.connect(0)
+    await again.pushed(2)
+    assert again.got == [msg_ids[0], msg_ids[2]]
+    assert [(push.packet_id, push.dup) for push in again.pushes] == [(1, True), (3, True)]
+
+
+async def test_what_comes_amid_a_flight_takes_the_next_packet_id(world: World, phones: list[Phone]) -> None:
+    msg_ids = [*await three_at_once(world), await world.push(0), await world.push(*EVERYONE)]
+    await phones[0].pushed(5)
+    assert phones[0].got == msg_ids
+    assert [push.packet_id for push in phones[0].pushes] == [1, 2, 3, 4, 5]
+    phones[0].ack()
+    assert phones[0].session.unacked is None
+
+
+async def test_packet_ids_of_a_flight_stand_in_a_row(world: World, phones: list[Phone]) -> None:
+    phones[0].session.next_id = MAX_PACKET_ID - 1
+    await three_at_once(world)
+    assert [push.packet_id for push in phones[0].pushes] == [MAX_PACKET_ID - 1, MAX_PACKET_ID, 1]
+    assert phones[0].session.flight is None
+    phones[0].ack()
+    assert phones[0].session.unacked is None
+
+
+async def test_a_flight_is_no_larger_than_the_window(world: World, phones: list[Phone]) -> None:
+    phones[0].session.window = 2
+    msg_ids = await three_at_once(world)
+    assert phones[0].got == msg_ids[:2]
+    phones[0].ack()
+    assert phones[0].got == msg_ids
+
+
 async def test_a_walk_rests_when_the_node_had_to_wait_for_a_core(
     world: World, phones: list[Phone], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    world.node.fanout._load = CoreLoad()
     waits = [0.0, 0.0, 0.002]  # as the walk begins, before its first slice, before its second
     monkeypatch.setattr(CoreLoad, "waited", lambda _: waits.pop(0) if waits else 0.0)
     rests: list[float] = []
