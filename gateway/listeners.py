@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from gateway.acceptor import Acceptor
 from gateway.connection import FROM_NODES, Connection
 from gateway.node import Node
 from gateway.proxy_listener import ProxiedConnection, ProxyListener
@@ -117,15 +118,18 @@ async def _listen(
 
     if proxies:
         return ProxyListener(node, bind(host, port, shared=shared), make, trusted=proxies, context=context)
+    if context is None:
+        return Acceptor(
+            bind(host, port, shared=shared), lambda accepted, _: node.wires.connect(accepted, make())
+        )
     # A peer that never finishes its handshake is not a connection yet, and no other deadline holds it.
-    timeout = node.settings.connect_timeout if context else None
     return await asyncio.get_running_loop().create_server(
         make,
         host,
         port,
         ssl=context,
         backlog=BACKLOG,
-        ssl_handshake_timeout=timeout,
+        ssl_handshake_timeout=node.settings.connect_timeout,
         reuse_port=shared or None,
     )
 

@@ -50,6 +50,7 @@ from gateway.tcp_info import TcpSamples
 from gateway.tunnels import Tunnels
 from gateway.wheel import Clock, Wheel
 from gateway.wills import Wills
+from gateway.wires import Wires
 from gateway.witness import Witness
 
 TICK: Final = 0.25  # seconds: how exact keep-alives and expiries are
@@ -193,6 +194,7 @@ class Node:
         self.fetcher = Fetcher(store, self.metrics, self.clock, look=self.sweeper.look, sure=self._is_sure)
         self.handover = Handover(self, store.nodes)
         self.tunnels = Tunnels()
+        self.wires = Wires(self._loop)
         self.tcp = TcpSamples(self.metrics)
         self.tcp.learn = self.witness.sampled
         self.arrivals = Arrivals(
@@ -251,6 +253,7 @@ class Node:
         await self.settler.close()
         self._unsubscribe()  # until then it hears whom others took
         self.fanout.close()
+        self.wires.close()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run something in the background; its failure is logged, and close waits for it."""

@@ -17,12 +17,11 @@ from typing import Final
 
 from broker.logs import log_event
 from broker.tenants.networks import is_within
+from gateway.acceptor import Acceptor
 from gateway.connection import Connection
 from gateway.node import Node
 from gateway.proxy_protocol import MAX_HEADER, Endpoint, Header, ProxyError, Route, read_header
 
-ACCEPTS_AT_ONCE: Final = 64  # in one turn of the loop, some 5 ms
-ACCEPT_PAUSE: Final = 1.0  # seconds without accepting when the system has no files or memory left
 MAX_NOTES: Final = 100  # mistakes of proxies that are logged, each once
 
 log = logging.getLogger(__name__)
@@ -86,7 +85,6 @@ class ProxyListener:
     ) -> None:
         """`trusted`: networks of the proxies. `make` gives what serves a connection, of a peer that is where its
         socket says if there is no route."""
-        self.sockets = tuple(sockets)
         self._node = node
         self._make = make
         self._trusted = tuple(trusted)
@@ -94,48 +92,17 @@ class ProxyListener:
         self._loop = asyncio.get_running_loop()
         self._waiting: set[_Caller] = set()
         self._noted: set[tuple[str, str]] = set()
-        self._resting: asyncio.TimerHandle | None = None
-        for listening in self.sockets:
-            listening.setblocking(False)
-        self._start()
+        self._acceptor = Acceptor(sockets, self._take)
+
+    @property
+    def sockets(self) -> Sequence[socket.socket]:
+        return self._acceptor.sockets
 
     def close(self) -> None:
         """Connections that are made go on; who has not said who it is has to come again."""
-        self._stop()
-        if self._resting is not None:
-            self._resting.cancel()
-        for listening in self.sockets:
-            listening.close()
+        self._acceptor.close()
         for caller in list(self._waiting):
             self._drop(caller)
-
-    def _start(self) -> None:
-        for listening in self.sockets:
-            self._loop.add_reader(listening, self._accept, listening)
-
-    def _stop(self) -> None:
-        for listening in self.sockets:
-            self._loop.remove_reader(listening)
-
-    # Accept
-
-    def _accept(self, listening: socket.socket) -> None:
-        for _ in range(ACCEPTS_AT_ONCE):
-            try:
-                accepted, address = listening.accept()
-            except (BlockingIOError, InterruptedError, ConnectionError):
-                return
-            except OSError as error:
-                self._rest(error)
-                return
-            accepted.setblocking(False)
-            self._take(accepted, address[0])
-
-    def _rest(self, error: OSError) -> None:
-        """The kernel keeps those who come meanwhile."""
-        log_event(log, logging.ERROR, "not accepting for a moment", reason=str(error))
-        self._stop()
-        self._resting = self._loop.call_later(ACCEPT_PAUSE, self._start)
 
     def _take(self, accepted: socket.socket, host: str) -> None:
         if not is_within(host, self._trusted):
@@ -193,16 +160,18 @@ class ProxyListener:
     # A connection like any other
 
     def _introduce(self, accepted: socket.socket, route: Route | None) -> None:
-        self._node.spawn(self._connect(accepted, route))
+        if self._context is None:
+            self._node.wires.connect(accepted, self._make(route))
+        else:
+            self._node.spawn(self._begin_tls(accepted, route, self._context))
 
-    async def _connect(self, accepted: socket.socket, route: Route | None) -> None:
-        timeout = self._node.settings.connect_timeout if self._context is not None else None
+    async def _begin_tls(self, accepted: socket.socket, route: Route | None, context: ssl.SSLContext) -> None:
         try:
             await self._loop.connect_accepted_socket(
                 lambda: self._make(route),
                 accepted,
-                ssl=self._context,
-                ssl_handshake_timeout=timeout,
+                ssl=context,
+                ssl_handshake_timeout=self._node.settings.connect_timeout,
             )
         except (
             OSError

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """With what the kernel and timers bring."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - a counter tells nobody
+            await asyncio.sleep(0)
 
 
 class Held:

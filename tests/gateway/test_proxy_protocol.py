@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import contextlib
 import ipaddress
@@ -16,7 +15,7 @@ import ssl
 import struct
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ from hypothesis import strategies as st
 
 from broker.config import Config, ConfigError, load_config
 from clients.local_server import LocalServer
+from gateway import acceptor
 from gateway import ports as ports_of_workers
-from gateway import proxy_listener
 from gateway.connection import Connection
 from gateway.doorkeeper import TurnedAway
 from gateway.listeners import Listener, bind, listen_tcp, listen_websocket
@@ -38,6 +37,7 @@ from gateway.proxy_listener import MAX_NOTES
 from gateway.proxy_protocol import MAX_HEADER, MAX_LINE, SIGNATURE, Header, ProxyError, Route, read_header
 from gateway.websocket import SUBPROTOCOLS
 from tests.conftest import StartServer
+from tests.gateway.connected import until
 from tests.gateway.peer import Closed, Peer, connect_packet, counted, eventually, push, works
 from tests.gateway.world import World
 
@@ -299,13 +299,6 @@ async def test_a_look_whether_the_port_is_open_counts_nowhere(world: World) -> N
         assert not world.node.metrics.refusals.children
 
 
-async def until(condition: Callable[[], object]) -> None:
-    """With what the kernel and timers bring."""
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - a counter tells nobody
-            await asyncio.sleep(0)
-
-
 async def test_a_mistake_of_a_proxy_is_logged_once_and_counted_each_time(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -340,7 +333,7 @@ async def test_who_waits_when_the_listener_closes_is_closed(world: World) -> Non
 async def test_without_files_left_it_waits_and_goes_on(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(proxy_listener, "ACCEPT_PAUSE", 0.05)
+    monkeypatch.setattr(acceptor, "ACCEPT_PAUSE", 0.05)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     async with listening(world) as address:
         with socket.socket() as proxy:

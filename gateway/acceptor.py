@@ -1,0 +1,65 @@
+"""Accepting, where the event loop is not to make its own transports of what comes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from broker.logs import log_event
+
+ACCEPTS_AT_ONCE: Final = 64  # in one turn of the loop, some 5 ms
+ACCEPT_PAUSE: Final = 1.0  # seconds without accepting when the system has no files or memory left
+
+log = logging.getLogger(__name__)
+
+
+class Acceptor:
+    """Takes connections on `sockets`, which listen, from the beginning until `close`. `take` gets each, set not to
+    block, and the address of its peer. All on the event loop's thread."""
+
+    def __init__(self, sockets: Sequence[socket.socket], take: Callable[[socket.socket, str], None]) -> None:
+        self.sockets = tuple(sockets)
+        self._take = take
+        self._loop = asyncio.get_running_loop()
+        self._resting: asyncio.TimerHandle | None = None
+        for listening in self.sockets:
+            listening.setblocking(False)
+            # What is accepted inherits it. Packets are small: Nagle's algorithm would hold them back.
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._start()
+
+    def close(self) -> None:
+        self._stop()
+        if self._resting is not None:
+            self._resting.cancel()
+        for listening in self.sockets:
+            listening.close()
+
+    def _start(self) -> None:
+        for listening in self.sockets:
+            self._loop.add_reader(listening, self._accept, listening)
+
+    def _stop(self) -> None:
+        for listening in self.sockets:
+            self._loop.remove_reader(listening)
+
+    def _accept(self, listening: socket.socket) -> None:
+        for _ in range(ACCEPTS_AT_ONCE):
+            try:
+                accepted, address = listening.accept()
+            except (BlockingIOError, InterruptedError, ConnectionError):
+                return
+            except OSError as error:
+                self._rest(error)
+                return
+            accepted.setblocking(False)
+            self._take(accepted, address[0])
+
+    def _rest(self, error: OSError) -> None:
+        """The kernel keeps those who come meanwhile."""
+        log_event(log, logging.ERROR, "not accepting for a moment", reason=str(error))
+        self._stop()
+        self._resting = self._loop.call_later(ACCEPT_PAUSE, self._start)
