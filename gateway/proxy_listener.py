@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import ssl
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -82,7 +81,6 @@ class ProxyListener:
         make: Callable[[Route | None], asyncio.Protocol],
         *,
         trusted: Sequence[str],
-        context: ssl.SSLContext | None,
     ) -> None:
         """`trusted`: networks of the proxies. `make` gives what serves a connection, of a peer that is where its
         socket says if there is no route."""
@@ -90,7 +88,6 @@ class ProxyListener:
         self._node = node
         self._make = make
         self._trusted = tuple(trusted)
-        self._context = context
         self._loop = asyncio.get_running_loop()
         self._waiting: set[_Caller] = set()
         self._noted: set[tuple[str, str]] = set()
@@ -196,15 +193,7 @@ class ProxyListener:
         self._node.spawn(self._connect(accepted, route))
 
     async def _connect(self, accepted: socket.socket, route: Route | None) -> None:
-        timeout = self._node.settings.connect_timeout if self._context is not None else None
         try:
-            await self._loop.connect_accepted_socket(
-                lambda: self._make(route),
-                accepted,
-                ssl=self._context,
-                ssl_handshake_timeout=timeout,
-            )
-        except (
-            OSError
-        ):  # reset, or a handshake that failed, which nobody is told of on other listeners either
+            await self._loop.connect_accepted_socket(lambda: self._make(route), accepted)
+        except OSError:  # reset
             accepted.close()
