@@ -93,8 +93,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         try:
             ended = self._decrypt(pieces)
         except ssl.SSLError:
-            self._deliver(pieces)
-            self._refuse()
+            self._refuse(pieces)
             return
         finally:
             factory.incoming.read()  # what follows an end or a mistake is nobody's
@@ -126,10 +125,12 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         if pieces:
             self._inner.data_received(pieces[0] if len(pieces) == 1 else b"".join(pieces))
 
-    def _refuse(self) -> None:
-        if self._phase <= Phase.OPEN:
-            self._factory.on_refused(Refusal.HANDSHAKE if self._phase is Phase.SHAKING else Refusal.RECORD)
-            self._close_socket()
+    def _refuse(self, pieces: list[bytes]) -> None:
+        """What came before the mistake is good; what the protocol behind answers cannot be sent any more."""
+        self._factory.on_refused(Refusal.HANDSHAKE if self._phase is Phase.SHAKING else Refusal.RECORD)
+        self._phase = Phase.ENDED
+        self._deliver(pieces)
+        self.close()
 
     def _end(self) -> None:
         if self._phase <= Phase.OPEN:
