@@ -109,7 +109,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
                 self._tls.do_handshake()
                 self._phase = Phase.OPEN
             while incoming.pending:
-                size = read(MAX_RECORD, plain)
+                size: int = read(MAX_RECORD, plain)  # type: ignore[assignment]  # typeshed: bytes, always
                 if not size:
                     return True
                 pieces.append(bytes(plain[:size]))

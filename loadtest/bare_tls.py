@@ -1,5 +1,5 @@
-"""The least that could serve a storm of TLS devices: an epoll loop that accepts, does OpenSSL's part of the handshake,
-and nothing else.
+"""The least that could serve a storm of TLS devices: an epoll loop that accepts, does OpenSSL's part of the
+handshake, and nothing else.
 
 With the same certificate and the same settings of TLS as the real server, whose cost for a CONNECT over TLS can so be
 read as a share of what a handshake costs anybody. `python -m loadtest.bare_tls CERTIFICATE KEY` prints its port, and
@@ -13,11 +13,9 @@ import select
 import socket
 import ssl
 import sys
-from pathlib import Path
 from typing import Final
 
-from gateway.listeners import BACKLOG, Certificate
-
+BACKLOG: Final = 4096
 READ_SIZE: Final = 65_536
 ACCEPTS_AT_ONCE: Final = 64
 
@@ -78,7 +76,10 @@ class BareTlsServer:
 
 def main() -> None:
     listening = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
-    context = Certificate(*map(Path, sys.argv[1:3])).context
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.num_tickets = 1
+    context.set_alpn_protocols(["mqtt"])
+    context.load_cert_chain(*sys.argv[1:3])
     sys.stdout.write(f"{listening.getsockname()[1]}\n")
     sys.stdout.flush()
     BareTlsServer(listening, context).serve()

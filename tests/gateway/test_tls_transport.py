@@ -401,7 +401,7 @@ def test_an_old_version_is_refused(run: Run, files: Files) -> None:
     async def story() -> None:
         async with listening(files) as at, connected(at) as (reader, writer):
             context = files.client()
-            with pytest.warns(DeprecationWarning):
+            with pytest.warns(DeprecationWarning, match="TLSv1_1"):
                 context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
             context.set_ciphers("DEFAULT@SECLEVEL=0")
             half = Half(context)
