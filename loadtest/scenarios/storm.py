@@ -1,9 +1,9 @@
 """A reconnect storm over TLS (P-256 certificate, TLS 1.3): devices that have no session ticket, then such that have.
 
 In turns of one run it hits Holdfast and a server that does OpenSSL's handshakes only (loadtest/bare_tls.py). The
-number that counts is CPU seconds of the server for each device: both find their work in volleys (loadtest/tls_fleet.py), and
-the pace is what one core would make of it. Wanted: with all that Holdfast does for a connect, from accept to CONNACK,
-85 % of the pace that the handshakes alone allow.
+number that counts is CPU seconds of the server for each device: both find their work in volleys
+(loadtest/tls_fleet.py), and the pace is what one core would make of it. Wanted: with all that Holdfast does for a
+connect, from accept to CONNACK, 85 % of the pace that the handshakes alone allow.
 """
 
 from __future__ import annotations
