@@ -1,7 +1,7 @@
 """Who may open a connection: how many at once from one address, and how many a second. No I/O; the clock is an
 argument.
 
-A refused connection has cost its accept, and on the TLS port its handshake, which ends before we are asked.
+A refused connection has cost its accept: on the TLS port we are asked before the handshake.
 
 Theory. A bucket of `rate` tokens that fills at `rate` a second is one number: the time at which it will be full
 again. Each connection moves that time by 1 / rate, from now on if it has passed; more than a second ahead, the

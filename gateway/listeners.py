@@ -14,6 +14,7 @@ from gateway.connection import FROM_NODES, Connection
 from gateway.node import Node
 from gateway.proxy_listener import ProxiedConnection, ProxyListener
 from gateway.proxy_protocol import Route
+from gateway.tls import TlsFactory
 from gateway.websocket import SAME_ORIGIN, WebSocketFactory
 
 BACKLOG: Final = 4096  # connections the kernel holds for us in a reconnect storm; it may allow fewer
@@ -31,6 +32,8 @@ class Certificate:
         self._private_key = private_key
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
+        self.context.options |= ssl.OP_NO_RENEGOTIATION  # a handshake is ours to pay, and once is enough
+        self.context.num_tickets = 1  # each costs a signed and encrypted copy of the session
         self.context.set_alpn_protocols(["mqtt"])
         self.reload()
 
@@ -58,7 +61,7 @@ class Listener(Protocol):
 Wrap = Callable[[Connection], asyncio.Protocol]  # what the event loop talks to, around a connection
 
 
-async def listen_tcp(
+def listen_tcp(
     node: Node,
     host: str,
     port: int,
@@ -69,17 +72,18 @@ async def listen_tcp(
 ) -> Listener:
     """`shared`: other processes listen there, too. `proxies`: networks of those whose connections begin with a PROXY
     header."""
-    name = "tls" if certificate else "tcp"
-    context = certificate.context if certificate else None
-    return await _listen(node, name, _bare, host, port, context, shared=shared, proxies=proxies)
+    if certificate is None:
+        return _listen(node, "tcp", _bare, host, port, shared=shared, proxies=proxies)
+    wrap = TlsFactory(certificate.context, node.count_refusal).around
+    return _listen(node, "tls", wrap, host, port, shared=shared, proxies=proxies)
 
 
-async def listen_to_nodes(node: Node, host: str) -> Listener:
+def listen_to_nodes(node: Node, host: str) -> Listener:
     """For connections that other nodes carry here, on any free port: they have been through those nodes' doors."""
-    return await _listen(node, FROM_NODES, _bare, host, 0, None, shared=False)
+    return _listen(node, FROM_NODES, _bare, host, 0, shared=False)
 
 
-async def listen_websocket(
+def listen_websocket(
     node: Node,
     host: str,
     port: int,
@@ -95,20 +99,19 @@ async def listen_websocket(
         node.count_refusal,
         origins=origins,
     )
-    return await _listen(node, "ws", factory.around, host, port, None, shared=shared, proxies=proxies)
+    return _listen(node, "ws", factory.around, host, port, shared=shared, proxies=proxies)
 
 
 def _bare(connection: Connection) -> asyncio.Protocol:
     return connection
 
 
-async def _listen(
+def _listen(
     node: Node,
     name: str,
     wrap: Wrap,
     host: str,
     port: int,
-    context: ssl.SSLContext | None,
     *,
     shared: bool,
     proxies: Sequence[str] = (),
@@ -117,21 +120,8 @@ async def _listen(
         return wrap(Connection(node, name) if route is None else ProxiedConnection(node, name, route))
 
     if proxies:
-        return ProxyListener(node, bind(host, port, shared=shared), make, trusted=proxies, context=context)
-    if context is None:
-        return Acceptor(
-            bind(host, port, shared=shared), lambda accepted, _: node.wires.connect(accepted, make())
-        )
-    # A peer that never finishes its handshake is not a connection yet, and no other deadline holds it.
-    return await asyncio.get_running_loop().create_server(
-        make,
-        host,
-        port,
-        ssl=context,
-        backlog=BACKLOG,
-        ssl_handshake_timeout=node.settings.connect_timeout,
-        reuse_port=shared or None,
-    )
+        return ProxyListener(node, bind(host, port, shared=shared), make, trusted=proxies)
+    return Acceptor(bind(host, port, shared=shared), lambda accepted, _: node.wires.connect(accepted, make()))
 
 
 def bind(host: str, port: int, *, shared: bool) -> list[socket.socket]:

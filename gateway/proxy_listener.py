@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import ssl
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -81,14 +80,12 @@ class ProxyListener:
         make: Callable[[Route | None], asyncio.Protocol],
         *,
         trusted: Sequence[str],
-        context: ssl.SSLContext | None,
     ) -> None:
         """`trusted`: networks of the proxies. `make` gives what serves a connection, of a peer that is where its
         socket says if there is no route."""
         self._node = node
         self._make = make
         self._trusted = tuple(trusted)
-        self._context = context
         self._loop = asyncio.get_running_loop()
         self._waiting: set[_Caller] = set()
         self._noted: set[tuple[str, str]] = set()
@@ -106,7 +103,7 @@ class ProxyListener:
 
     def _take(self, accepted: socket.socket, host: str) -> None:
         if not is_within(host, self._trusted):
-            self._introduce(accepted, None)
+            self._connect(accepted, None)
         elif len(self._waiting) >= self._node.settings.max_connecting:
             self._node.count_refusal("too many connections")
             accepted.close()
@@ -134,7 +131,7 @@ class ProxyListener:
         else:
             if header is not None:
                 self._forget(caller)
-                self._introduce(caller.socket, header.route)
+                self._connect(caller.socket, header.route)
 
     def _late(self, caller: _Caller) -> None:
         self._node.count_refusal("connect timeout")
@@ -157,23 +154,6 @@ class ProxyListener:
         if caller.deadline is not None:
             caller.deadline.cancel()
 
-    # A connection like any other
-
-    def _introduce(self, accepted: socket.socket, route: Route | None) -> None:
-        if self._context is None:
-            self._node.wires.connect(accepted, self._make(route))
-        else:
-            self._node.spawn(self._begin_tls(accepted, route, self._context))
-
-    async def _begin_tls(self, accepted: socket.socket, route: Route | None, context: ssl.SSLContext) -> None:
-        try:
-            await self._loop.connect_accepted_socket(
-                lambda: self._make(route),
-                accepted,
-                ssl=context,
-                ssl_handshake_timeout=self._node.settings.connect_timeout,
-            )
-        except (
-            OSError
-        ):  # reset, or a handshake that failed, which nobody is told of on other listeners either
-            accepted.close()
+    def _connect(self, accepted: socket.socket, route: Route | None) -> None:
+        """From here on it is a connection like any other."""
+        self._node.wires.connect(accepted, self._make(route))

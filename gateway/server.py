@@ -211,7 +211,7 @@ class Service:
         if self.node is not None:
             self.node.start()
         http = await self._listen_http()
-        mqtt, mqtts, ws = await self._listen_devices()
+        mqtt, mqtts, ws = self._listen_devices()
         self._address = config.server.advertise or mqtts or mqtt or ""
         await self._membership.beat()  # with the address
         self._start_tasks()
@@ -293,7 +293,7 @@ class Service:
             log_event(log, logging.INFO, "dispatch over UDP", address=format_address(bound))
         return format_address(self._api.addresses[0])
 
-    async def _listen_devices(self) -> tuple[str | None, str | None, str | None]:
+    def _listen_devices(self) -> tuple[str | None, str | None, str | None]:
         """Over TCP, TLS and WebSocket."""
         node, mqtt, host, shared = self.node, self._config.mqtt, self._config.server.host, self._shared
         proxies = self._config.device_proxies
@@ -301,16 +301,16 @@ class Service:
             return None, None, None
         tcp = tls = ws = None
         if not self._membership.alone:
-            self._direct = self._add(FROM_NODES, await listen_to_nodes(node, host))
+            self._direct = self._add(FROM_NODES, listen_to_nodes(node, host))
         if mqtt.port is not None:
-            tcp = self._add("tcp", await listen_tcp(node, host, mqtt.port, shared=shared, proxies=proxies))
+            tcp = self._add("tcp", listen_tcp(node, host, mqtt.port, shared=shared, proxies=proxies))
         if mqtt.tls_port is not None:
-            listener = await listen_tcp(
+            listener = listen_tcp(
                 node, host, mqtt.tls_port, self._certificate, shared=shared, proxies=proxies
             )
             tls = self._add("tls", listener)
         if mqtt.ws_port is not None:
-            listener = await listen_websocket(
+            listener = listen_websocket(
                 node, host, mqtt.ws_port, mqtt.ws_origins, shared=shared, proxies=proxies
             )
             ws = self._add("ws", listener)
@@ -361,7 +361,7 @@ class Service:
                 self._stop_listening()
                 log_event(log, logging.WARNING, "full or drained, not listening", connections=connections)
             elif not self._servers and connections < most * ROOM_AGAIN and not node.draining:
-                await self._listen_devices()
+                self._listen_devices()
                 log_event(log, logging.INFO, "listening again", connections=connections)
 
     def reload(self) -> None:

@@ -26,6 +26,7 @@ from loadtest.scenarios.fleet import fleet
 from loadtest.scenarios.idle import idle
 from loadtest.scenarios.offline import offline
 from loadtest.scenarios.reach import reach
+from loadtest.scenarios.storm import storm
 from loadtest.scenarios.subscriptions import subscriptions
 from loadtest.scenarios.targeted import targeted
 from loadtest.scenarios.topics import topics
@@ -39,6 +40,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
         ceiling,
         idle,
         connects,
+        storm,
         broadcast,
         targeted,
         accepts,

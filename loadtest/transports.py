@@ -26,7 +26,7 @@ def open_websocket(address: Address, connect: bytes) -> socket.socket:
     if not answer.startswith(b"HTTP/1.1 101 "):
         raise FleetError(f"no WebSocket: {answer.splitlines()[0].decode(errors='replace')}")
     opened.sendall(masked_frame(connect))
-    _check_connack(opened.recv(1024)[2:])
+    check_connack(opened.recv(1024)[2:])
     return opened
 
 
@@ -34,7 +34,7 @@ def open_tls(address: Address, context: ssl.SSLContext, connect: bytes) -> ssl.S
     """A device that has its CONNACK."""
     opened = context.wrap_socket(socket.create_connection(address), server_hostname=address[0])
     opened.sendall(connect)
-    _check_connack(opened.recv(1024))
+    check_connack(opened.recv(1024))
     return opened
 
 
@@ -55,7 +55,7 @@ def _receive_until(opened: socket.socket, end: bytes) -> bytes:
     return received
 
 
-def _check_connack(data: bytes) -> None:
+def check_connack(data: bytes) -> None:
     if len(data) < 4 or data[0] != CONNACK or data[3]:
         raise FleetError(f"refused: {data.hex()}")
 

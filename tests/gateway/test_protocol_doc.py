@@ -28,6 +28,7 @@ from gateway.mqtt import (
 )
 from gateway.node import NodeSettings
 from gateway.server import _node_settings
+from gateway.tls import Refusal as TlsRefusal
 from gateway.websocket import MAX_FIRST_FRAME_SIZE, MAX_HANDSHAKE_SIZE
 from gateway.websocket import Refusal as WebSocketRefusal
 
@@ -117,7 +118,8 @@ def test_every_refusal_is_told() -> None:
     in_code = set(refusals()) | labels("count_refusal", "_turn_away")
     in_code |= {reason.value for reason in TurnedAway}
     in_code |= {"bad CONNECT", PacketTooLarge.reason.name.lower().replace("_", " ")}  # Connection.fail
-    assert in_code | {refusal.value for refusal in WebSocketRefusal} == set(rows("Refused connections"))
+    in_code |= {refusal.value for kind in (TlsRefusal, WebSocketRefusal) for refusal in kind}
+    assert in_code == set(rows("Refused connections"))
 
 
 def test_refusals_have_the_codes_of_the_table() -> None:

@@ -213,7 +213,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
 async def listening(
     world: World, *, trusted: str = "127.0.0.0/8", listen: Any = listen_tcp
 ) -> AsyncIterator[tuple[str, int]]:
-    listener: Listener = await listen(world.node, "127.0.0.1", 0, proxies=[trusted])
+    listener: Listener = listen(world.node, "127.0.0.1", 0, proxies=[trusted])
     try:
         yield listener.sockets[0].getsockname()
     finally:

@@ -256,7 +256,7 @@ async def connected(
     trust: ssl.SSLContext | None = None,
 ) -> AsyncIterator[Connection]:
     """A peer, with what it declares, that has its CONNACK."""
-    listener = await listen_tcp(world.node, "127.0.0.1", 0, certificate)
+    listener = listen_tcp(world.node, "127.0.0.1", 0, certificate)
     host, port = listener.sockets[0].getsockname()
     reader, writer = await asyncio.open_connection(
         host, port, local_addr=(source, 0), ssl=trust, server_hostname="localhost" if trust else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from loadtest.fleet import FleetError, connect_packet
 from loadtest.population import Population, register
 from loadtest.publishing import batch_body, check_batch, keep_in_flight
 from loadtest.scenarios.broadcast import Volley
+from loadtest.scenarios.storm import storm
 from loadtest.server import Server
 from loadtest.stage import QUICK, Cast, Meter, Stage, cast
 from loadtest.transports import make_certificate, open_tls, open_websocket
@@ -138,3 +140,15 @@ def test_a_stage_leaves_nothing_behind(tmp_path: Path) -> None:
     finally:
         os.sched_setaffinity(0, affinity)
     assert [path.name for path in tmp_path.iterdir()] == [f"population-{DEVICES}"]
+
+
+def test_a_storm_is_measured_beside_bare_handshakes(tmp_path: Path) -> None:
+    affinity = os.sched_getaffinity(0)
+    try:
+        small = replace(QUICK, runs=1, devices=DEVICES, tls_devices=DEVICES)
+        rows = storm(Stage(small, tmp_path))
+    finally:
+        os.sched_setaffinity(0, affinity)
+    assert len(rows) == 6
+    assert all(value > 0 for row in rows for value in row.values)
+    assert [row.at_least for row in rows] == [None, None, 0.85, None, None, None]
