@@ -36,10 +36,6 @@ class Instructions:
     def __init__(self) -> None:
         self._functions: dict[int, _Function | None] = {}  # by the identity of their code; None: not ours
 
-    @property
-    def total(self) -> int:
-        return sum(function.count for function in self._functions.values() if function)
-
     def by_function(self) -> dict[str, int]:
         return {function.name: function.count for function in self._functions.values() if function}
 

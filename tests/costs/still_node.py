@@ -214,14 +214,17 @@ class StillNode:
     def ring(self, bells: Sequence[Doorbell]) -> None:
         self.world.bus.ring(bells)
 
-    def pass_wheel(self) -> None:
-        """A minute later: each connection has been looked at, and those that are over are forgotten."""
+    async def minute_later(self) -> None:
+        """Each connection has been looked at, those that are over are forgotten, and what was to be saved is."""
+        await self.rest()
         clock, wheel = self.node.clock, self.node._wheel
         clock.now += MINUTE
         for connection in wheel.due(clock.now):
             following = connection.check(clock.now)
             if following is not None:
                 wheel.add(connection, following)
+        self.world.store._write_last_online()
+        await self.rest()
 
     async def recorded(self) -> None:
         """Until every acknowledgement is in the store."""
