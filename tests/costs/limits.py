@@ -59,8 +59,8 @@ def _explain(name: str, known: float, now: float, allowed: float) -> str:
     path, unit = name.rsplit(".", 1)
     hint = f" Where: python tests/costs/costs.py --functions {path}." if unit == "instructions" else ""
     return (
-        f"{path} cost {show(known)} {unit}, and costs {show(now)} now: {now - known:+.1f}, of which {show(allowed)} are allowed."
-        f"{hint} If it is meant so: {RENEW}"
+        f"{path} cost {show(known)} {unit}, and costs {show(now)} now: {now - known:+.1f}, of which "
+        f"{show(allowed)} are allowed.{hint} If it is meant so: {RENEW}"
     )
 
 

@@ -1,5 +1,5 @@
-"""A node and its HTTP API in this process, on a real store, with nothing that depends on time: one thread, a loop whose
-clock stands still, peers that are lists of bytes. What happens, and in which order, is the same in every run."""
+"""A node and its HTTP API in this process, on a real store, with nothing that depends on time: one thread, a loop
+whose clock stands still, peers that are lists of bytes. What happens, and in which order, is always the same."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class StillNode:
         """Until nothing is under way: nothing waits for a file, a thread or a timer."""
         loop = asyncio.get_running_loop()
         await asyncio.sleep(0)
-        while loop._ready:  # type: ignore[attr-defined]
+        while loop._ready:  # type: ignore[attr-defined]  # noqa: ASYNC110 - there is no event for it
             await asyncio.sleep(0)
 
     def connect_packet(self, devno: int) -> bytes:
