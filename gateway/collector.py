@@ -4,7 +4,7 @@ A look of the collector stops everything for as long as it takes to go through w
 long-lived: 15,000 of them are 100,000 objects, some ten milliseconds. But none of them is its business: what a device
 leaves behind is freed by reference counts (tests/gateway/test_collector.py). What it does find is young: exceptions
 of refused calls, TLS handshakes, HTTP connections that broke. So it looks at each object once, soon after that was
-made; what is still in use then is frozen, and looked at no more (decision 0028).
+made; what is still in use then is frozen, and looked at no more.
 
 Garbage that was frozen before it became garbage would stay for ever. Therefore, when more than a limit is frozen,
 there is a look at everything; the limit is far beyond what a process of a usual size holds.
