@@ -128,6 +128,7 @@ class Fleet:
         self._opening = 0
         self._ungranted = 0
         self.acked = 0
+        self.answers = 0  # to what devices said
 
     @property
     def online(self) -> int:
@@ -250,15 +251,14 @@ class Fleet:
         self._take_packets(fd, data)
 
     def _take_packets(self, fd: int, data: bytes) -> None:
-        acks, end = take_pushes(self._device[fd], data, self._head, self._take, self._refuse)
+        acks, end = take_pushes(self._device[fd], data, self._head, self._take, self._take_answer)
         if end < len(data):
             self._partial[fd] = data[end:]
         if acks:
             self.acked += len(acks)
             os.write(fd, acks[0] if len(acks) == 1 else b"".join(acks))
 
-    @staticmethod
-    def _refuse(device: int, packet: bytes) -> None:
-        if packet[0] in ANSWERS:
-            return
-        raise FleetError(f"device {device} got something else: {packet.hex()}")
+    def _take_answer(self, device: int, packet: bytes) -> None:
+        if packet[0] not in ANSWERS:
+            raise FleetError(f"device {device} got something else: {packet.hex()}")
+        self.answers += 1

@@ -100,24 +100,24 @@ class Day:
         for first in range(0, len(names), IN_ONE_CALL):
             added = {"registration_ids": {"add": names[first : first + IN_ONE_CALL]}}
             pool.call("POST", f"/v3/tags/{TAG}", added)
-        self._broadcast()
+        self.broadcast()
         self._cast.reactor.run_until(lambda: bool(self._shown), "the first broadcast")
 
     def run(self, seconds: float) -> None:
         publisher = self._cast.open_loop(self._stay, PUSHES)
         events = [
-            Every(COMING, self._come_and_go),
-            Every(RECEIPTS, self._show),
-            Every(TAGGINGS, self._tag),
-            Every(BROADCASTS, self._broadcast),
-            Every(len(self._stay) / KEEP_ALIVE, self._ping),
+            Every(COMING, self.come_and_go),
+            Every(RECEIPTS, self.show),
+            Every(TAGGINGS, self.tag),
+            Every(BROADCASTS, self.broadcast),
+            Every(len(self._stay) / KEEP_ALIVE, self.ping),
         ]
         until = time.perf_counter() + seconds
         while time.perf_counter() < until:
             self._cast.reactor.turn(min(publisher.send_due(), *(event.catch_up() for event in events)))
         self._cast.reactor.run_until(lambda: not self._cast.ledger.missing, "all pushes arrived")
 
-    def _come_and_go(self) -> None:
+    def come_and_go(self) -> None:
         fleet = self._cast.fleet
         going, coming = self._here.popleft(), self._away.popleft()
         fleet.disconnect([going])
@@ -126,18 +126,18 @@ class Day:
         self._here.append(coming)
         self._away.append(going)
 
-    def _show(self) -> None:
+    def show(self) -> None:
         """A receipt."""
         content = orjson.dumps({"msg_id": self._random.choice(self._shown), "event": "shown"})
         receipt = Publish("receipt", content, qos=1, packet_id=1)
         self._cast.fleet.send(self._random.choice(self._stay), encode(receipt, 4))
 
-    def _tag(self) -> None:
+    def tag(self) -> None:
         name = self._names[self._random.choice(self._stay)]
         body = {"tags": {"add": [f"day{self._random.randrange(50)}"]}}
         self._post(f"/v3/devices/{name}", body, check_accepted)
 
-    def _broadcast(self) -> None:
+    def broadcast(self) -> None:
         cast_ = self._cast
         text = alert(cast_.ledger.add_broadcast(len(self._stay)), cast_.msg_id_digits)
         body = {"platform": "all", "audience": {"tag": [TAG]}, "notification": {"alert": text}}
@@ -151,5 +151,5 @@ class Day:
         pool = self._cast.pool
         pool.send(pool.build("POST", path, orjson.dumps(body)), done)
 
-    def _ping(self) -> None:
+    def ping(self) -> None:
         self._cast.fleet.send(self._random.choice(self._stay), PINGREQ)

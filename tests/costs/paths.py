@@ -80,13 +80,7 @@ async def accept_batch(still: StillNode, bill: Bill) -> None:
 
 async def connect(still: StillNode, bill: Bill) -> None:
     """From an accepted socket to CONNACK, of a device that is owed nothing: token, route, session, log."""
-    devnos = still.strangers(EACH)
-    peers = [still.device() for _ in devnos]
-    packets = [still.connect_packet(devno) for devno in devnos]
-    with bill.counting("connect", EACH):
-        for peer, packet in zip(peers, packets, strict=True):
-            await still.connect(peer, packet)
-    bill.writes("connect", peers, EACH)
+    await _connect(still, bill, "connect", still.strangers(EACH))
 
 
 async def connect_owed(still: StillNode, bill: Bill) -> None:
@@ -94,13 +88,17 @@ async def connect_owed(still: StillNode, bill: Bill) -> None:
     devnos = still.strangers(EACH)
     await still.append(*([devno] for devno in devnos))
     still.ring(await still.append(devnos))
+    _acknowledge(await _connect(still, bill, "connect.owed", devnos), pushes=2)
+
+
+async def _connect(still: StillNode, bill: Bill, name: str, devnos: Sequence[int]) -> list[Peer]:
     peers = [still.device() for _ in devnos]
     packets = [still.connect_packet(devno) for devno in devnos]
-    with bill.counting("connect.owed", EACH):
+    with bill.counting(name, EACH):
         for peer, packet in zip(peers, packets, strict=True):
             await still.connect(peer, packet)
-    bill.writes("connect.owed", peers, EACH)
-    _acknowledge(peers, pushes=2)
+    bill.writes(name, peers, EACH)
+    return peers
 
 
 async def deliver(still: StillNode, bill: Bill) -> None:
