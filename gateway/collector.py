@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from broker.metrics import Metrics
 
-YOUNG: Final = 10_000  # objects made, less those freed, between two looks: one takes a millisecond or two
+YOUNG: Final = 2_000  # objects made, less those freed, between two looks: one takes about a millisecond
 NEVER: Final = 2**31 - 1  # what lived through a look is frozen: there are no older generations
 MOST_FROZEN: Final = 2_000_000  # objects, some 200 MB: a peer that makes us freeze garbage gets no further
 

@@ -24,9 +24,10 @@ def steady(stage: Stage) -> list[Row]:
         stage.server(population) as server,
         cast(server, population, stage.plan.devices, keep_alive=KEEP_ALIVE) as cast_,
     ):
+        empty = _share_of_nobody(stage, cast_)
         rows = _latencies(stage, cast_)
         cast_.fleet.connect(range(FEW, stage.plan.devices), wave=stage.plan.runs)
-        rows += [_idle(stage, cast_), collector_row("steady", cast_)]
+        rows += [_idle(stage, cast_, empty), collector_row("steady", cast_)]
     return rows
 
 
@@ -65,7 +66,15 @@ def _latency_rows(
     return [*rows, Row(f"{name}, {devices:,} devices to {FEW:,}, turn by turn", "", ratios, at_most=1.2)]
 
 
-def _idle(stage: Stage, cast_: Cast) -> Row:
+def _share_of_nobody(stage: Stage, cast_: Cast) -> float:
+    """Per cent of a core that the server takes with no device connected."""
+    meter = Meter(cast_.server.pid)
+    with meter.running():
+        cast_.reactor.run_for(stage.plan.idle / 6)
+    return 100 * meter.server_cpu / meter.seconds
+
+
+def _idle(stage: Stage, cast_: Cast, empty: float) -> Row:
     """Every device pings when its keep-alive is nearly over, one after the other."""
     devices, seconds = cast_.fleet.online, stage.plan.idle
     order = random.Random(1).sample(range(devices), devices)
@@ -84,7 +93,8 @@ def _idle(stage: Stage, cast_: Cast) -> Row:
         "% of a core",
         [share],
         at_most=0.5,
-        note=f"over {meter.seconds:.0f} s",
+        loads=[meter.load],
+        note=f"over {meter.seconds:.0f} s; {empty:.2f} % of a core with nobody connected",
     )
 
 
