@@ -210,7 +210,7 @@ async def _serve(
         apps = OpenApps(config, store, broker.apps)
         demo_app, anonymous_app = await apps.demo_app(), await apps.anonymous_app()
         address = (await admin.open(shared=True)).removeprefix("http://")
-        tune_interpreter()
+        tune_interpreter(Metrics())  # which nobody reads: few wait for this process
         await broker.learning.open(f"{config.server.node_id}-{OURSELVES}")  # for what `dispatch ask` is told
         reloading = loop.create_task(_reload_carriers(broker, reload))
         tell(Listening(None, None, None, None, address, demo_app, anonymous_app))

@@ -8,7 +8,6 @@ operator.
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import resource
@@ -35,6 +34,7 @@ from broker.model import App, NodeInfo
 from broker.store import Conflict, StoreError
 from broker.telling.callbacks import CallbackMetrics
 from gateway import sockets
+from gateway.collector import Collector
 from gateway.connection import FROM_NODES
 from gateway.doorkeeper import DoorLimits
 from gateway.inquiries import Inquiries
@@ -218,7 +218,7 @@ class Service:
         if self._bridge is not None:
             await self._bridge.open()
         self.health.state = "ready"
-        tune_interpreter()
+        tune_interpreter(self.metrics)
         return Listening(mqtt, mqtts, ws, http, admin, demo_app, anonymous_app)
 
     async def _open_admin(self) -> str | None:
@@ -481,18 +481,14 @@ def _version() -> str:
     return version("holdfast")
 
 
-def tune_interpreter() -> None:
+def tune_interpreter(metrics: Metrics) -> None:
     """For one busy event loop beside the store's threads.
 
     A thread of the store that needs the interpreter waits at most half a millisecond for the loop to let go of
-    it: Python's own 5 ms, met several times in a commit, would be the latency of a push. Connections are
-    long-lived and few of them are garbage: what start-up made is never looked at again, and collections are rare
-    (a full one over a million objects stops the loop for a quarter of a second).
+    it: Python's own 5 ms, met several times in a commit, would be the latency of a push.
     """
     sys.setswitchinterval(0.0005)
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
+    Collector(metrics).start()
 
 
 def _node_settings(config: Config) -> NodeSettings:

@@ -22,10 +22,12 @@ from loadtest.scenarios.ceiling import ceiling
 from loadtest.scenarios.churn import churn
 from loadtest.scenarios.connects import connects
 from loadtest.scenarios.crowd import crowd
+from loadtest.scenarios.day import day
 from loadtest.scenarios.fleet import fleet
 from loadtest.scenarios.idle import idle
 from loadtest.scenarios.offline import offline
 from loadtest.scenarios.reach import reach
+from loadtest.scenarios.steady import steady
 from loadtest.scenarios.storm import storm
 from loadtest.scenarios.subscriptions import subscriptions
 from loadtest.scenarios.targeted import targeted
@@ -43,6 +45,8 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
         storm,
         broadcast,
         targeted,
+        steady,
+        day,
         accepts,
         offline,
         topics,

@@ -7,6 +7,7 @@ receives is on topics of one length, at QoS 0 or 1, and ends as a push does.
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import time
@@ -23,6 +24,7 @@ AT_ONCE: Final = 256  # connections between SYN and CONNACK
 KEEP_ALIVE: Final = 1200
 CONNACK: Final = 0x20
 PUBLISH: Final = 0x30
+ANSWERS: Final = (0x40, 0xD0)  # PUBACK, PINGRESP
 ALERT_TAIL: Final = len('"}}')
 SOURCES: Final = (
     8  # addresses of one wave: with most of one's 28,000 ports taken, Linux searches 100 µs for one
@@ -126,6 +128,7 @@ class Fleet:
         self._opening = 0
         self._ungranted = 0
         self.acked = 0
+        self.answers = 0  # to what devices said
 
     @property
     def online(self) -> int:
@@ -134,13 +137,21 @@ class Fleet:
     def connect(self, devices: Iterable[int], *, at_once: int = AT_ONCE, wave: int = 0) -> float:
         """Connect them all, `at_once` at a time; seconds from the first SYN to the last CONNACK. Each `wave`
         (0 to 255) has addresses of its own, so that ports in TIME_WAIT are in nobody's way."""
-        self._todo = iter(devices)
-        self._wave = wave
         started = time.perf_counter()
-        for _ in range(at_once):
-            self._begin_next()
+        self.begin(devices, at_once=at_once, wave=wave)
         self._reactor.run_until(lambda: not self._opening, "all devices online")
         return time.perf_counter() - started
+
+    def begin(self, devices: Iterable[int], *, at_once: int = AT_ONCE, wave: int = 0) -> None:
+        """Connect them while other things happen."""
+        self._todo = itertools.chain(self._todo, devices)
+        self._wave = wave
+        for _ in range(at_once - self._opening):
+            self._begin_next()
+
+    def send(self, device: int, packet: bytes) -> None:
+        """Something else that a device may say; its PUBACK or PINGRESP is no surprise."""
+        os.write(self._fd[device], packet)
 
     def subscribe(self, packets: Mapping[int, bytes]) -> None:
         """Have each device send its SUBSCRIBE (3.1.1); all is granted when this returns."""
@@ -240,13 +251,14 @@ class Fleet:
         self._take_packets(fd, data)
 
     def _take_packets(self, fd: int, data: bytes) -> None:
-        acks, end = take_pushes(self._device[fd], data, self._head, self._take, self._refuse)
+        acks, end = take_pushes(self._device[fd], data, self._head, self._take, self._take_answer)
         if end < len(data):
             self._partial[fd] = data[end:]
         if acks:
             self.acked += len(acks)
             os.write(fd, acks[0] if len(acks) == 1 else b"".join(acks))
 
-    @staticmethod
-    def _refuse(device: int, packet: bytes) -> None:
-        raise FleetError(f"device {device} got something else: {packet.hex()}")
+    def _take_answer(self, device: int, packet: bytes) -> None:
+        if packet[0] not in ANSWERS:
+            raise FleetError(f"device {device} got something else: {packet.hex()}")
+        self.answers += 1

@@ -9,7 +9,7 @@ from typing import Final
 
 import orjson
 
-from loadtest.fleet import connect_packet
+from loadtest.fleet import KEEP_ALIVE, connect_packet
 from loadtest.http_pool import HttpPool
 from loadtest.reactor import Reactor
 from loadtest.server import Server, run_holdfast
@@ -29,10 +29,12 @@ class Population:
     def copy_to(self, data_dir: Path) -> None:
         shutil.copytree(self.directory, data_dir)
 
-    def connect_packets(self, count: int, version: int = 4, *, clean_start: bool = False) -> list[bytes]:
+    def connect_packets(
+        self, count: int, version: int = 4, *, clean_start: bool = False, keep_alive: int = KEEP_ALIVE
+    ) -> list[bytes]:
         pairs = zip(self.names[:count], self.tokens[:count], strict=True)
         return [
-            connect_packet(self.app_key, name, token, version, clean_start=clean_start)
+            connect_packet(self.app_key, name, token, version, clean_start=clean_start, keep_alive=keep_alive)
             for name, token in pairs
         ]
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ HOLDFAST: Final = Path(sys.executable).with_name("holdfast")
 START_LIMIT: Final = 20.0
 STOP_LIMIT: Final = 60.0
 STEADY_PAUSE: Final = 0.25
+EXACT: Final = 1e-6  # of a count: less is the fault of floats
 STEADY_SIZE: Final = 65_536  # RSS that moves less than this between two looks has settled
 
 Address = tuple[str, int]
@@ -154,9 +156,16 @@ class Server:
 
     def metric(self, name: str) -> float:
         """The sum over all labels of holdfast_`name`, as /metrics shows it."""
+        return sum_metric(self._metrics(), f"holdfast_{name}")
+
+    def histogram(self, name: str) -> Buckets:
+        """All labels together."""
+        return sum_histogram(self._metrics(), f"holdfast_{name}")
+
+    def _metrics(self) -> str:
         host, port = self.address("admin")
         with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=10) as answer:
-            return sum_metric(answer.read().decode(), f"holdfast_{name}")
+            return str(answer.read().decode())
 
 
 def read_machine_usage() -> Usage:
@@ -176,6 +185,34 @@ def read_usage(pid: int) -> Usage:
 def _cpu_clock(pid: int) -> int:
     """As clock_getcpuclockid(3) makes it: the pid above bits that say "a process", "as the scheduler counts"."""
     return ~pid << 3 | 2
+
+
+class Buckets(Counter[float]):
+    """How many values there were, by the upper bound of their bucket."""
+
+    def since(self, before: Buckets) -> Buckets:
+        return Buckets(self - before)
+
+    def quantile(self, share: float) -> float:
+        """The bound under which so many of the values were; 1: all. 0 for no values."""
+        left = share * self.total()
+        for bound in sorted(+self):
+            left -= self[bound]
+            if left <= EXACT:
+                return bound
+        return 0.0
+
+
+def sum_histogram(text: str, name: str) -> Buckets:
+    """`text` in the Prometheus text format."""
+    cumulative: Counter[float] = Counter()
+    pattern = rf'^{re.escape(name)}_bucket\{{(?:.*,)?le="([^"]+)".*\}} (\S+)$'
+    for bound, count in re.findall(pattern, text, re.MULTILINE):
+        cumulative[float(bound)] += int(float(count))
+    buckets, below = Buckets(), 0
+    for bound in sorted(cumulative):
+        buckets[bound], below = cumulative[bound] - below, cumulative[bound]
+    return buckets
 
 
 def sum_metric(text: str, name: str) -> float:

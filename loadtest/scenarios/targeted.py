@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from loadtest.publishing import quantile
 from loadtest.report import Load, Row
@@ -38,10 +39,10 @@ def targeted(stage: Stage) -> list[Row]:
     ]
 
 
-def push_for(cast_: Cast, seconds: float) -> list[float]:
-    """Latencies of the pushes of that time, all of which have arrived."""
+def push_for(cast_: Cast, seconds: float, devices: Sequence[int] = ()) -> list[float]:
+    """Latencies of the pushes of that time, to these devices or to all, all of which have arrived."""
     cast_.ledger.latencies.clear()
-    publisher = cast_.open_loop(range(cast_.fleet.online), RATE)
+    publisher = cast_.open_loop(devices or range(cast_.fleet.online), RATE)
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline:
         cast_.reactor.turn(publisher.send_due())

@@ -147,7 +147,7 @@ async def test_a_body_that_stops_is_given_up(start: Any, path: str, kind: str, b
 
 
 async def test_the_settings_reach_the_doors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.server.tune_interpreter", lambda: None)
+    monkeypatch.setattr("gateway.server.tune_interpreter", lambda _: None)
     flags = {"mqtt.port": "off", "mqtt.ws_port": "off", "http.port": "0", "admin.port": "0"}
     limits = {"http.max_connections": "1", "http.request_timeout": "60"}
     service = Service(load_config(None, None, {"server.data_dir": str(tmp_path), **flags, **limits}))

@@ -293,7 +293,7 @@ OFF = {"mqtt.port": "0", "mqtt.ws_port": "off", "http.port": "0", "admin.port": 
 
 @pytest.fixture
 async def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[dict[str, str]]:
-    monkeypatch.setattr("gateway.server.tune_interpreter", lambda: None)
+    monkeypatch.setattr("gateway.server.tune_interpreter", lambda _: None)
     flags = {"server.data_dir": str(tmp_path), "dispatch.udp_port": "0", "dispatch.ttl": "600", **OFF}
     service = Service(load_config(None, None, flags))
     listening = await service.open()

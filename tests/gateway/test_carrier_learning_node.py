@@ -506,7 +506,7 @@ OFF = {"mqtt.port": "0", "mqtt.ws_port": "off", "http.port": "0", "admin.port": 
 
 @pytest.fixture
 async def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Service]:
-    monkeypatch.setattr("gateway.server.tune_interpreter", lambda: None)
+    monkeypatch.setattr("gateway.server.tune_interpreter", lambda _: None)
     service = Service(load_config(None, None, {"server.data_dir": str(tmp_path / "data"), **OFF}))
     try:
         service.listening = await service.open()  # type: ignore[attr-defined]
@@ -558,7 +558,7 @@ async def test_the_command_asks_the_running_server_and_it_remembers(service: Ser
 async def test_a_server_that_stops_leaves_what_it_learned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.server.tune_interpreter", lambda: None)
+    monkeypatch.setattr("gateway.server.tune_interpreter", lambda _: None)
     config = load_config(None, None, {"server.data_dir": str(tmp_path / "data"), **OFF})
     for stop in (1, 2):
         service = Service(config)

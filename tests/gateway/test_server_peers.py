@@ -15,7 +15,7 @@ OFF = {"mqtt.port": "0", "mqtt.ws_port": "off", "http.port": "0", "admin.port": 
 
 @pytest.fixture(autouse=True)
 def _interpreter_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.server.tune_interpreter", lambda: None)
+    monkeypatch.setattr("gateway.server.tune_interpreter", lambda _: None)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ ANY_PORT = {f"{key}": "0" for key in ("mqtt.port", "mqtt.ws_port", "http.port", 
 
 @pytest.fixture(autouse=True)
 def _interpreter_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.server.tune_interpreter", lambda: None)
+    monkeypatch.setattr("gateway.server.tune_interpreter", lambda _: None)
 
 
 async def _started(directory: Path, **mqtt: str) -> tuple[Listening, str | None, dict[str, object]]:

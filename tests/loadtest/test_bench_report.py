@@ -14,7 +14,7 @@ from loadtest.http_pool import read_answer
 from loadtest.ledger import Ledger, alert
 from loadtest.publishing import quantile
 from loadtest.report import Contest, Load, Row, contest_table, contests, show, write_block
-from loadtest.server import Server, ServerError, read_usage, run_holdfast, sum_metric
+from loadtest.server import Server, ServerError, read_usage, run_holdfast, sum_histogram, sum_metric
 from loadtest.stage import Plan, Stage
 from loadtest.transports import masked_frame
 
@@ -195,3 +195,31 @@ def test_cpu_time_is_told_up_to_this_moment() -> None:
     here = [read_usage(os.getpid()).cpu for _ in range(100)]
     assert len(set(here)) == 100
     assert here[-1] <= time.process_time()
+
+
+LAGS = """\
+# TYPE holdfast_lag_seconds histogram
+holdfast_lag_seconds_bucket{le="0.005"} 990.0
+holdfast_lag_seconds_bucket{le="0.02"} 999.0
+holdfast_lag_seconds_bucket{le="+Inf"} 1000.0
+holdfast_lag_seconds_count 1000.0
+holdfast_pause_seconds_bucket{le="0.005",look="full"} 0.0
+holdfast_pause_seconds_bucket{le="+Inf",look="full"} 1.0
+holdfast_pause_seconds_bucket{le="0.005",look="young"} 3.0
+holdfast_pause_seconds_bucket{le="+Inf",look="young"} 3.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("share", "bound"), [(0.5, 0.005), (0.99, 0.005), (0.991, 0.02), (0.999, 0.02), (0.9991, float("inf"))]
+)
+def test_a_histograms_quantile_is_the_bound_of_its_bucket(share: float, bound: float) -> None:
+    assert sum_histogram(LAGS, "holdfast_lag_seconds").quantile(share) == bound
+
+
+def test_a_histogram_is_summed_over_its_labels_and_counted_since_another() -> None:
+    pauses = sum_histogram(LAGS, "holdfast_pause_seconds")
+    assert pauses == {0.005: 3, float("inf"): 1}
+    later = sum_histogram(LAGS.replace("} 3.0", "} 5.0"), "holdfast_pause_seconds").since(pauses)
+    assert (later, later.quantile(1.0)) == ({0.005: 2}, 0.005)
+    assert later.since(later).quantile(1.0) == 0.0

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from gateway.mqtt import Publish, encode
 from loadtest.fleet import FleetError, connect_packet
 from loadtest.population import Population, register
 from loadtest.publishing import batch_body, check_batch, keep_in_flight
 from loadtest.scenarios.broadcast import Volley
+from loadtest.scenarios.day import TAG, Day
+from loadtest.scenarios.steady import PINGREQ
 from loadtest.scenarios.storm import storm
 from loadtest.server import Server
 from loadtest.stage import QUICK, Cast, Meter, Stage, cast
@@ -86,6 +89,30 @@ def test_what_waited_comes_with_the_connect(played: Cast) -> None:
     played.fleet.disconnect(range(DEVICES))
     played.wait_for_offline()
     assert (played.ledger.arrived, played.ledger.errors()) == (DEVICES, "")
+
+
+def test_devices_say_something_and_are_answered(played: Cast) -> None:
+    played.fleet.connect(range(3))
+    played.fleet.send(0, PINGREQ)
+    played.fleet.send(1, encode(Publish("event/opened", b"{}", qos=1, packet_id=1), 4))
+    played.reactor.run_until(lambda: played.fleet.answers == 2, "PINGRESP and PUBACK")
+    assert played.server.metric("publishes_received_total") == 1
+
+
+def test_what_happens_on_a_day_leaves_nothing_missing(played: Cast) -> None:
+    day = Day(played, DEVICES)
+    day.begin()
+    online = played.fleet.online
+    for _ in range(4):
+        for act in (day.come_and_go, day.show, day.tag, day.broadcast, day.ping):
+            act()
+        played.reactor.run_until(lambda: played.fleet.online == online, "one has come for one that has gone")
+    day.run(0.0)
+    played.reactor.run_until(lambda: played.fleet.answers == 8, "answers to 4 receipts and 4 pings")
+    assert played.ledger.arrived == 5 * (DEVICES - DEVICES // 10)
+    assert played.ledger.errors() == ""
+    assert played.server.metric("publishes_received_total") == 4
+    assert TAG in played.pool.call("GET", "/v3/tags")["tags"]
 
 
 def test_a_refused_device_is_an_error(server: Server, population: Population) -> None:
