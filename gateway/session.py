@@ -317,8 +317,9 @@ class Session:
                 self._enter(known, push, now, again=True)
                 return push.frames(self.encoding).again(known)
         packet_id = self.next_id
-        if self.unacked is None and not self.resend and self.mailbox is None:  # the hot case: any id is free
-            self.unacked = {packet_id: push}
+        free = self._unacked is None and self.flight is None and self.mailbox is None and not self.resend
+        if free:  # the hot case: under any id
+            self._unacked = {packet_id: push}
             self.waiting_since = now
             self.timed = packet_id
             self.next_id = packet_id + 1 if packet_id < MAX_PACKET_ID else 1
@@ -369,10 +370,10 @@ class Session:
     def send_copy(self, copy: TopicCopy, now: float) -> bytes | None:
         """An ordinary message for this subscriber: its packet, or None if it was queued, held or dropped."""
         mailbox = self.mailbox or self.own_mailbox()
-        if copy.qos == 1 and self.unacked is None and self.manners is PLAIN:
+        if copy.qos == 1 and self._unacked is None and self.flight is None and self.manners is PLAIN:
             if not (mailbox.queue or mailbox.in_flight or self.resend):  # the hot case: any id is free
                 packet_id = self.next_id
-                self.unacked = {packet_id: copy}
+                self._unacked = {packet_id: copy}
                 self.waiting_since = now
                 self.timed = packet_id
                 self.next_id = packet_id + 1 if packet_id < MAX_PACKET_ID else 1
@@ -540,18 +541,18 @@ class Session:
     def acked(self, packet_id: int, now: float) -> LivePush | None:
         """A PUBACK: the push it acknowledges, if it was one. Unknown ids are ignored: an acknowledgement may
         come twice."""
-        unacked = self.unacked
+        unacked = self._unacked if self.flight is None else self.unacked
         item = unacked.pop(packet_id, None) if unacked is not None else None
         if type(item) is LivePush:
             if not unacked:
-                self.unacked = None
+                self._unacked = None
             if packet_id == self.timed and not (now == self.waiting_since and self.ack_time.steady):
                 self.ack_time = self.ack_time.after(now - self.waiting_since)
             self.waiting_since = now
             return item
         if type(item) is TopicCopy:
             if not unacked:
-                self.unacked = None
+                self._unacked = None
             if packet_id == self.timed and item.qos == 1:
                 self.ack_time = self.ack_time.after(now - self.waiting_since)
             self.waiting_since = now
