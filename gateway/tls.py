@@ -20,11 +20,11 @@ import asyncio
 import contextlib
 import enum
 import ssl
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias, cast
+from typing import Final
 
-Bytes: TypeAlias = bytes | bytearray | memoryview
+from gateway.layer import Bytes, Layer
 
 MAX_RECORD: Final = 16_384  # bytes of plain text in one record (RFC 8446 5.1)
 
@@ -58,28 +58,19 @@ class TlsFactory:
         return TlsTransport(self, protocol)
 
 
-class TlsTransport(asyncio.Transport, asyncio.Protocol):
-    """One TLS connection. All calls on the event loop's thread.
+class TlsTransport(Layer):
+    """One TLS connection. What is written before the handshake is done, or after `close`, is lost. It is not
+    half-open: when the peer has ended, so do we."""
 
-    The protocol behind gets `connection_made` when the socket is accepted, before the handshake: its own connect
-    deadline and limits cover that too, by `close` or `abort`. What is written before the handshake is done, or after
-    `close`, is lost. TLS is not half-open here: when the peer has ended, so do we.
-    """
-
-    __slots__ = ("_factory", "_inner", "_phase", "_tls", "_transport")
+    __slots__ = ("_factory", "_phase", "_tls")
 
     def __init__(self, factory: TlsFactory, protocol: asyncio.Protocol) -> None:
+        super().__init__(protocol)
         self._factory = factory
-        self._inner = protocol
-        self._transport: asyncio.Transport
         self._tls: ssl.SSLObject  # from the first byte to the end
         self._phase = Phase.WAITING
 
     # From the event loop
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)
-        self._inner.connection_made(self)
 
     def data_received(self, data: bytes) -> None:
         factory = self._factory
@@ -147,12 +138,6 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
             del self._tls  # 15 KB that would wait for the garbage collector
         self._inner.connection_lost(exc)
 
-    def pause_writing(self) -> None:
-        self._inner.pause_writing()
-
-    def resume_writing(self) -> None:
-        self._inner.resume_writing()
-
     # From the protocol behind
 
     def write(self, data: Bytes) -> None:
@@ -166,9 +151,6 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
                 self._flush()
         except ssl.SSLError:  # TLS has failed, and its records are of no use to the peer
             self.abort()
-
-    def writelines(self, list_of_data: Iterable[Bytes]) -> None:
-        self.write(b"".join(list_of_data))
 
     def _flush(self) -> None:
         records = self._factory.outgoing.read()
@@ -208,22 +190,6 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
     def is_closing(self) -> bool:
         return self._phase > Phase.OPEN or self._transport.is_closing()
 
-    def pause_reading(self) -> None:
-        if not self.is_closing():
-            self._transport.pause_reading()
-
     def resume_reading(self) -> None:
         if not self._transport.is_closing():
             self._transport.resume_reading()
-
-    def get_write_buffer_size(self) -> int:
-        return self._transport.get_write_buffer_size()
-
-    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        self._transport.set_write_buffer_limits(high, low)
-
-    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        self._inner = cast("asyncio.Protocol", protocol)
-
-    def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return self._transport.get_extra_info(name, default)

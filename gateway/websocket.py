@@ -22,11 +22,11 @@ from __future__ import annotations
 import asyncio
 import enum
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Any, Final, TypeAlias, cast
+from typing import Final, TypeAlias
 
 from websockets.datastructures import Headers
 from websockets.exceptions import InvalidUpgrade, NegotiationError, PayloadTooBig, ProtocolError
@@ -36,12 +36,12 @@ from websockets.server import ServerProtocol
 from websockets.streams import StreamReader
 from websockets.typing import Subprotocol
 
+from gateway.layer import Bytes, Layer
+
 try:
     from websockets.speedups import apply_mask
 except ImportError:  # no wheel for this machine
     from websockets.utils import apply_mask
-
-Bytes: TypeAlias = bytes | bytearray | memoryview
 
 PATH: Final = "/mqtt"
 SUBPROTOCOLS: Final = (
@@ -121,29 +121,24 @@ class WebSocketFactory:
         return WebSocketTransport(self, protocol)
 
 
-class WebSocketTransport(asyncio.Transport, asyncio.Protocol):
+class WebSocketTransport(Layer):
     """One WebSocket. All calls on the event loop's thread.
 
     `write` and `writelines` send one binary frame each; what is written before the upgrade or after `close`
     is lost. `data_received` of the protocol behind gets what one read brought, never empty.
     """
 
-    __slots__ = ("_close_timer", "_factory", "_in_message", "_inner", "_phase", "_transport", "_unfinished")
+    __slots__ = ("_close_timer", "_factory", "_in_message", "_phase", "_unfinished")
 
     def __init__(self, factory: WebSocketFactory, protocol: asyncio.Protocol) -> None:
+        super().__init__(protocol)
         self._factory = factory
-        self._inner = protocol
-        self._transport: asyncio.Transport
         self._phase = Phase.OPENING
         self._unfinished: bytes | _UnfinishedFrame | None = None  # HTTP request, later a frame
         self._in_message = False  # a fragment has come, the last one has not
         self._close_timer: asyncio.TimerHandle | None = None
 
     # From the event loop
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)
-        self._inner.connection_made(self)
 
     def data_received(self, data: bytes) -> None:
         if self._phase is Phase.OPEN and self._unfinished is None and not self._in_message:
@@ -169,12 +164,6 @@ class WebSocketTransport(asyncio.Transport, asyncio.Protocol):
             self._close_timer.cancel()
         self._inner.connection_lost(exc)
 
-    def pause_writing(self) -> None:
-        self._inner.pause_writing()
-
-    def resume_writing(self) -> None:
-        self._inner.resume_writing()
-
     # From the protocol behind
 
     def write(self, data: Bytes) -> None:
@@ -182,9 +171,6 @@ class WebSocketTransport(asyncio.Transport, asyncio.Protocol):
             self._phase = Phase.OPEN
         if self._phase is Phase.OPEN:
             self._transport.write(binary_header(len(data)) + data)
-
-    def writelines(self, list_of_data: Iterable[Bytes]) -> None:
-        self.write(b"".join(list_of_data))
 
     def close(self) -> None:
         if self._phase is Phase.OPENING:
@@ -204,25 +190,9 @@ class WebSocketTransport(asyncio.Transport, asyncio.Protocol):
     def is_closing(self) -> bool:
         return self._phase > Phase.OPEN or self._transport.is_closing()
 
-    def pause_reading(self) -> None:
-        if not self.is_closing():
-            self._transport.pause_reading()
-
     def resume_reading(self) -> None:
         if not self.is_closing():
             self._transport.resume_reading()
-
-    def get_write_buffer_size(self) -> int:
-        return self._transport.get_write_buffer_size()
-
-    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        self._inner = cast("asyncio.Protocol", protocol)
-
-    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        self._transport.set_write_buffer_limits(high, low)
-
-    def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return self._transport.get_extra_info(name, default)
 
     # The upgrade
 
