@@ -8,10 +8,10 @@ connection's first request and for a peer that does not read its answer (here, a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Final, cast
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final, cast
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.web_request import BaseRequest
 
 from broker.metrics import Metrics
@@ -22,6 +22,10 @@ KEEP_ALIVE: Final = (
 BACKLOG: Final = 1024  # connections that the system holds until they are accepted
 
 Handler = Callable[[BaseRequest], Awaitable[web.StreamResponse]]
+Table = Mapping[tuple[str, str], Callable[[Any], Awaitable[web.StreamResponse]]]
+
+DIRECT: Final = web.AppKey("direct", Table)
+"""By method and path, without a query: handlers of an application that need no match_info, and so no router."""
 
 
 class Door:
@@ -47,7 +51,8 @@ class Door:
         """Sets the runner up and listens; `shared`: where other processes do, too. Raises OSError."""
         await runner.setup()
         assert runner.server is not None
-        runner.server.request_handler = self._hearing(runner.server.request_handler)
+        table = runner.app.get(DIRECT, {})
+        runner.server.request_handler = self._hearing(runner.server.request_handler, table)
         await _Site(runner, self, host, port, shared).start()
 
     def admit(self, connection: Connection, make: Callable[[], asyncio.Protocol]) -> asyncio.Protocol | None:
@@ -64,12 +69,15 @@ class Door:
         self.connections -= 1
         self._silent.pop(served, None)
 
-    def _hearing(self, handle: Handler) -> Handler:
+    def _hearing(self, handle: Handler, table: Table) -> Handler:
         def hear(request: BaseRequest) -> Awaitable[web.StreamResponse]:
             connection = self._silent.pop(request.protocol, None)
             if connection is not None:
                 connection.stop_waiting()
-            return handle(request)
+            direct = table.get((request.method, request.raw_path))
+            if direct is None or hdrs.EXPECT in request.headers:
+                return handle(request)
+            return direct(request)
 
         return hear  # a middleware would cost each call ten microseconds
 
