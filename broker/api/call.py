@@ -368,7 +368,9 @@ def _internal(endpoint: Endpoint) -> ApiError:
     return ApiError(endpoint.area.internal, f"internal error; the server's log has more under {request_id}")
 
 
-def _answer(request: web.Request, body: bytes, headers: dict[str, str], answer: _Answer) -> web.StreamResponse:
+def _answer(
+    request: web.Request, body: bytes, headers: dict[str, str], answer: _Answer
+) -> web.StreamResponse:
     if answer.own_headers is not None:
         headers |= answer.own_headers
     elif answer.status == 200 and PlainAnswer.fits(request):

@@ -1,7 +1,7 @@
 """The answer that nearly every call gets, 200 with a body on a connection that stays open, in one write.
 
-web.Response makes a multidict of the headers, takes nine coroutines to send them, and is a third of what aiohttp costs
-a call (docs/numbers.md). Whatever is unusual about an answer is still its to say.
+web.Response makes a multidict of the headers, takes nine coroutines to send them, and is a third of what aiohttp
+costs a call (docs/numbers.md). Whatever is unusual about an answer is still its to say.
 """
 
 from __future__ import annotations
