@@ -182,6 +182,10 @@ class Http(msgspec.Struct, frozen=True, kw_only=True):
     max_body: Annotated[Body, _about("largest body of one call")] = 1_048_576
     max_batch_body: Annotated[Body, _about("largest body of one batch call")] = 8_388_608
     max_connections: Annotated[Limit, _about("connections to the HTTP API; more are refused")] = 4096
+    max_connections_per_address: Annotated[
+        Limit | None,
+        _about("connections of one source address at once; IPv6 counts by /64, trusted_proxies are exempt"),
+    ] = None
     request_timeout: Annotated[
         Seconds,
         _about("longest wait for a request, for its body, and for a peer that does not read"),

@@ -12,14 +12,14 @@ it has connections and for one second more, and that is all that strangers can m
 from __future__ import annotations
 
 import enum
-import ipaddress
 from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
+from broker.tenants.networks import site_of
+
 BURST: Final = 1.0  # seconds: the connections of so much time may come at once
 ROUNDING: Final = 1e-6  # seconds: a sum of 1 / rate is not exact
-V6_SITE: Final = 64  # bits of an IPv6 address that name a site: one customer has all that follow (RFC 6177)
 
 
 class TurnedAway(enum.StrEnum):
@@ -115,9 +115,4 @@ def source_of(name: object) -> str:
     """What a peer is counted as: its address, or for IPv6 its /64. `name`: what `getpeername` says of its socket;
     None, and names of other families than IP, are all one."""
     host = str(name[0]) if isinstance(name, tuple) else ""
-    if ":" not in host:
-        return host
-    address = ipaddress.IPv6Address(host.partition("%")[0])
-    if address.ipv4_mapped is not None:  # IPv4 on a socket for both; in one /64 they would all be one peer
-        return str(address.ipv4_mapped)
-    return f"{ipaddress.IPv6Network((int(address), V6_SITE), strict=False).network_address}/{V6_SITE}"
+    return site_of(host) if ":" in host else host

@@ -180,7 +180,12 @@ class Service:
 
         http = self._config.http
         peers = Peers(self._config.trusted_proxies, https_only=http.https_only)
-        self._door = Door(http.max_connections, http.request_timeout)
+        self._door = Door(
+            http.max_connections,
+            http.request_timeout,
+            per_address=http.max_connections_per_address,
+            proxies=self._config.trusted_proxies,
+        )
         self._door.count_in(self.metrics)
         if self._config.dispatch.udp_port is not None:
             self.dispatch_door = DispatchDoor(self._broker.dispatch)

@@ -16,6 +16,7 @@ from aiohttp import hdrs, web
 from aiohttp.web_request import BaseRequest
 
 from broker.api.peers import Peers
+from broker.api.plain import PlainAnswer
 from broker.errors import ApiError, Area, refusal
 from broker.limits import Limits, limits_of
 from broker.model import App
@@ -79,6 +80,7 @@ class Call:
 
 
 Handler = Callable[[Call], Awaitable[bytes]]
+Handle = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,11 @@ class Endpoint:
     @property
     def needs(self) -> str:
         return self.scope or self.area.name
+
+    @property
+    def fixed(self) -> bool:
+        """No path of it has a parameter."""
+        return not any("{" in path for path in self.paths)
 
 
 class ApiCounters:
@@ -150,8 +157,8 @@ class Guard:
         self._minute = 0
         self._refused: set[tuple[int, str, str]] = set()  # app, actor, action: refused in this minute
 
-    def route(self, endpoint: Endpoint) -> Callable[[web.Request], Awaitable[web.Response]]:
-        async def handle(request: web.Request) -> web.Response:
+    def route(self, endpoint: Endpoint) -> Handle:
+        async def handle(request: web.Request) -> web.StreamResponse:
             started = time.perf_counter()
             answer, body, error = _Answer(), b"", None
             try:
@@ -164,9 +171,9 @@ class Guard:
             except Exception:  # noqa: BLE001 - the boundary: whatever it is, the caller gets the API's shape
                 error = _internal(endpoint)
             if answer.call is not None and answer.call.action:
-                await self._record(answer.call, answer.admitted, error.message if error else "done")
+                await self._record(endpoint, answer.call, answer.admitted, error.message if error else "done")
             headers = answer.headers or self._rates.untouched(endpoint.area)
-            response = _refuse(error, headers) if error else _answer(body, headers, answer)
+            response = _refuse(error, headers) if error else _answer(request, body, headers, answer)
             self._observe(endpoint.paths[0], response.status, time.perf_counter() - started)
             return response
 
@@ -241,14 +248,14 @@ class Guard:
             )
         return group
 
-    async def _record(self, call: Call, admitted: bool, outcome: str) -> None:
+    async def _record(self, endpoint: Endpoint, call: Call, admitted: bool, outcome: str) -> None:
         caller, subject = call.caller, call.subject
         if not (isinstance(caller, Login) and caller.publisher):
             return
         if not admitted and not self._is_news((caller.app.app_id, caller.actor, call.action)):
             return
         if subject is None:
-            subject = next(reversed(call.request.match_info.values()), "")
+            subject = "" if endpoint.fixed else next(reversed(call.request.match_info.values()), "")
         await self._audit.record(caller.app.app_id, caller.actor, call.address, call.action, subject, outcome)
 
     def _is_news(self, refused: tuple[int, str, str]) -> bool:
@@ -361,9 +368,13 @@ def _internal(endpoint: Endpoint) -> ApiError:
     return ApiError(endpoint.area.internal, f"internal error; the server's log has more under {request_id}")
 
 
-def _answer(body: bytes, headers: dict[str, str], answer: _Answer) -> web.Response:
+def _answer(
+    request: web.Request, body: bytes, headers: dict[str, str], answer: _Answer
+) -> web.StreamResponse:
     if answer.own_headers is not None:
         headers |= answer.own_headers
+    elif answer.status == 200 and PlainAnswer.fits(request):
+        return PlainAnswer(body, headers)
     return web.Response(status=answer.status, body=body, headers=headers)
 
 

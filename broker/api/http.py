@@ -6,10 +6,11 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from broker.api.call import ApiCounters, Endpoint, Guard, Observe
+from broker.api.call import ApiCounters, Endpoint, Guard, Handle, Observe
 from broker.api.callbacks import callback_endpoints
 from broker.api.devices import device_endpoints
 from broker.api.dispatch import dispatch_endpoints
+from broker.api.door import DIRECT
 from broker.api.files import file_endpoints
 from broker.api.groups import group_endpoints
 from broker.api.keys import key_endpoints
@@ -64,12 +65,16 @@ def build_api(broker: Broker, observe: Observe | None = None, peers: Peers | Non
     api = web.Application(client_max_size=limits.max_batch_body, handler_args=handler_args)
     endpoints = api_endpoints(broker)
     fixed: dict[str, set[str]] = {}  # paths without a parameter -> their methods
+    direct: dict[tuple[str, str], Handle] = {}
     for endpoint in (*endpoints, openapi_endpoint(endpoints)):
         handle = guard.route(endpoint)
         for path in _with_slash(endpoint.paths):
             api.router.add_route(endpoint.method, path, handle)
             if "{" not in path:
                 fixed.setdefault(path, set()).add(endpoint.method)
+            if endpoint.fixed:
+                direct[endpoint.method, path] = handle
+    api[DIRECT] = direct
     for path, methods in fixed.items():  # or a pattern that fits, too, would take their other methods
         api.router.add_route("*", path, _other_methods(guard, methods))
     api.router.add_route("*", "/{path:.*}", _fallback(guard))

@@ -29,6 +29,20 @@ class Audience(msgspec.Struct, frozen=True, gc=False):
     segment: str = ""  # id of a segment
     file_id: str = ""  # of an uploaded list
 
+    @property
+    def is_list(self) -> bool:
+        """Registration ids and nothing else: there is nothing to combine."""
+        return bool(self.registration_ids) and not (
+            self.everyone
+            or self.aliases
+            or self.tags
+            or self.tags_and
+            or self.tags_not
+            or self.platforms
+            or self.segment
+            or self.file_id
+        )
+
     def terms(self) -> list[TermKey]:
         """The posting lists that it needs, beside those of its segment."""
         terms = [(Term.ALIAS, alias) for alias in self.aliases] if self.aliases else []
@@ -62,12 +76,19 @@ async def resolve(
     Raises ApiError 1003 if there is no such segment or file."""
     ids = [registration_id for audience in audiences for registration_id in audience.registration_ids]
     devnos = await store.resolve(app_id, ids) if ids else {}
-    terms = list(dict.fromkeys(term for audience in audiences for term in audience.terms()))
+    wanted = (term for audience in audiences if not audience.is_list for term in audience.terms())
+    terms = list(dict.fromkeys(wanted))
     postings = dict(zip(terms, await store.postings(app_id, terms), strict=True)) if terms else {}
     return [
-        combine(audience, devnos, postings, await _listed(store, app_id, audience, now))
+        _named(audience, devnos)
+        if audience.is_list
+        else combine(audience, devnos, postings, await _listed(store, app_id, audience, now))
         for audience in audiences
     ]
+
+
+def _named(audience: Audience, devnos: Mapping[str, int]) -> BitMap:
+    return BitMap([devnos[i] for i in audience.registration_ids if i in devnos])
 
 
 async def _listed(store: Store, app_id: int, audience: Audience, now: float | None) -> list[BitMap]:
@@ -94,7 +115,7 @@ def combine(
     as they are."""
     sets = list(listed)
     if audience.registration_ids:
-        sets.append(BitMap([devnos[i] for i in audience.registration_ids if i in devnos]))
+        sets.append(_named(audience, devnos))
     if audience.aliases:
         sets.append(BitMap.union(*[postings[Term.ALIAS, alias] for alias in audience.aliases]))
     if audience.tags:

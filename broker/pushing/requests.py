@@ -356,7 +356,7 @@ def read_audience(
         segment=_read_segment(audience.segment),
         file_id=_read_file(audience.file),
     )
-    if read == Audience(platforms=platforms):
+    if not read.registration_ids and read == Audience(platforms=platforms):
         raise ApiError(
             1003,
             "audience: names nobody; give tag, tag_and, tag_not, alias, registration_id, segment or file,"
@@ -536,7 +536,7 @@ def _check_nesting(body: bytes) -> None:
 
 def _encode_body(content: _Content, limits: Limits) -> bytes:
     body = _encode(Body(content.notification, content.message))
-    if body.count(b"[") + body.count(b"{") > SHALLOW:
+    if len(body) > SHALLOW and body.count(b"[") + body.count(b"{") > SHALLOW:
         _check_nesting(body)
     if len(body) > limits.max_ios_notification or len(body) > limits.max_push:  # else no part can be too long
         _check_sizes(content, limits)

@@ -10,6 +10,7 @@ from typing import Final
 
 CACHED_LISTS: Final = 256  # that are kept ready, also of keys that are gone: 0.2 MB each at most
 MAPPED_BITS = 96  # of ::ffff:0:0/96, as which IPv6 has the IPv4 addresses
+V6_SITE: Final = 64  # bits of an IPv6 address that name a site: one customer has all that follow (RFC 6177)
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -32,6 +33,14 @@ def read_address(text: str) -> Address | None:
         return None
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return mapped or address
+
+
+def site_of(address: str) -> str:
+    """What one customer has: an IPv4 address, or the /64 of an IPv6 address. What is no address is itself."""
+    found = read_address(address.partition("%")[0])
+    if isinstance(found, ipaddress.IPv6Address):
+        return f"{ipaddress.IPv6Network((int(found), V6_SITE), strict=False).network_address}/{V6_SITE}"
+    return address if found is None else str(found)
 
 
 def is_within(address: str, networks: Sequence[str]) -> bool:

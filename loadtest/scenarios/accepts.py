@@ -40,14 +40,14 @@ class Path:
 
 
 SINGLE = Path(
-    f"accepts: single requests, {HTTP_CONNECTIONS} connections", 1, HTTP_CONNECTIONS, check_accepted, 8_000
+    f"accepts: single requests, {HTTP_CONNECTIONS} connections", 1, HTTP_CONNECTIONS, check_accepted, 12_000
 )
 BATCHES = Path(
     f"accepts: batches of {BATCH:,}, {BATCHES_IN_FLIGHT} in flight",
     BATCH,
     BATCHES_IN_FLIGHT,
     check_batch,
-    30_000,
+    60_000,
 )
 
 
@@ -57,26 +57,32 @@ def accepts(stage: Stage) -> list[Row]:
     with stage.server(population) as server:
         pool = population.pool(reactor, server, HTTP_CONNECTIONS)
         rows = [
-            _measure(stage, server, pool, SINGLE, _singles(population)),
-            _measure(stage, server, pool, BATCHES, _batches(population, stage.plan.seconds)),
+            *_measure(stage, server, pool, SINGLE, _singles(population)),
+            *_measure(stage, server, pool, BATCHES, _batches(population, stage.plan.seconds)),
         ]
         pool.close()
     reactor.close()
     return rows
 
 
-def _measure(stage: Stage, server: Server, pool: HttpPool, path: Path, make: Maker) -> Row:
+def _measure(stage: Stage, server: Server, pool: HttpPool, path: Path, make: Maker) -> list[Row]:
     rates: list[float] = []
+    costs: list[float] = []
     loads: list[Load] = []
     for run in range(stage.plan.runs):
         requests = make(pool)
         meter = Meter(server.pid)
         with stage.profiled(server, f"accepts-{path.pushes}-{run}"), meter.running():
             count, seconds = keep_in_flight(pool, requests, path.check, path.at_once, stage.plan.seconds)
-        rates.append(count * path.pushes / seconds)
+        pushes = count * path.pushes
+        rates.append(pushes / seconds)
+        costs.append(meter.server_cpu / pushes * 1e6)
         loads.append(meter.load)
         stage.say(f"{path.name}: {rates[-1]:,.0f} pushes/s")
-    return Row(path.name, "/s", rates, at_least=path.at_least, loads=loads)
+    return [
+        Row(path.name, "/s", rates, at_least=path.at_least, loads=loads),
+        Row(f"{path.name}: server CPU for each", "µs", costs),
+    ]
 
 
 def _batches(population: Population, seconds: float) -> Maker:

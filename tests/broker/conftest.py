@@ -12,9 +12,9 @@ from typing import Any
 import aiohttp
 import orjson
 import pytest
-from aiohttp import web
 
 from broker.api.call import ApiCounters
+from broker.api.door import Door
 from broker.api.http import build_api
 from broker.api.peers import Peers
 from broker.audiences.devices import Devices
@@ -159,10 +159,10 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
             stack.push_async_callback(broker.close)
             service = Service(store, bus, broker, limits, await broker.apps.create("test", **app), clock)
             stack.callback(bus.subscribe(service.hear))
-            runner = web.AppRunner(build_api(broker, service.counters.observe, peers), access_log=None)
-            await runner.setup()
+            door = Door(1000, limits.request_timeout)
+            runner = door.runner(build_api(broker, service.counters.observe, peers))
             stack.push_async_callback(runner.cleanup)
-            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            await door.open(runner, "127.0.0.1", 0)
             service.base = "http://{}:{}".format(*runner.addresses[0][:2])
             service.session = await stack.enter_async_context(aiohttp.ClientSession())
             return service

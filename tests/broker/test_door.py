@@ -84,6 +84,36 @@ async def _come_and_go() -> None:
         assert (await _status(again), door.refused) == (b"200", 1)
 
 
+async def test_one_address_has_a_limit_of_its_own_until_one_of_its_connections_leaves() -> None:
+    door = Door(9, NEVER, per_address=2)
+    async with _listening(door) as connect:
+        (first, writer), _ = await connect(), await connect()
+        over, _ = await connect()
+        assert (await _end(over), door.connections, door.refused) == (b"", 2, 1)
+        writer.write(GET.replace(b"Host", b"Connection: close\r\nHost"))
+        await _end(first)
+        again, writer = await connect()
+        writer.write(GET)
+        assert (await _status(again), door.refused) == (b"200", 1)
+
+
+async def test_proxies_connect_for_others() -> None:
+    door = Door(9, NEVER, per_address=1, proxies=("127.0.0.0/8",))
+    async with _listening(door) as connect:
+        for _ in range(3):
+            reader, writer = await connect()
+            writer.write(GET)
+            assert await _status(reader) == b"200"
+
+
+def test_an_address_counts_as_its_site() -> None:
+    door = Door(9, NEVER, per_address=1, proxies=("2001:db8:9::/48",))
+    assert door.source_of(("::ffff:192.0.2.1", 1, 0, 0)) == door.source_of(("192.0.2.1", 1)) == "192.0.2.1"
+    assert door.source_of(("2001:db8:1:2::3", 1, 0, 0)) == "2001:db8:1:2::/64"
+    assert door.source_of(("2001:db8:9:2::3", 1, 0, 0)) == ""
+    assert Door(9, NEVER).source_of(("192.0.2.1", 1)) == ""
+
+
 @pytest.mark.parametrize("sent", [b"", b"POST /v3/push HTTP/1.1\r\nHost: x\r\n", b"\r\n\r\n\r\n"])
 async def test_a_connection_without_a_whole_request_is_closed(sent: bytes) -> None:
     async with _listening(Door(2, SOON)) as connect:
