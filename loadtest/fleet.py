@@ -61,13 +61,16 @@ def connect_packet(
     return encode(packet, version)
 
 
-def open_socket(address: Address, source: str) -> int:
-    """The fd of a connection that is being made, from the loopback address `source`; nothing blocks."""
-    opened = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+def open_socket(address: Address, source: str | None) -> int:
+    """The fd of a connection that is being made, from the address `source`, None: whichever the kernel takes; nothing
+    blocks."""
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    opened = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     # PUBACKs are small writes: Nagle's algorithm would hold them back for up to 40 ms.
     opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    opened.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
-    opened.bind((source, 0))
+    if source is not None:
+        opened.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+        opened.bind((source, 0))
     opened.connect_ex(address)
     return opened.detach()
 

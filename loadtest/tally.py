@@ -10,6 +10,8 @@ from array import array
 from collections.abc import Iterator
 from typing import Final
 
+from loadtest.histogram import Timeline
+
 ARRIVAL: Final = 3  # numbers of one arrival: serial, device, microseconds of time.perf_counter
 US: Final = 1e6
 
@@ -41,20 +43,63 @@ class Marks:
         return bool(self._bits[place >> 3] & 1 << (place & 7))
 
 
+class TimedMarks(Marks):
+    """One whose latencies count, and which may be for some of the devices only: every `among`th, from `residue`
+    on."""
+
+    __slots__ = ("_among", "_due", "_first", "_latencies", "_residue", "_told", "strays")
+
+    def __init__(self, tally: Tally, due: float, among: int, residue: int) -> None:
+        super().__init__(tally.count)
+        self._latencies = tally.latencies
+        self._first = tally.first
+        self._due = due
+        self._among = among
+        self._residue = residue
+        self.strays = 0  # came to others
+        self._told = (0, 0, 0)
+
+    def news(self) -> tuple[int, int, int] | None:
+        """How many have it, got it again, and were not to get it; None: as at the last call."""
+        now = (self.count, self.repeats, self.strays)
+        told, self._told = self._told, now
+        return None if now == told else now
+
+    def mark(self, place: int) -> None:
+        if (self._first + place) % self._among != self._residue:
+            self.strays += 1
+            return
+        before = self.count
+        super().mark(place)
+        if self.count > before:
+            self._latencies.add(self._due, self.last)
+
+
 class Tally:
     """Of the devices `first` to `first + count - 1`."""
 
-    __slots__ = ("_arrivals", "_broadcasts", "count", "first")
+    __slots__ = ("_arrivals", "_broadcasts", "_timed", "count", "first", "latencies")
 
-    def __init__(self, first: int, count: int) -> None:
+    def __init__(self, first: int, count: int, window: float = 1.0) -> None:
+        """`window`: seconds of which the latencies of timed broadcasts are summed up."""
         self.first = first
         self.count = count
+        self.latencies = Timeline(window)
         self._broadcasts: dict[int, Marks] = {}
+        self._timed: dict[int, TimedMarks] = {}  # some of them
         self._arrivals = array("q")
 
     def expect(self, serial: int) -> None:
         """A broadcast of this serial is about to be made; any other serial is a targeted push's."""
         self._broadcasts[serial] = Marks(self.count)
+
+    def expect_timed(self, serial: int, due: float, among: int, residue: int) -> None:
+        """As `expect`; the broadcast was due then, and is for every `among`th device, from `residue` on."""
+        self._timed[serial] = self._broadcasts[serial] = TimedMarks(self, due, among, residue)
+
+    def progress(self) -> dict[int, tuple[int, int, int]]:
+        """The news of the timed broadcasts that have any."""
+        return {serial: news for serial, one in self._timed.items() if (news := one.news())}
 
     def take(self, device: int, serial: int) -> None:
         """A push arrived: the hot path."""
