@@ -67,14 +67,14 @@ class Ledger:
         target, due = self.waiting.pop(serial, (-1, 0.0))
         if target == device:
             self.arrived += 1
-            self.note(due, at)
+            self.note(device, due, at)
         elif target < 0 and self._first <= serial <= self._last:
             self.repeats += 1
         else:
             self.strays += 1
 
-    def note(self, due: float, at: float) -> None:
-        """A targeted push that was due then has arrived."""
+    def note(self, device: int, due: float, at: float) -> None:
+        """A targeted push that was due then has arrived at its device."""
         self.latencies.append(at - due)
 
     def forget(self, serial: int) -> None:

@@ -15,6 +15,7 @@ from loadtest.ledger import Ledger, alert
 BATCH: Final = 1000
 SEED: Final = 20_26
 UNAVAILABLE: Final = 503
+STEP: Final = 0.25  # seconds
 
 
 class PushRefused(Exception):
@@ -25,7 +26,7 @@ class Schedule:
     """Times at which something is due, `rate(now)` a second from `begin` on, whoever waits for what."""
 
     def __init__(self, rate: Callable[[float], float], begin: float) -> None:
-        """`rate` gets a time.perf_counter, and is more than 0."""
+        """`rate` gets a time.perf_counter, and is more than 0; it changes little within STEP."""
         self._rate = rate
         self.due = begin
 
@@ -33,8 +34,19 @@ class Schedule:
         """All that is due by now, each once."""
         while self.due <= now:
             due = self.due
-            self.due += 1 / self._rate(due)
+            self._advance()
             yield due
+
+    def _advance(self) -> None:
+        """To where the rate, integrated, has grown by one."""
+        left = 1.0
+        while left > 0:
+            rate = self._rate(self.due)
+            if left <= rate * STEP:
+                self.due += left / rate
+                return
+            left -= rate * STEP
+            self.due += STEP
 
 
 class OpenLoop:

@@ -11,16 +11,15 @@ import gc
 import os
 import sys
 import traceback
-from collections import Counter
 from multiprocessing.connection import Connection
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import msgspec
 
 from loadtest.roster import Who, connects_of
 from loadtest.server import Address
 from loadtest.swarm import OPENING_AT_ONCE, PAUSE, PAUSE_MAX, Swarm
-from loadtest.tally import Tally
+from loadtest.tally import Collected, Tally
 
 FAILED: Final = 70  # exit status; sysexits.h
 
@@ -48,16 +47,6 @@ class Order(msgspec.Struct, frozen=True):
     opening_at_once: int = OPENING_AT_ONCE
     keeps_schedule: bool = False
     window: float = 1.0  # seconds over which latencies are summed up
-
-
-class Collected(NamedTuple):
-    """What one process has to tell since it was asked before; of broadcasts and counts, since the start."""
-
-    arrivals: bytes  # of targeted pushes
-    latencies: dict[int, Counter[int]]  # of timed broadcasts: window -> bucket -> count
-    connects: dict[int, Counter[int]]
-    broadcasts: dict[int, tuple[int, int, int]]  # serial -> Tally.progress
-    behind: float  # seconds: connects, the latest
 
 
 def main() -> int:

@@ -7,13 +7,24 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections import Counter
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 from loadtest.histogram import Timeline
 
 ARRIVAL: Final = 3  # numbers of one arrival: serial, device, microseconds of time.perf_counter
 US: Final = 1e6
+
+
+class Collected(NamedTuple):
+    """What one process has to tell since it was asked before; of broadcasts and counts, since the start."""
+
+    arrivals: bytes  # of targeted pushes
+    latencies: dict[int, Counter[int]]  # of timed broadcasts: window -> bucket -> count
+    connects: dict[int, Counter[int]]
+    broadcasts: dict[int, tuple[int, int, int]]  # serial -> Tally.progress
+    behind: float  # seconds: connects, the latest
 
 
 class Marks:
