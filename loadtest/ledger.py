@@ -62,19 +62,20 @@ class Ledger:
             broadcast.left -= 1
             self.arrived += 1
 
-    def take_targeted(self, device: int, serial: int, at: float) -> None:
-        """A push that is no broadcast arrived, at that time.perf_counter."""
+    def take_targeted(self, device: int, serial: int, at: float, since: float = 0.0) -> None:
+        """A push that is no broadcast arrived, at that time.perf_counter; `since`: when the device was to
+        be there."""
         target, due = self.waiting.pop(serial, (-1, 0.0))
         if target == device:
             self.arrived += 1
-            self.note(device, due, at)
+            self.note(max(due, since), at)
         elif target < 0 and self._first <= serial <= self._last:
             self.repeats += 1
         else:
             self.strays += 1
 
-    def note(self, device: int, due: float, at: float) -> None:
-        """A targeted push that was due then has arrived at its device."""
+    def note(self, due: float, at: float) -> None:
+        """A targeted push that was due then has arrived."""
         self.latencies.append(at - due)
 
     def forget(self, serial: int) -> None:

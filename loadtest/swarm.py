@@ -207,7 +207,7 @@ class Swarm:
             if place is None:
                 self._connecting = False
                 break
-            self._due[place] = self._next_connect
+            self._due[place] = self.tally.since[place] = self._next_connect
             self.behind = max(self.behind, now - self._next_connect)
             self._next_connect += 1 / self._rate
             self._begin(place, now)
@@ -310,7 +310,7 @@ class Swarm:
                 self._farewell(place, self._fd[place])
                 self.counts.breaks += 1
                 self._retry(place, self._random.uniform(0.5, 1.5) * self._away)
-                self._due[place] = self._retries_at
+                self._due[place] = self.tally.since[place] = self._retries_at
 
     # Keep-alive
 

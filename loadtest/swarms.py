@@ -275,7 +275,7 @@ class Swarms:
     def take_arrivals(self, ledger: Ledger) -> None:
         """Enter the targeted pushes that came since the last call."""
         for raw in self.ask("drain"):
-            for serial, device, at in read_arrivals(raw):
+            for serial, device, at, _ in read_arrivals(raw):
                 ledger.take_targeted(device, serial, at)
 
 

@@ -13,7 +13,9 @@ from typing import Final, NamedTuple
 
 from loadtest.histogram import Timeline
 
-ARRIVAL: Final = 3  # numbers of one arrival: serial, device, microseconds of time.perf_counter
+ARRIVAL: Final = (
+    4  # numbers of one: serial, device, when it came and since when the device was to be there, both µs
+)
 US: Final = 1e6
 
 
@@ -58,12 +60,13 @@ class TimedMarks(Marks):
     """One whose latencies count, and which may be for some of the devices only: every `among`th, from `residue`
     on."""
 
-    __slots__ = ("_among", "_due", "_first", "_latencies", "_residue", "_told", "strays")
+    __slots__ = ("_among", "_due", "_first", "_latencies", "_residue", "_since", "_told", "strays")
 
     def __init__(self, tally: Tally, due: float, among: int, residue: int) -> None:
         super().__init__(tally.count)
         self._latencies = tally.latencies
         self._first = tally.first
+        self._since = tally.since
         self._due = due
         self._among = among
         self._residue = residue
@@ -83,19 +86,20 @@ class TimedMarks(Marks):
         before = self.count
         super().mark(place)
         if self.count > before:
-            self._latencies.add(self._due, self.last)
+            self._latencies.add(max(self._due, self._since[place]), self.last)
 
 
 class Tally:
     """Of the devices `first` to `first + count - 1`."""
 
-    __slots__ = ("_arrivals", "_broadcasts", "_timed", "count", "first", "latencies")
+    __slots__ = ("_arrivals", "_broadcasts", "_timed", "count", "first", "latencies", "since")
 
     def __init__(self, first: int, count: int, window: float = 1.0) -> None:
         """`window`: seconds of which the latencies of timed broadcasts are summed up."""
         self.first = first
         self.count = count
         self.latencies = Timeline(window)
+        self.since = array("d", [0.0]) * count  # when a device was to be online, that was away on purpose
         self._broadcasts: dict[int, Marks] = {}
         self._timed: dict[int, TimedMarks] = {}  # some of them
         self._arrivals = array("q")
@@ -118,7 +122,8 @@ class Tally:
         if marks is not None:
             marks.mark(device - self.first)
         else:
-            self._arrivals.extend((serial, device, int(time.perf_counter() * US)))
+            since = int(self.since[device - self.first] * US)
+            self._arrivals.extend((serial, device, int(time.perf_counter() * US), since))
 
     def marks(self, serial: int) -> Marks:
         return self._broadcasts[serial]
@@ -135,9 +140,9 @@ class Tally:
         return arrivals.tobytes()
 
 
-def read_arrivals(raw: bytes) -> Iterator[tuple[int, int, float]]:
-    """Serial, device and time.perf_counter of each."""
+def read_arrivals(raw: bytes) -> Iterator[tuple[int, int, float, float]]:
+    """Serial, device and time.perf_counter of each, and since when the device was to be there."""
     numbers = array("q", raw)
     for place in range(0, len(numbers), ARRIVAL):
-        serial, device, at = numbers[place : place + ARRIVAL]
-        yield serial, device, at / US
+        serial, device, at, since = numbers[place : place + ARRIVAL]
+        yield serial, device, at / US, since / US

@@ -2,7 +2,8 @@
 
 Every push is in one of these states: posted (no answer yet), accepted, refused, or unanswered (its connection broke:
 it may have been accepted or not). Lost is what was accepted and has not come to a device that was to have it.
-Latencies stand in the window in which the push was due, so that a server which stands still for a second shows in it.
+A latency counts from when the push was due, or from when its device was to be back, if that was away on purpose and
+comes later; and it stands in the window of that moment, so that a server which stands still for a second shows in it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -60,9 +61,6 @@ class Account(Ledger):
         self.answers = Histogram()  # from when a push was due until it was accepted
         self.behind = Histogram()  # from when it was due until it was sent
         self.connects_behind: Counter[int] = Counter()  # process -> milliseconds, the latest
-        self.due_of: Callable[[int, float], float] = (
-            _as_pushed  # device, due -> from when its delivery counts
-        )
 
     def window(self, at: float) -> Window:
         return self._numbered(int(at / self._width))
@@ -124,14 +122,13 @@ class Account(Ledger):
 
     # What comes
 
-    def note(self, device: int, due: float, at: float) -> None:
-        begun = self.due_of(device, due)
-        self.window(begun).latencies.add(at - begun)
+    def note(self, due: float, at: float) -> None:
+        self.window(due).latencies.add(at - due)
 
     def collect(self, told: Iterable[Collected]) -> None:
         for process, one in enumerate(told):
-            for serial, device, at in read_arrivals(one.arrivals):
-                self.take_targeted(device, serial, at)
+            for serial, device, at, since in read_arrivals(one.arrivals):
+                self.take_targeted(device, serial, at, since)
             for number, counts in one.latencies.items():
                 self._numbered(number).latencies.merge(counts)
             for number, counts in one.connects.items():
@@ -186,7 +183,3 @@ class Account(Ledger):
             for due, count in missing:
                 self.window(due).lost += count
         return sum(count for _, count in missing)
-
-
-def _as_pushed(_device: int, due: float) -> float:
-    return due

@@ -65,4 +65,8 @@ def accuse_machine(samples: Sequence[Sample]) -> list[str]:
     if len(samples) < 2 or samples[-1].at <= samples[0].at:
         return []
     used = (samples[-1].machine_cpu - samples[0].machine_cpu) / (samples[-1].at - samples[0].at) / cores()
-    return [f"this machine: its cores were busy {used:.0%} of the time"] if used >= FULL else []
+    return (
+        [f"this machine: its cores were busy {used:.0%} of the time, whoever used them"]
+        if used >= FULL
+        else []
+    )

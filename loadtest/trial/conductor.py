@@ -30,6 +30,7 @@ from loadtest.trial.target import TAGS, Target
 LOOK: Final = 0.25  # seconds between two looks at the processes
 AHEAD: Final = 0.05  # seconds
 LEAD: Final = 0.5  # seconds before it is due, a push to many is announced to the processes
+JUST_BEFORE: Final = 1e-6  # seconds: what is due at the end of a phase is not due in it
 HURRY: Final = 1.0  # seconds for what is under way when somebody stops the trial
 SHOWN: Final = 5  # windows of which the display has the latencies
 Rate = Callable[[float], float]  # gets seconds since the phase began
@@ -99,8 +100,6 @@ class Conductor:
     _collecting: bool = False
     _next_look: float = 0.0
     _windows: int = 0  # that were sampled
-    _connect_begun: float = 0.0
-    _connect_rate: float = 1.0
 
     # What scenarios are made of
 
@@ -111,8 +110,8 @@ class Conductor:
         limit = time.perf_counter() + count / rate + self.plan.patience
         with self.phase(what, count / rate):
             # All processes have one time to begin from, which is none that has passed.
-            self._connect_begun, self._connect_rate = time.perf_counter() + AHEAD, rate
-            self.swarms.request("connect", rate / self.swarms.processes, self._connect_begun, done=_ignore)
+            begin = time.perf_counter() + AHEAD
+            self.swarms.request("connect", rate / self.swarms.processes, begin, done=_ignore)
             self.turn_until(self._all_decided, limit)
         self._look_and_wait()
         status = self.swarms.status
@@ -123,11 +122,6 @@ class Conductor:
                 f"{count - status.online:,} of {count:,} devices did not come online: {status.line()}"
             )
 
-    def connect_due(self, device: int) -> float:
-        """When a device was to begin to connect: the time.perf_counter."""
-        share = next(share for share in self.swarms.shares if device in share)
-        return self._connect_begun + (device - share.start) * self.swarms.processes / self._connect_rate
-
     def hold(self, seconds: float, what: str = "hold") -> None:
         """Nothing but keep-alives."""
         with self.phase(what, seconds):
@@ -136,7 +130,7 @@ class Conductor:
     def push(self, seconds: float, flows: Sequence[Flow], what: str = "push") -> None:
         """Whatever the flows have due."""
         assert self.sender is not None
-        end = time.perf_counter() + seconds
+        end = time.perf_counter() + seconds - JUST_BEFORE
         with self.phase(what, seconds):
             while not self.stopped:
                 now = time.perf_counter()
@@ -148,7 +142,8 @@ class Conductor:
 
     def wait_for_answers(self) -> None:
         """Of the publisher's pushes."""
-        self.turn_until(lambda: not self.account.posted, time.perf_counter() + self.plan.patience)
+        with self.phase("answers", None):
+            self.turn_until(lambda: not self.account.posted, time.perf_counter() + self.plan.patience)
 
     def settle(self) -> None:
         """Wait for what is under way, for as long as it may take."""

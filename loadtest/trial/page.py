@@ -8,7 +8,7 @@ from typing import Final
 
 from loadtest.trial.plot import Line, Plot, draw
 from loadtest.trial.results import Result, Window
-from loadtest.trial.summary import headline, sections, show_memory, show_time, show_verdict
+from loadtest.trial.summary import MB, headline, sections, show_time, show_verdict
 
 STYLE: Final = (
     "body{font-family:sans-serif;max-width:960px;margin:2em auto;padding:0 1em;color:#1f2328}"
@@ -88,11 +88,15 @@ def plots(result: Result) -> list[Plot]:
         ),
         Plot("throughput", "Pushes due and deliveries, a second", throughput, _count),
         Plot("online", "Devices online", [line("online", lambda w: w.online)], _count),
-        Plot("memory", "Memory of the server", [line("memory", lambda w: w.server_memory)], show_memory),
+        Plot("memory", "Memory of the server", [line("memory", _memory)], lambda v: f"{v:g} MB"),
         Plot("cpu", "CPU of the server, cores", [line("CPU", lambda w: w.server_cpu)], lambda v: f"{v:g}"),
         Plot("lost", "Deliveries lost, by when they were due", lost, _count),
         Plot("behind", "Pushes that left late, the latest", behind, show_time),
     ]
+
+
+def _memory(window: Window) -> float | None:
+    return None if window.server_memory is None else window.server_memory / MB
 
 
 def _count(value: float) -> str:

@@ -60,7 +60,9 @@ class Deliveries(msgspec.Struct, frozen=True):
     under_way: int  # when somebody ended the trial
     repeated: int
     strayed: int  # to devices that they were not for, or of an earlier trial
-    latency: Latency  # from when a push was due until a device had it
+    latency: (
+        Latency  # from when a push was due (or its device, if that was away on purpose) until it was there
+    )
     a_second: float  # while pushes were due
 
 

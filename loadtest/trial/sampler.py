@@ -21,6 +21,7 @@ from loadtest.trial.target import Target
 
 NANOSECONDS: Final = 1e9
 MEMORY_METRIC: Final = "process_resident_memory_bytes"
+SHORTEST: Final = 0.25  # seconds: the use in less is not a share of anything
 CPU_METRIC: Final = "process_cpu_seconds_total"
 
 
@@ -114,8 +115,10 @@ class Sampler:
             with suppress(FileNotFoundError, ProcessLookupError):  # it ended; its socket tells why
                 usage, waited = read_usage(use.process.pid), read_waited(use.process.pid)
                 cpu_before, waited_before, before = self._before[number]
-                self._before[number] = (usage.cpu, waited, usage.at)
                 seconds = usage.at - before
+                if seconds < SHORTEST:
+                    continue
+                self._before[number] = (usage.cpu, waited, usage.at)
                 take(use, (usage.cpu - cpu_before) / seconds, (waited - waited_before) / seconds)
 
     def _look_at(self, pid: int, sample: Sample) -> None:

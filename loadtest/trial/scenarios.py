@@ -81,12 +81,10 @@ def mixed_day(conductor: Conductor) -> None:
 
 
 def offline_backlog(conductor: Conductor) -> None:
-    """Latencies count from when a device was to begin to connect."""
     plan = conductor.plan
     pushes = plan.waiting * plan.devices
     conductor.push(pushes / plan.rate, [conductor.to_devices_in_turn(even(plan.rate))], "pile up")
     conductor.wait_for_answers()
-    conductor.account.due_of = lambda device, due: max(due, conductor.connect_due(device))
     conductor.connect(plan.connect_rate)
     conductor.settle()
 

@@ -49,7 +49,7 @@ def test_what_is_no_broadcast_is_held_against_the_ledger() -> None:
     mine, twice, wrong, late = (ledger.add_targeted(device, due) for device in (100, 101, 102, 103))
     for device, serial in ((100, mine), (101, twice), (101, twice), (99, wrong)):
         tally.take(device, serial)
-    for serial, device, at in read_arrivals(tally.drain()):
+    for serial, device, at, _ in read_arrivals(tally.drain()):
         ledger.take_targeted(device, serial, at)
     assert ledger.errors() == "1 repeated, 1 stray"
     assert set(ledger.waiting) == {late}
