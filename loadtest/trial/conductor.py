@@ -72,6 +72,8 @@ class Display(Protocol):
 class Flow(Protocol):
     """Pushes of one kind, on a schedule that ends at the time.perf_counter `end`."""
 
+    def start(self, begin: float) -> None: ...
+
     def send_due(self, now: float, end: float) -> float:
         """Send what is due by now; when to call again."""
         ...
@@ -130,7 +132,10 @@ class Conductor:
     def push(self, seconds: float, flows: Sequence[Flow], what: str = "push") -> None:
         """Whatever the flows have due."""
         assert self.sender is not None
-        end = time.perf_counter() + seconds - JUST_BEFORE
+        begin = time.perf_counter()
+        end = begin + seconds - JUST_BEFORE
+        for flow in flows:
+            flow.start(begin)
         with self.phase(what, seconds):
             while not self.stopped:
                 now = time.perf_counter()
@@ -204,7 +209,7 @@ class Conductor:
     def _turn(self, due: float) -> None:
         now = time.perf_counter()
         if now >= self._next_look:
-            self._next_look = now + LOOK
+            self._next_look = now + min(LOOK, self.plan.window)
             self._look()
             if self.account.number(now) > self._windows:
                 self._windows = self.account.number(now)
@@ -276,12 +281,14 @@ def processes_of(swarms: Swarms) -> list[Process]:
 
 class _Singles:
     def __init__(self, conductor: Conductor, rate: Rate, choose: Callable[[], int]) -> None:
-        begin = time.perf_counter()
         assert conductor.sender is not None
         self._send = conductor.sender.to_device
         self._account = conductor.account
-        self._schedule = Schedule(lambda now: rate(now - begin), begin)
+        self._rate = rate
         self._choose = choose
+
+    def start(self, begin: float) -> None:
+        self._schedule = Schedule(lambda now: self._rate(now - begin), begin)
 
     def send_due(self, now: float, end: float) -> float:
         for due in self._schedule.take(min(now, end)):
@@ -307,14 +314,16 @@ class _Shouts:
 
     def __init__(self, conductor: Conductor, rate: Rate, choose: Callable[[], int | None]) -> None:
         """`choose` gives the group of the next, None: all."""
-        begin = time.perf_counter()
         assert conductor.sender is not None
         self._sender = conductor.sender
         self._account = conductor.account
         self._swarms = conductor.swarms
-        self._schedule = Schedule(lambda now: rate(now - begin), begin + LEAD)
+        self._rate = rate
         self._choose = choose
         self._announced: deque[_Announced] = deque()
+
+    def start(self, begin: float) -> None:
+        self._schedule = Schedule(lambda now: self._rate(now - begin), begin + LEAD)
 
     def send_due(self, now: float, end: float) -> float:
         for due in self._schedule.take(min(now + LEAD, end)):
