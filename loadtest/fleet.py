@@ -7,6 +7,7 @@ receives is on topics of one length, at QoS 0 or 1, and ends as a push does.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import time
@@ -63,7 +64,7 @@ def connect_packet(
 
 def open_socket(address: Address, source: str | None) -> int:
     """The fd of a connection that is being made, from the address `source`, None: whichever the kernel takes; nothing
-    blocks."""
+    blocks. Raises OSError if it is known at once that nothing comes of it."""
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     opened = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     # PUBACKs are small writes: Nagle's algorithm would hold them back for up to 40 ms.
@@ -71,7 +72,10 @@ def open_socket(address: Address, source: str | None) -> int:
     if source is not None:
         opened.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
         opened.bind((source, 0))
-    opened.connect_ex(address)
+    error = opened.connect_ex(address)
+    if error not in (0, errno.EINPROGRESS):
+        opened.close()
+        raise OSError(error, os.strerror(error))
     return opened.detach()
 
 

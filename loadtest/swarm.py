@@ -228,16 +228,19 @@ class Swarm:
         self._state[place] = OPENING
         self._deadlines[place] = now + PATIENCE
         # Over loopback the handshake is mostly done by now.
-        self.reactor.watch_plainly(fd, writable=not self._greet(place, fd))
+        greeted = self._greet(place, fd)
+        if greeted is not None:
+            self.reactor.watch_plainly(fd, writable=not greeted)
 
-    def _greet(self, place: int, fd: int) -> bool:
-        """Send CONNECT. False: the connection is still being made."""
+    def _greet(self, place: int, fd: int) -> bool | None:
+        """Send CONNECT. False: the connection is still being made; None: it came to nothing."""
         try:
             os.write(fd, self._connects.packet(self.tally.first + place))
         except BlockingIOError:
             return False
-        except OSError:
-            pass  # reading tells what happened
+        except OSError as error:
+            self._drop(place, error.strerror or type(error).__name__)
+            return None
         self._state[place] = GREETING
         return True
 

@@ -161,7 +161,8 @@ class TopicSender:
         family = socket.AF_INET6 if ":" in self._address[0] else socket.AF_INET
         opened = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        opened.connect_ex(self._address)
+        error = opened.connect_ex(self._address)
+        self._refused = "" if error in (0, errno.EINPROGRESS) else os.strerror(error)
         self._socket = opened
         self._welcome = False
         self._watches_writing = False
@@ -181,7 +182,8 @@ class TopicSender:
                 del self._unsent[: self._socket.send(self._unsent)]
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.ENOTCONN):
-                return  # reading tells
+                self._refused = self._refused or error.strerror or type(error).__name__
+                return  # reading ends it
         if self._watches_writing != bool(self._unsent):
             self._watches_writing = bool(self._unsent)
             fd = self._socket.fileno()

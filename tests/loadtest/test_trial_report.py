@@ -6,6 +6,7 @@ import io
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ def test_progress_is_a_line_for_each_phase_where_there_is_no_terminal() -> None:
     lines = Lines(file)
     view = View("connect", 1.0, 2.0, 30, 10, 0, 0, 0, 0, 0.0, Histogram(), 0.0, 0.5, None)
     for phase in ("connect", "connect", "push"):
-        lines.show(_with(view, phase=phase))
+        lines.show(replace(view, phase=phase))
     assert [line.split("phase ")[1][:7] for line in file.getvalue().splitlines()] == ["connect", "push, 1"]
     assert "online 10 of 30; generator 50% of a core" in file.getvalue()
 
@@ -217,12 +218,6 @@ def test_the_display_shows_what_is_known() -> None:
     assert shown["delivered"] == "7, 3 a second"
     assert shown["latency"].startswith("p50 10")
     assert (shown["behind"], shown["server"]) == ("2 ms", "1.0 MB")
-
-
-def _with(view: View, **changes: Any) -> View:
-    from dataclasses import replace
-
-    return replace(view, **changes)
 
 
 # Plots and the page
