@@ -14,13 +14,13 @@ from typing import Any, Final
 
 import orjson
 
+from loadtest.fleet import open_socket
 from loadtest.reactor import Reactor
 from loadtest.server import Address
 
 READ_SIZE: Final = 262_144
 CONTENT_LENGTH: Final = b"content-length:"
 NO_ANSWER: Final = 0  # instead of a status
-OPEN_LIMIT: Final = 5.0  # seconds; meanwhile nothing else is done
 
 Done = Callable[[int, bytes], None]  # gets status and body
 
@@ -101,7 +101,7 @@ class HttpPool:
 class _HttpConnection:
     """Opened when it is first needed, and again if the server closed it in between."""
 
-    __slots__ = ("_done", "_fd", "_pool", "_received", "_request", "_unsent")
+    __slots__ = ("_done", "_fd", "_pool", "_received", "_request", "_trouble", "_unsent")
 
     def __init__(self, pool: HttpPool) -> None:
         self._pool = pool
@@ -109,6 +109,7 @@ class _HttpConnection:
         self._request = b""
         self._unsent = memoryview(b"")
         self._received = bytearray()
+        self._trouble = ""  # why the connection will turn out to be broken
         self._done: Done | None = None
 
     def begin(self, request: bytes, done: Done) -> bool:
@@ -136,18 +137,23 @@ class _HttpConnection:
             self._fd = -1
 
     def _open(self) -> None:
-        opened = socket.create_connection(self._pool.address, OPEN_LIMIT)
-        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        opened.setblocking(False)
-        self._fd = opened.detach()
+        if self._pool.bears_loss:
+            self._fd = open_socket(self._pool.address, None)  # a host that is gone holds nobody up
+        else:
+            opened = socket.create_connection(self._pool.address)
+            opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            opened.setblocking(False)
+            self._fd = opened.detach()
         self._pool.reactor.watch(self._fd, self._ready, urgent=True)
 
     def _flush(self) -> None:
         try:
             while self._unsent:
                 self._unsent = self._unsent[os.write(self._fd, self._unsent) :]
-        except (BlockingIOError, ConnectionError):
-            return  # reading tells which
+        except BlockingIOError:
+            return
+        except ConnectionError as error:
+            self._trouble = self._trouble or error.strerror or type(error).__name__  # reading ends it
 
     def _ready(self, fd: int) -> None:
         if self._unsent:
@@ -158,7 +164,8 @@ class _HttpConnection:
             data = os.read(fd, READ_SIZE)
         except BlockingIOError:
             return
-        except ConnectionError:
+        except OSError as error:
+            self._trouble = self._trouble or error.strerror or type(error).__name__
             data = b""
         if not data:
             self._lost()
@@ -172,11 +179,12 @@ class _HttpConnection:
         self.close()
         self._received.clear()
         done, self._done = self._done, None
+        trouble, self._trouble = self._trouble or "the connection was closed instead of an answer", ""
         if done is None:
             return
         if self._pool.bears_loss:
             self._pool.free(self)
-            done(NO_ANSWER, b"the connection was closed instead of an answer")
+            done(NO_ANSWER, trouble.encode())
             return
         if not self._pool.again:
             raise HttpError("the server closed the connection instead of an answer")

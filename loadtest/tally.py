@@ -60,7 +60,7 @@ class TimedMarks(Marks):
     """One whose latencies count, and which may be for some of the devices only: every `among`th, from `residue`
     on."""
 
-    __slots__ = ("_among", "_due", "_first", "_latencies", "_residue", "_since", "_told", "strays")
+    __slots__ = ("_among", "_due", "_first", "_latencies", "_residue", "_since", "_told", "_wanted", "strays")
 
     def __init__(self, tally: Tally, due: float, among: int, residue: int) -> None:
         super().__init__(tally.count)
@@ -71,7 +71,12 @@ class TimedMarks(Marks):
         self._among = among
         self._residue = residue
         self.strays = 0  # came to others
+        self._wanted = len(range((residue - tally.first) % among, tally.count, among))
         self._told = (0, 0, 0)
+
+    @property
+    def is_complete(self) -> bool:
+        return self.count == self._wanted
 
     def news(self) -> tuple[int, int, int] | None:
         """How many have it, got it again, and were not to get it; None: as at the last call."""
@@ -113,8 +118,12 @@ class Tally:
         self._timed[serial] = self._broadcasts[serial] = TimedMarks(self, due, among, residue)
 
     def progress(self) -> dict[int, tuple[int, int, int]]:
-        """The news of the timed broadcasts that have any."""
-        return {serial: news for serial, one in self._timed.items() if (news := one.news())}
+        """The news of the timed broadcasts that have any. One that is complete and has none is forgotten: what comes
+        of it after that is an arrival of a targeted push, which the parent knows to be none."""
+        told = {serial: news for serial, one in self._timed.items() if (news := one.news())}
+        for serial in [s for s, one in self._timed.items() if one.is_complete and s not in told]:
+            del self._timed[serial], self._broadcasts[serial]
+        return told
 
     def take(self, device: int, serial: int) -> None:
         """A push arrived: the hot path."""

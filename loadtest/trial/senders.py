@@ -3,9 +3,7 @@ server that does not answer, or is gone, is an answer of its own: NO_ANSWER."""
 
 from __future__ import annotations
 
-import errno
 import os
-import socket
 from collections.abc import Callable
 from typing import Final, Protocol
 
@@ -13,6 +11,7 @@ import orjson
 
 from gateway.mqtt import Connack, Connect, MQTTError, Puback, Publish, decode, encode
 from loadtest import http_pool
+from loadtest.fleet import open_socket
 from loadtest.http_pool import HttpPool
 from loadtest.ledger import alert
 from loadtest.publishing import push_body
@@ -109,7 +108,7 @@ class TopicSender:
         self._address = address
         self._strangers = strangers
         self._size = size
-        self._socket: socket.socket | None = None
+        self._fd = -1
         self._unsent = bytearray()
         self._received = bytearray()
         self._open: dict[int, Done] = {}  # packet id -> who is told; in the order they were sent
@@ -118,7 +117,7 @@ class TopicSender:
         self._watches_writing = False
         self._refused = ""
         self._connect()
-        reactor.run_until(lambda: self._welcome or self._socket is None, "the publisher's CONNACK")
+        reactor.run_until(lambda: self._welcome or self._fd < 0, "the publisher's CONNACK")
         if not self._welcome:
             raise TrialError(f"the publisher was not let in: {self._refused or 'the connection was closed'}")
 
@@ -127,10 +126,10 @@ class TopicSender:
         return 0
 
     def close(self) -> None:
-        if self._socket is not None:
-            self._reactor.forget(self._socket.fileno())
-            self._socket.close()
-            self._socket = None
+        if self._fd >= 0:
+            self._reactor.forget(self._fd)
+            os.close(self._fd)
+            self._fd = -1
 
     def to_device(self, serial: int, device: int, done: Done) -> None:
         self._publish(self._strangers.topic(device), serial, done)
@@ -142,8 +141,9 @@ class TopicSender:
         raise AssertionError("a foreign broker has no groups")
 
     def _publish(self, topic: str, serial: int, done: Done) -> None:
-        if self._socket is None:
-            self._connect()
+        if self._fd < 0 and not self._connect():
+            done(NO_ANSWER)
+            return
         packet_id = self._last % PACKET_IDS + 1
         if len(self._unsent) > UNSENT_MOST or packet_id in self._open:
             done("more is unanswered than MQTT allows")
@@ -153,48 +153,47 @@ class TopicSender:
         packet = Publish(topic, payload(serial, self._size), 1, packet_id=packet_id)
         self._write(encode(packet, VERSION))
 
-    def _connect(self) -> None:
+    def _connect(self) -> bool:
+        """Begin to. False: nothing comes of it."""
         who = self._strangers
         name = f"loadtest-publisher-{os.getpid()}"
         password = None if who.password is None else who.password.encode()
         packet = Connect(name, username=who.username, password=password, version=VERSION)
-        family = socket.AF_INET6 if ":" in self._address[0] else socket.AF_INET
-        opened = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        error = opened.connect_ex(self._address)
-        self._refused = "" if error in (0, errno.EINPROGRESS) else os.strerror(error)
-        self._socket = opened
+        try:
+            self._fd = open_socket(self._address, None)
+        except OSError as error:
+            self._refused = error.strerror or type(error).__name__
+            return False
         self._welcome = False
         self._watches_writing = False
         self._unsent.clear()
         self._received.clear()
-        self._reactor.watch(opened.fileno(), self._ready, urgent=True)
+        self._reactor.watch(self._fd, self._ready, urgent=True)
         self._write(encode(packet, VERSION))
+        return True
 
     def _write(self, data: bytes) -> None:
         self._unsent += data
         self._flush()
 
     def _flush(self) -> None:
-        assert self._socket is not None
         try:
             while self._unsent:
-                del self._unsent[: self._socket.send(self._unsent)]
+                del self._unsent[: os.write(self._fd, self._unsent)]
+        except BlockingIOError:
+            pass
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.ENOTCONN):
-                self._refused = self._refused or error.strerror or type(error).__name__
-                return  # reading ends it
+            self._refused = self._refused or error.strerror or type(error).__name__
+            return  # reading ends it
         if self._watches_writing != bool(self._unsent):
             self._watches_writing = bool(self._unsent)
-            fd = self._socket.fileno()
-            self._reactor.rewatch(fd, self._ready, writable=self._watches_writing, urgent=True)
+            self._reactor.rewatch(self._fd, self._ready, writable=self._watches_writing, urgent=True)
 
     def _ready(self, _: int) -> None:
-        assert self._socket is not None
         if self._unsent:
             self._flush()
         try:
-            data = self._socket.recv(READ_SIZE)
+            data = os.read(self._fd, READ_SIZE)
         except BlockingIOError:
             return
         except OSError as error:

@@ -12,6 +12,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from rich.console import Console
+from rich.live import Live
 
 from clients.local_server import LocalServer
 from loadtest.histogram import Histogram
@@ -20,7 +22,7 @@ from loadtest.trial.conductor import View
 from loadtest.trial.limits import cores
 from loadtest.trial.page import make_page, plots
 from loadtest.trial.plot import Line, Plot, draw, nice_step
-from loadtest.trial.progress import Lines, facts
+from loadtest.trial.progress import Lines, Living, facts
 from loadtest.trial.results import Latency, Result, read_result, write_result
 from loadtest.trial.sampler import Process, Sample, Use
 from loadtest.trial.scenarios import diurnal
@@ -207,6 +209,18 @@ def test_progress_is_a_line_for_each_phase_where_there_is_no_terminal() -> None:
         lines.show(replace(view, phase=phase))
     assert [line.split("phase ")[1][:7] for line in file.getvalue().splitlines()] == ["connect", "push, 1"]
     assert "online 10 of 30; generator 50% of a core" in file.getvalue()
+
+
+def test_a_terminal_has_a_table_that_lives() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with Live(console=console, auto_refresh=False) as live:
+        shown = Living(live, "targeted")
+        for arrived in (1, 2):
+            shown.show(View("push", 1.0, 2.0, 30, 30, 9, 8, 0, arrived, 0.0, Histogram(), 0.0, 0.5, None))
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "targeted" in text
+    assert text.index("1, 0 a second") < text.index("\x1b[1A") < text.index("2, 0 a second")
 
 
 def test_the_display_shows_what_is_known() -> None:

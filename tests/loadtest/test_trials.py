@@ -250,9 +250,9 @@ def test_a_push_that_was_accepted_and_does_not_come_is_lost(server: LocalServer)
     assert len(revoked) == DEVICES // 2
     deliveries = result.deliveries
     assert deliveries.lost > 0
-    assert deliveries.arrived + deliveries.lost == result.pushes.accepted == result.pushes.sent
+    assert result.pushes.accepted <= deliveries.arrived + deliveries.lost <= result.pushes.sent
     assert sum(window.lost for window in result.windows) == deliveries.lost
-    assert sum(result.connects.refused.values()) == DEVICES // 2
+    assert result.connects.online == DEVICES // 2
 
 
 def test_nobody_online_ends_the_trial(server: LocalServer) -> None:
@@ -341,6 +341,7 @@ def test_an_answer_that_never_comes_is_one(server: LocalServer) -> None:
     answers: list[tuple[int, bytes]] = []
     for _ in range(5):
         pool.send(pool.build("GET", "/"), lambda status, body: answers.append((status, body)))
+    reactor.run_until(lambda: len(answers) == 5, "five answers")
     assert answers == [(0, b"Connection refused")] * 5
     with pytest.raises(HttpError, match="0 Connection refused"):
         pool.call("GET", "/")
