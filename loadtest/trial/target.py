@@ -93,7 +93,7 @@ def started(target: Target | None, say: Say) -> Iterator[Target]:
         yield target
         return
     with tempfile.TemporaryDirectory(prefix="holdfast-loadtest-") as home:
-        server = LocalServer(Path(home))
+        server = LocalServer(Path(home), own_group=True)
         try:
             server.start()
         except ServerFailed as error:

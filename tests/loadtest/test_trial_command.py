@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -233,6 +235,34 @@ def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
     answer = call("show", str(tmp_path / "other.json"))
     assert answer.exit_code == 2
     assert "not a result of this version" in answer.output
+
+
+def test_ctrl_c_on_a_terminal_ends_the_trial_and_not_its_server() -> None:
+    """It goes to the whole group of processes."""
+    command = [
+        sys.executable,
+        "-m",
+        "loadtest.trial",
+        "run",
+        "targeted",
+        "--devices",
+        "5",
+        "--duration",
+        "600",
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        told = next(line for line in process.stderr if "phase push" in line or "Error" in line)
+        assert "phase push" in told
+        os.killpg(process.pid, signal.SIGINT)
+        summary = process.stdout.read()
+    assert process.returncode == 130
+    assert "stopped" in summary.splitlines()[0]
+    assert re.search(r"online at the end +5 of 5\n", summary), summary
+    assert re.search(r"connections lost +0\n", summary), summary
 
 
 # The page
