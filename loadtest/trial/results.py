@@ -21,7 +21,7 @@ FORMAT: Final = 1
 QUANTILES: Final = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}
 HOUR: Final = 3600.0
 GROWTH_FROM: Final = 0.2  # of the trial: memory grows before that because things are made for the first time
-GROWTH_SAMPLES: Final = 10
+GROWTH_LEAST: Final = 60.0  # seconds: of less, an hour says nothing
 
 
 class Latency(msgspec.Struct, frozen=True):
@@ -78,7 +78,9 @@ class Server(msgspec.Struct, frozen=True):
     memory_last: int | None
     memory_most: int | None
     memory_a_device: float | None  # bytes: the growth while all connected
-    memory_growth: float | None  # bytes an hour, of the line through the last four fifths of the trial
+    memory_growth: (
+        float | None
+    )  # bytes an hour, of the line through the last four fifths of the trial; None in a minute
     cpu: float | None  # cores, on average
     trouble: str
 
@@ -294,7 +296,7 @@ def _server(conductor: Conductor) -> Server:
         memory_last=memory[-1][1] if memory else None,
         memory_most=max((value for _, value in memory), default=None),
         memory_a_device=_memory_a_device(conductor),
-        memory_growth=_growth(memory, conductor.begun),
+        memory_growth=growth_of(memory, conductor.begun),
         cpu=cores,
         trouble=conductor.sampler.trouble,
     )
@@ -310,13 +312,13 @@ def _memory_a_device(conductor: Conductor) -> float | None:
     return (after[0].server_memory - samples[0].server_memory) / after[0].online
 
 
-def _growth(memory: Sequence[tuple[float, int]], begun: float) -> float | None:
+def growth_of(memory: Sequence[tuple[float, int]], begun: float) -> float | None:
     """The slope of the least squares' line, bytes an hour."""
     if not memory:
         return None
     start = begun + (memory[-1][0] - begun) * GROWTH_FROM
     points = [(at, value) for at, value in memory if at >= start]
-    if len(points) < GROWTH_SAMPLES:
+    if len(points) < 2 or points[-1][0] - points[0][0] < GROWTH_LEAST:
         return None
     mean_at = sum(at for at, _ in points) / len(points)
     mean = sum(value for _, value in points) / len(points)

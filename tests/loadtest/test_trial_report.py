@@ -23,7 +23,7 @@ from loadtest.trial.limits import cores
 from loadtest.trial.page import make_page, plots
 from loadtest.trial.plot import Line, Plot, draw, nice_step
 from loadtest.trial.progress import Lines, Living, facts
-from loadtest.trial.results import Latency, Result, read_result, write_result
+from loadtest.trial.results import Latency, Result, growth_of, read_result, write_result
 from loadtest.trial.sampler import Process, Sample, Use
 from loadtest.trial.scenarios import diurnal
 from loadtest.trial.summary import show_memory, show_time, summarize
@@ -60,6 +60,14 @@ def test_another_json_is_none(text: bytes) -> None:
 def test_another_format_is_refused(result: Result) -> None:
     with pytest.raises(ValueError, match="its format is 2, and not 1"):
         read_result(write_result(msgspec.structs.replace(result, format=2)))
+
+
+def test_growth_is_of_the_last_four_fifths() -> None:
+    """What is there for the first time at the beginning is no growth; of 75 s, 60 count."""
+    samples = [(1000.0 + second, 10**9 if second < 15 else 5000 + 1000 * second) for second in range(76)]
+    assert growth_of(samples, 1000.0) == pytest.approx(3_600_000)
+    assert growth_of(samples[:-1], 1000.0) is None
+    assert growth_of([], 1000.0) is None
 
 
 # Verdicts
