@@ -53,7 +53,9 @@ class LocalServer:
     devices find it again. Its data and log are in `directory`. Blocking: a start takes about half a
     second."""
 
-    def __init__(self, directory: Path, *flags: str) -> None:
+    def __init__(self, directory: Path, *flags: str, own_group: bool = False) -> None:
+        """`own_group`: a Ctrl-C on the terminal is for whoever started it, and not for the server."""
+        self._group = 0 if own_group else None
         self.data_dir = directory / "data"
         self.log_file = directory / "server.log"
         self._flags = flags
@@ -96,6 +98,7 @@ class LocalServer:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
+                process_group=self._group,
                 env={name: value for name, value in os.environ.items() if not name.startswith("HOLDFAST_")},
             )
         try:

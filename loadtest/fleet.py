@@ -7,6 +7,7 @@ receives is on topics of one length, at QoS 0 or 1, and ends as a push does.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import socket
@@ -63,14 +64,20 @@ def connect_packet(
     return encode(packet, version)
 
 
-def open_socket(address: Address, source: str) -> int:
-    """The fd of a connection that is being made, from the loopback address `source`; nothing blocks."""
-    opened = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+def open_socket(address: Address, source: str | None) -> int:
+    """The fd of a connection that is being made, from the address `source`, None: whichever the kernel takes; nothing
+    blocks. Raises OSError if it is known at once that nothing comes of it."""
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    opened = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     # PUBACKs are small writes: Nagle's algorithm would hold them back for up to 40 ms.
     opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    opened.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
-    opened.bind((source, 0))
-    opened.connect_ex(address)
+    if source is not None:
+        opened.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+        opened.bind((source, 0))
+    error = opened.connect_ex(address)
+    if error not in (0, errno.EINPROGRESS):
+        opened.close()
+        raise OSError(error, os.strerror(error))
     return opened.detach()
 
 

@@ -14,11 +14,13 @@ from typing import Any, Final
 
 import orjson
 
+from loadtest.fleet import open_socket
 from loadtest.reactor import Reactor
 from loadtest.server import Address
 
 READ_SIZE: Final = 262_144
 CONTENT_LENGTH: Final = b"content-length:"
+NO_ANSWER: Final = 0  # instead of a status
 
 Done = Callable[[int, bytes], None]  # gets status and body
 
@@ -37,9 +39,12 @@ class HttpPool:
         user: str = "",
         password: str = "",
         again: bool = False,
+        bears_loss: bool = False,
     ) -> None:
-        """`again`: a request whose connection breaks is sent once more, instead of being an error."""
+        """`again`: a request whose connection breaks is sent once more, instead of being an error. `bears_loss`: one
+        that breaks, or cannot be made, is answered with the status NO_ANSWER and the reason."""
         self.again = again
+        self.bears_loss = bears_loss
         self.reactor = reactor
         self.address = address
         self._authorization = b64encode(f"{user}:{password}".encode()).decode()
@@ -61,16 +66,21 @@ class HttpPool:
 
     def send(self, request: bytes, done: Done) -> None:
         """`done` is called from the reactor; requests wait while all connections are taken."""
+        self._queue.append((request, done))
         if self._idle:
-            self._idle.pop().begin(request, done)
-        else:
-            self._queue.append((request, done))
+            self.free(self._idle.pop())
+
+    @property
+    def waiting(self) -> int:
+        """Requests for which there is no connection yet."""
+        return len(self._queue)
 
     def free(self, connection: _HttpConnection) -> None:
-        if self._queue:
-            connection.begin(*self._queue.popleft())
-        else:
-            self._idle.append(connection)
+        """Let it begin what waits."""
+        while self._queue:
+            if connection.begin(*self._queue.popleft()):
+                return
+        self._idle.append(connection)
 
     def repeat(self, request: bytes, done: Done) -> None:
         """Before all that wait."""
@@ -91,7 +101,7 @@ class HttpPool:
 class _HttpConnection:
     """Opened when it is first needed, and again if the server closed it in between."""
 
-    __slots__ = ("_done", "_fd", "_pool", "_received", "_request", "_unsent")
+    __slots__ = ("_done", "_fd", "_pool", "_received", "_request", "_trouble", "_unsent")
 
     def __init__(self, pool: HttpPool) -> None:
         self._pool = pool
@@ -99,17 +109,26 @@ class _HttpConnection:
         self._request = b""
         self._unsent = memoryview(b"")
         self._received = bytearray()
+        self._trouble = ""  # why the connection will turn out to be broken
         self._done: Done | None = None
 
-    def begin(self, request: bytes, done: Done) -> None:
+    def begin(self, request: bytes, done: Done) -> bool:
+        """False: there is no connection, and `done` was told."""
         if self._fd < 0:
-            self._open()
+            try:
+                self._open()
+            except OSError as error:
+                if not self._pool.bears_loss:
+                    raise
+                done(NO_ANSWER, (error.strerror or type(error).__name__).encode())
+                return False
         self._done = done
         self._request = request
         self._unsent = memoryview(request)
         self._flush()
         if self._unsent:
             self._pool.reactor.rewatch(self._fd, self._ready, writable=True, urgent=True)
+        return True
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -118,18 +137,23 @@ class _HttpConnection:
             self._fd = -1
 
     def _open(self) -> None:
-        opened = socket.create_connection(self._pool.address)
-        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        opened.setblocking(False)
-        self._fd = opened.detach()
+        if self._pool.bears_loss:
+            self._fd = open_socket(self._pool.address, None)  # a host that is gone holds nobody up
+        else:
+            opened = socket.create_connection(self._pool.address)
+            opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            opened.setblocking(False)
+            self._fd = opened.detach()
         self._pool.reactor.watch(self._fd, self._ready, urgent=True)
 
     def _flush(self) -> None:
         try:
             while self._unsent:
                 self._unsent = self._unsent[os.write(self._fd, self._unsent) :]
-        except (BlockingIOError, ConnectionError):
-            return  # reading tells which
+        except BlockingIOError:
+            return
+        except ConnectionError as error:
+            self._trouble = self._trouble or error.strerror or type(error).__name__  # reading ends it
 
     def _ready(self, fd: int) -> None:
         if self._unsent:
@@ -140,7 +164,8 @@ class _HttpConnection:
             data = os.read(fd, READ_SIZE)
         except BlockingIOError:
             return
-        except ConnectionError:
+        except OSError as error:
+            self._trouble = self._trouble or error.strerror or type(error).__name__
             data = b""
         if not data:
             self._lost()
@@ -154,7 +179,12 @@ class _HttpConnection:
         self.close()
         self._received.clear()
         done, self._done = self._done, None
+        trouble, self._trouble = self._trouble or "the connection was closed instead of an answer", ""
         if done is None:
+            return
+        if self._pool.bears_loss:
+            self._pool.free(self)
+            done(NO_ANSWER, trouble.encode())
             return
         if not self._pool.again:
             raise HttpError("the server closed the connection instead of an answer")
@@ -170,12 +200,15 @@ class _HttpConnection:
 
 
 def read_answer(received: bytes | bytearray) -> tuple[int, bytes] | None:
-    """Status and body of an answer with a Content-Length; None while it is incomplete."""
+    """Status and body of an answer with a Content-Length; None while it is incomplete. Raises HttpError for
+    another."""
     end = received.find(b"\r\n\r\n")
     if end < 0:
         return None
     head = received[:end].lower()
-    at = head.index(CONTENT_LENGTH) + len(CONTENT_LENGTH)
+    at = head.find(CONTENT_LENGTH) + len(CONTENT_LENGTH)
+    if at < len(CONTENT_LENGTH):
+        raise HttpError(f"an answer without Content-Length: {head[:200].decode(errors='replace')}")
     line_end = head.find(b"\r", at)
     size = int(head[at : line_end if line_end > 0 else end])
     if len(received) < end + 4 + size:

@@ -27,9 +27,11 @@ class BroadcastMarks:
 class Ledger:
     """`repeats` and `strays` (to the wrong device, or never sent) stay 0 unless the server errs."""
 
-    def __init__(self, devices: int) -> None:
+    def __init__(self, devices: int, *, first: int = 1) -> None:
+        """`first`: the first serial that is given out."""
         self._devices = devices
-        self._last = 0
+        self._first = first
+        self._last = first - 1
         self.broadcasts: dict[int, BroadcastMarks] = {}
         self.waiting: dict[int, tuple[int, float]] = {}  # serial of a targeted push -> device, due time
         self.arrived = 0
@@ -60,16 +62,21 @@ class Ledger:
             broadcast.left -= 1
             self.arrived += 1
 
-    def take_targeted(self, device: int, serial: int, at: float) -> None:
-        """A push that is no broadcast arrived, at that time.perf_counter."""
+    def take_targeted(self, device: int, serial: int, at: float, since: float = 0.0) -> None:
+        """A push that is no broadcast arrived, at that time.perf_counter; `since`: when the device was to
+        be there."""
         target, due = self.waiting.pop(serial, (-1, 0.0))
         if target == device:
             self.arrived += 1
-            self.latencies.append(at - due)
-        elif target < 0 < serial <= self._last:
+            self.note(max(due, since), at)
+        elif target < 0 and self._first <= serial <= self._last:
             self.repeats += 1
         else:
             self.strays += 1
+
+    def note(self, due: float, at: float) -> None:
+        """A targeted push that was due then has arrived."""
+        self.latencies.append(at - due)
 
     def forget(self, serial: int) -> None:
         """This targeted push was not accepted: it must not arrive."""

@@ -15,10 +15,38 @@ from loadtest.ledger import Ledger, alert
 BATCH: Final = 1000
 SEED: Final = 20_26
 UNAVAILABLE: Final = 503
+STEP: Final = 0.25  # seconds
 
 
 class PushRefused(Exception):
     """The server did not accept a push."""
+
+
+class Schedule:
+    """Times at which something is due, `rate(now)` a second from `begin` on, whoever waits for what."""
+
+    def __init__(self, rate: Callable[[float], float], begin: float) -> None:
+        """`rate` gets a time.perf_counter, and is more than 0; it changes little within STEP."""
+        self._rate = rate
+        self.due = begin
+
+    def take(self, now: float) -> Iterator[float]:
+        """All that is due by now, each once."""
+        while self.due <= now:
+            due = self.due
+            self._advance()
+            yield due
+
+    def _advance(self) -> None:
+        """To where the rate, integrated, has grown by one."""
+        left = 1.0
+        while left > 0:
+            rate = self._rate(self.due)
+            if left <= rate * STEP:
+                self.due += left / rate
+                return
+            left -= rate * STEP
+            self.due += STEP
 
 
 class OpenLoop:
@@ -51,8 +79,7 @@ class OpenLoop:
         self._forgiving = forgiving
         self._devices = devices
         self._together = together
-        self._interval = together / rate
-        self._due = time.perf_counter()
+        self._schedule = Schedule(lambda _: rate / together, time.perf_counter())
         self._random = random.Random(SEED)
         self.sent = 0
         self.accepted = 0
@@ -61,13 +88,12 @@ class OpenLoop:
     def send_due(self) -> float:
         """Send what is due; seconds until the next."""
         now = time.perf_counter()
-        while self._due <= now:
+        for due in self._schedule.take(now):
             if self._together > 1:
-                self._send_batch(self._due)
+                self._send_batch(due)
             else:
-                self._send(self._random.choice(self._devices), self._due)
-            self._due += self._interval
-        return self._due - now
+                self._send(self._random.choice(self._devices), due)
+        return self._schedule.due - now
 
     def _send(self, device: int, due: float) -> None:
         serial = self._ledger.add_targeted(device, due)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 import os
 import random
+import re
 import resource
 import time
 from array import array
@@ -20,8 +21,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
-from gateway.mqtt import Connack, Disconnect, MQTTError, Pingreq, Reason, decode, encode
+from gateway.mqtt import Connack, Disconnect, MQTTError, Pingreq, Publish, Reason, Suback, decode, encode
 from loadtest.fleet import READ_SIZE, SOURCES, open_socket, take_pushes
+from loadtest.histogram import Timeline
 from loadtest.reactor import Reactor
 from loadtest.roster import Connects
 from loadtest.server import Address
@@ -30,15 +32,15 @@ from loadtest.tally import Tally
 AWAY, WAITING, OPENING, GREETING, ONLINE, REFUSED = range(6)
 """Not wanted online; its pause runs; SYN sent; CONNECT sent; CONNACK came; told not to come back."""
 
-HEAD: Final = 2 + len("push")
-CONNACK, PINGRESP, DISCONNECT = 0x20, 0xD0, 0xE0
+CONNACK, PUBACK, SUBACK, PINGRESP, DISCONNECT = 0x20, 0x40, 0x90, 0xD0, 0xE0
 OPENING_AT_ONCE: Final = 64  # between SYN and CONNACK, in one process
 TICK: Final = 0.05  # seconds: PINGREQs are sent that often
-LATE: Final = 1.0  # a schedule of connects that is further behind does not catch up
+LATE: Final = 1.0  # a schedule of connects that is further behind does not catch up, unless it is to be kept
 PAUSE: Final = 1.0  # before the first try: up to this
 PAUSE_MAX: Final = 16.0
 PATIENCE: Final = 30.0  # from SYN to CONNACK
 PACKET_MAX: Final = 65_536
+REFUSAL: Final = 0x80  # reason codes from here on
 RETRY_AFTER, RETRY_JITTER = "retry_after", "retry_jitter"  # user properties
 
 FINAL: Final = frozenset(
@@ -58,6 +60,8 @@ none: who gives a CONNECT up, and sends another, may meet the first again, which
 
 _PINGREQ: Final = encode(Pingreq(), 4)
 _DISCONNECT: Final = encode(Disconnect(), 4)
+_MSG_ID: Final = re.compile(rb'\{"msg_id":"(\d+)"')
+_EVENTS: Final = ("shown", "clicked", "dismissed")
 
 
 @dataclass(slots=True)
@@ -69,6 +73,9 @@ class Counts:
     pings: int = 0
     pongs: int = 0
     moves: int = 0  # to a Server Reference
+    breaks: int = 0  # devices that went away for a while, because they were told to
+    receipts: int = 0  # published
+    receipts_answered: int = 0
     lost: Counter[str] = field(default_factory=Counter)  # why a device that was online is not any more
     failed: Counter[str] = field(default_factory=Counter)  # tries that came to nothing
     refused: Counter[str] = field(default_factory=Counter)  # devices that will not come back
@@ -78,7 +85,7 @@ class Counts:
 
 
 class Swarm:
-    """Devices `tally.first` and on, of `connects`; their sources are the addresses 127.2.`number`.1 to .SOURCES."""
+    """Devices `tally.first` and on, of `connects`."""
 
     def __init__(
         self,
@@ -90,11 +97,19 @@ class Swarm:
         ping_interval: float = 180.0,
         pause: float = PAUSE,
         pause_max: float = PAUSE_MAX,
+        sources: Sequence[str] | None = None,
+        opening_at_once: int = OPENING_AT_ONCE,
+        keeps_schedule: bool = False,
     ) -> None:
+        """`sources`: addresses that connections come from, in turn; empty: the kernel chooses; None: 127.2.`number`.1
+        to .SOURCES. `keeps_schedule`: connects that are late are made all the same, as soon as they can."""
+        self._sources = [f"127.2.{number}.{1 + n}" for n in range(SOURCES)] if sources is None else sources
+        self._opening_at_once = opening_at_once
+        self._keeps_schedule = keeps_schedule
+        self._head = 2 + connects.topic_size
         self._connects = connects
         self.tally = tally
         self._addresses = addresses
-        self._number = number
         self._ping_interval = ping_interval
         self._pause = pause
         self._pause_max = pause_max
@@ -109,9 +124,17 @@ class Swarm:
         self._state = bytearray(count)
         self._tries = bytearray(count)  # since it was last online
         self._pinged = bytearray(count)  # 1: the PINGRESP has not come
+        self._due = array("d", [0.0]) * count  # when it was to be online, or to begin to come back
+        self.connect_times = Timeline(tally.latencies.width)  # from then until it was
+        self.behind = 0.0  # seconds: how late a connect was begun, the latest since somebody set it to 0
+        self._breaks = 0.0  # a second
+        self._away = 0.0  # seconds that such a device stays away, on average
+        self._next_break = 0.0
+        self._receipts = 0.0  # for each push
         self._partial: dict[int, bytes] = {}  # place -> the beginning of a packet
         self._referred: dict[int, Address] = {}  # place -> where it was told to go
         self._retries: list[tuple[float, int]] = []  # when, place; a heap
+        self._retries_at = 0.0  # when the one that was put in last is due
         self._deadlines: dict[int, float] = {}  # place of one between SYN and CONNACK; in the order of time
         self._todo: Iterator[int] = iter(())
         self._connecting = False  # `_todo` may have more
@@ -123,17 +146,29 @@ class Swarm:
 
     # Commands
 
-    def connect(self, rate: float) -> None:
-        """Bring all online that are not wanted so far, `rate` a second."""
+    def connect(self, rate: float, begin: float = 0.0) -> None:
+        """Bring all online that are not wanted so far, `rate` a second, from the time.perf_counter `begin` on; 0 is
+        now."""
         self._rate = rate
-        self._next_connect = time.perf_counter()
+        self._next_connect = begin or time.perf_counter()
         self.wanted += self._state.count(AWAY)
         self._todo = (place for place in range(self.tally.count) if self._state[place] == AWAY)
         self._connecting = True
 
+    def take_breaks(self, rate: float, away: float) -> None:
+        """So many devices a second, whichever they are, say DISCONNECT, and come back after `away` seconds or so."""
+        self._breaks = rate
+        self._away = away
+        self._next_break = time.perf_counter()
+
+    def send_receipts(self, share: float) -> None:
+        """Of the pushes that come from now on."""
+        self._receipts = share
+
     def leave(self) -> None:
         """All say DISCONNECT and stay away."""
         self._connecting = False
+        self._breaks = 0.0
         self._retries.clear()
         self.wanted = 0
         for place, fd in enumerate(self._fd):
@@ -154,6 +189,7 @@ class Swarm:
             self._next_tick = now + TICK
             self._ping_due(now)
             self._give_up_due(now)
+            self._send_away_due(now)
         due = self._begin_due(now)
         self.reactor.turn(max(0.0, min(due, self._next_tick) - now))
 
@@ -161,17 +197,21 @@ class Swarm:
 
     def _begin_due(self, now: float) -> float:
         """When the next is due."""
-        while self._retries and self._retries[0][0] <= now and len(self._deadlines) < OPENING_AT_ONCE:
+        at_once = self._opening_at_once
+        while self._retries and self._retries[0][0] <= now and len(self._deadlines) < at_once:
             self._begin(heapq.heappop(self._retries)[1], now)
-        self._next_connect = max(self._next_connect, now - LATE)
-        while self._connecting and self._next_connect <= now and len(self._deadlines) < OPENING_AT_ONCE:
+        if not self._keeps_schedule:
+            self._next_connect = max(self._next_connect, now - LATE)
+        while self._connecting and self._next_connect <= now and len(self._deadlines) < at_once:
             place = next(self._todo, None)
             if place is None:
                 self._connecting = False
                 break
+            self._due[place] = self.tally.since[place] = self._next_connect
+            self.behind = max(self.behind, now - self._next_connect)
             self._next_connect += 1 / self._rate
             self._begin(place, now)
-        if len(self._deadlines) >= OPENING_AT_ONCE:
+        if len(self._deadlines) >= at_once:
             return now + TICK
         retry = self._retries[0][0] if self._retries else now + TICK
         return min(retry, self._next_connect) if self._connecting else retry
@@ -180,7 +220,7 @@ class Swarm:
         tries = self._tries[place]
         address = self._referred.pop(place, None) or self._addresses[(place + tries) % len(self._addresses)]
         try:
-            fd = open_socket(address, f"127.2.{self._number}.{1 + place % SOURCES}")
+            fd = open_socket(address, self._sources[place % len(self._sources)] if self._sources else None)
         except OSError as error:
             self._fail(place, error.strerror or type(error).__name__)
             return
@@ -188,16 +228,19 @@ class Swarm:
         self._state[place] = OPENING
         self._deadlines[place] = now + PATIENCE
         # Over loopback the handshake is mostly done by now.
-        self.reactor.watch_plainly(fd, writable=not self._greet(place, fd))
+        greeted = self._greet(place, fd)
+        if greeted is not None:
+            self.reactor.watch_plainly(fd, writable=not greeted)
 
-    def _greet(self, place: int, fd: int) -> bool:
-        """Send CONNECT. False: the connection is still being made."""
+    def _greet(self, place: int, fd: int) -> bool | None:
+        """Send CONNECT. False: the connection is still being made; None: it came to nothing."""
         try:
             os.write(fd, self._connects.packet(self.tally.first + place))
         except BlockingIOError:
             return False
-        except OSError:
-            pass  # reading tells what happened
+        except OSError as error:
+            self._drop(place, error.strerror or type(error).__name__)
+            return None
         self._state[place] = GREETING
         return True
 
@@ -217,6 +260,7 @@ class Swarm:
         if was_online:
             self.counts.lost[why] += 1
             self._retry(place, wait)
+            self._due[place] = self._retries_at
         else:
             self._fail(place, why, wait)
 
@@ -230,7 +274,8 @@ class Swarm:
         if wait is None:
             pause = min(self._pause * 2 ** min(self._tries[place], 16), self._pause_max)
             wait = self._random.uniform(0, pause)
-        heapq.heappush(self._retries, (time.perf_counter() + wait, place))
+        self._retries_at = time.perf_counter() + wait
+        heapq.heappush(self._retries, (self._retries_at, place))
 
     def _refuse(self, place: int, why: str) -> None:
         """For good."""
@@ -254,6 +299,21 @@ class Swarm:
         with suppress(OSError):  # it is gone already
             os.write(fd, _DISCONNECT)
         self._close(place)
+
+    # Churn
+
+    def _send_away_due(self, now: float) -> None:
+        """Whoever is not online anyway is none of those."""
+        if not self._breaks:
+            return
+        while self._next_break <= now:
+            self._next_break += 1 / self._breaks
+            place = self._random.randrange(self.tally.count)
+            if self._state[place] == ONLINE:
+                self._farewell(place, self._fd[place])
+                self.counts.breaks += 1
+                self._retry(place, self._random.uniform(0.5, 1.5) * self._away)
+                self._due[place] = self.tally.since[place] = self._retries_at
 
     # Keep-alive
 
@@ -300,7 +360,7 @@ class Swarm:
         self._take(place, fd, data)
 
     def _take(self, place: int, fd: int, data: bytes) -> None:
-        acks, end = take_pushes(self.tally.first + place, data, HEAD, self.tally.take, self._other)
+        acks, end = take_pushes(self.tally.first + place, data, self._head, self.tally.take, self._other)
         if self._fd[place] != fd:
             return  # one of the packets ended the connection
         if end < len(data):
@@ -308,6 +368,18 @@ class Swarm:
         if acks:
             self.counts.acked += len(acks)
             self._send(place, acks[0] if len(acks) == 1 else b"".join(acks))
+            if self._receipts:
+                self._send_receipts(place, data[:end])
+
+    def _send_receipts(self, place: int, data: bytes) -> None:
+        version = self._connects.version(self.tally.first + place)
+        for packet_id, msg_id in enumerate(_MSG_ID.findall(data), 1):
+            if self._random.random() < self._receipts and self._state[place] == ONLINE:
+                receipt = f'{{"msg_id":"{msg_id.decode()}","event":"{self._random.choice(_EVENTS)}"}}'
+                self.counts.receipts += 1
+                self._send(
+                    place, encode(Publish("receipt", receipt.encode(), 1, packet_id=packet_id), version)
+                )
 
     def _send(self, place: int, data: bytes) -> None:
         try:
@@ -325,6 +397,10 @@ class Swarm:
             self.counts.pongs += 1
         elif kind == CONNACK:
             self._welcomed(place, packet)
+        elif kind == SUBACK and self._state[place] == GREETING:
+            self._granted(place, packet)
+        elif kind == PUBACK:
+            self.counts.receipts_answered += 1
         elif kind == DISCONNECT:
             self._dismissed(place, packet)
         else:
@@ -332,14 +408,29 @@ class Swarm:
 
     def _welcomed(self, place: int, packet: bytes) -> None:
         """CONNACK."""
-        self._deadlines.pop(place, None)
-        if packet[3] == Reason.SUCCESS:
-            self._state[place] = ONLINE
-            self._tries[place] = 0
-            self.online += 1
-            self.counts.connects += 1
-        else:
+        if packet[3] != Reason.SUCCESS:
+            self._deadlines.pop(place, None)
             self._dismissed(place, packet)
+        elif subscribe := self._connects.subscribe(self.tally.first + place):
+            self._send(place, subscribe)
+        else:
+            self._arrived(place)
+
+    def _granted(self, place: int, packet: bytes) -> None:
+        """SUBACK."""
+        answer = self._decode(place, packet)
+        if isinstance(answer, Suback) and max(answer.reasons) < REFUSAL:
+            self._arrived(place)
+        else:
+            self._refuse(place, f"was not granted its subscriptions: {answer}")
+
+    def _arrived(self, place: int) -> None:
+        self._deadlines.pop(place, None)
+        self._state[place] = ONLINE
+        self._tries[place] = 0
+        self.online += 1
+        self.counts.connects += 1
+        self.connect_times.add(self._due[place], time.perf_counter())
 
     def _dismissed(self, place: int, packet: bytes) -> None:
         """DISCONNECT, or a CONNACK that is none."""

@@ -12,15 +12,14 @@ import os
 import sys
 import traceback
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
-from loadtest.roster import Connects, Roster
+from loadtest.roster import Who, connects_of
 from loadtest.server import Address
-from loadtest.swarm import PAUSE, PAUSE_MAX, Swarm
-from loadtest.tally import Tally
+from loadtest.swarm import OPENING_AT_ONCE, PAUSE, PAUSE_MAX, Swarm
+from loadtest.tally import Collected, Tally
 
 FAILED: Final = 70  # exit status; sysexits.h
 
@@ -36,9 +35,7 @@ class Share(msgspec.Struct, frozen=True):
 class Order(msgspec.Struct, frozen=True):
     """What to fork."""
 
-    app_key: str
-    tokens: str
-    registered: int
+    who: Who
     addresses: list[Address]
     shares: list[Share]
     versions: tuple[int, ...] = (4, 5)
@@ -46,11 +43,15 @@ class Order(msgspec.Struct, frozen=True):
     ping_interval: float = 180.0
     pause: float = PAUSE
     pause_max: float = PAUSE_MAX
+    sources: list[str] | None = None
+    opening_at_once: int = OPENING_AT_ONCE
+    keeps_schedule: bool = False
+    window: float = 1.0  # seconds over which latencies are summed up
 
 
 def main() -> int:
     """Exit status: 0 if each process ended well."""
-    order = msgspec.json.decode(sys.argv[1], type=Order)
+    order = msgspec.json.decode(sys.stdin.buffer.read(), type=Order, dec_hook=lambda kind, text: kind(text))
     gc.collect()
     gc.freeze()
     children = [_fork(order, number) for number in range(len(order.shares))]
@@ -80,15 +81,17 @@ def _play(order: Order, number: int) -> None:
     for share in order.shares:
         if share is not mine:
             os.close(share.socket)  # else its owner would not see it end
-    roster = Roster(order.app_key, order.registered, Path(order.tokens))
     swarm = Swarm(
-        Connects(roster, order.keep_alive, order.versions),
-        Tally(mine.first, mine.count),
+        connects_of(order.who, order.keep_alive, order.versions),
+        Tally(mine.first, mine.count, order.window),
         order.addresses,
         number=number,
         ping_interval=order.ping_interval,
         pause=order.pause,
         pause_max=order.pause_max,
+        sources=order.sources,
+        opening_at_once=order.opening_at_once,
+        keeps_schedule=order.keeps_schedule,
     )
     Player(swarm, Connection(mine.socket)).run()
 
@@ -116,14 +119,29 @@ class Player:
             return
         self._connection.send(getattr(self, f"do_{name}")(*arguments))
 
-    def do_connect(self, rate: float) -> None:
-        self._swarm.connect(rate)
+    def do_connect(self, rate: float, begin: float = 0.0) -> None:
+        self._swarm.connect(rate, begin)
+
+    def do_take_breaks(self, rate: float, away: float) -> None:
+        self._swarm.take_breaks(rate, away)
+
+    def do_send_receipts(self, share: float) -> None:
+        self._swarm.send_receipts(share)
 
     def do_leave(self) -> None:
         self._swarm.leave()
 
     def do_expect(self, serial: int) -> None:
         self._swarm.tally.expect(serial)
+
+    def do_expect_timed(self, serial: int, due: float, among: int, residue: int) -> None:
+        self._swarm.tally.expect_timed(serial, due, among, residue)
+
+    def do_collect(self) -> Collected:
+        swarm, tally = self._swarm, self._swarm.tally
+        behind, swarm.behind = swarm.behind, 0.0
+        latencies, connects = tally.latencies.drain(), swarm.connect_times.drain()
+        return Collected(tally.drain(), latencies, connects, tally.progress(), behind)
 
     def do_status(self) -> tuple[int, int, dict[str, Any]]:
         """Devices online, devices that are to be, and what happened so far."""

@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -27,7 +28,7 @@ import msgspec
 
 from loadtest.ledger import Ledger
 from loadtest.reactor import Reactor
-from loadtest.roster import Roster
+from loadtest.roster import Who
 from loadtest.server import Address
 from loadtest.swarm_process import Order, Share
 from loadtest.tally import read_arrivals
@@ -80,12 +81,12 @@ Take = Callable[[int, Any], None]  # gets a process's number and its answer
 
 
 class Swarms:
-    """Devices 0 to `devices`-1 of the roster, in as many processes as they need; a context manager."""
+    """Devices 0 to `devices`-1 of `who`, in as many processes as they need; a context manager."""
 
     def __init__(
         self,
         reactor: Reactor,
-        roster: Roster,
+        who: Who,
         devices: int,
         addresses: Sequence[Address],
         *,
@@ -108,7 +109,7 @@ class Swarms:
             raise SwarmError(
                 f"{devices:,} devices need {self.processes} processes, more than {MOST_PROCESSES}"
             )
-        self._roster = roster
+        self._who = who
         self._addresses = addresses
         self._settings = settings
         self._log = log
@@ -125,24 +126,21 @@ class Swarms:
         self._connections = [Connection(end.detach()) for end in ours]
         spans = zip(theirs, pairwise(self._edges), strict=True)
         shares = [Share(end.fileno(), first, after - first) for end, (first, after) in spans]
-        order = Order(
-            self._roster.app_key,
-            str(self._roster.tokens),
-            self._roster.count,
-            list(self._addresses),
-            shares,
-            **self._settings,
-        )
-        command = [sys.executable, "-m", "loadtest.swarm_process", msgspec.json.encode(order).decode()]
+        order = Order(self._who, list(self._addresses), shares, **self._settings)
+        command = [sys.executable, "-m", "loadtest.swarm_process"]
         with open(self._log or os.devnull, "wb") as log:
             self._process = subprocess.Popen(
                 command,
+                stdin=subprocess.PIPE,
                 stderr=log if self._log else None,
                 pass_fds=[end.fileno() for end in theirs],
                 start_new_session=True,
             )
         for end in theirs:
             end.close()
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError), self._process.stdin as order_to:  # if it ended, its socket tells
+            order_to.write(msgspec.json.encode(order, enc_hook=str))
         self._takers = [deque() for _ in self._connections]
         for number, connection in enumerate(self._connections):
             self.reactor.watch(connection.fileno(), partial(self._answered, number))
@@ -170,8 +168,13 @@ class Swarms:
             raise SwarmError(f"the fleet ended with status {status}: {self._last_words()}")
 
     @property
+    def shares(self) -> list[range]:
+        """The devices of each process."""
+        return [range(first, after) for first, after in pairwise(self._edges)]
+
+    @property
     def pids(self) -> list[int]:
-        """Of the processes, and the one that forked them."""
+        """Of the one that forked the processes, and theirs in order."""
         assert self._process is not None
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text()
         return [self._process.pid, *map(int, children.split())]
@@ -180,25 +183,33 @@ class Swarms:
 
     def ask(self, name: str, *arguments: object) -> list[Any]:
         """All processes, and their answers in order; the reactor turns meanwhile."""
+        taken: list[list[Any]] = []
+        self.request(name, *arguments, done=taken.append)
+        self.reactor.run_until(lambda: bool(taken), f"answers to {name}", ANSWER_LIMIT)
+        return taken[0]
+
+    def request(self, name: str, *arguments: object, done: Callable[[list[Any]], None]) -> None:
+        """As `ask`, but returns at once; `done` gets the answers."""
         answers: dict[int, Any] = {}
-        self._send(name, arguments, answers.__setitem__)
-        self.reactor.run_until(lambda: len(answers) == self.processes, f"answers to {name}", ANSWER_LIMIT)
-        return [answers[number] for number in range(self.processes)]
+
+        def take(number: int, answer: Any) -> None:
+            answers[number] = answer
+            if len(answers) == self.processes:
+                done([answers[number] for number in range(self.processes)])
+
+        self._send(name, arguments, take)
 
     def look(self) -> None:
         """Have `status` renewed soon; returns at once."""
         if self._looking:
             return
         self._looking = True
-        told: dict[int, Any] = {}
 
-        def take(number: int, answer: Any) -> None:
-            told[number] = answer
-            if len(told) == self.processes:
-                self.status = _sum(told.values())
-                self._looking = False
+        def take(answers: list[Any]) -> None:
+            self.status = _sum(answers)
+            self._looking = False
 
-        self._send("status", (), take)
+        self.request("status", done=take)
 
     def _send(self, name: str, arguments: tuple[object, ...], take: Take) -> None:
         for number, connection in enumerate(self._connections):
@@ -264,7 +275,7 @@ class Swarms:
     def take_arrivals(self, ledger: Ledger) -> None:
         """Enter the targeted pushes that came since the last call."""
         for raw in self.ask("drain"):
-            for serial, device, at in read_arrivals(raw):
+            for serial, device, at, _ in read_arrivals(raw):
                 ledger.take_targeted(device, serial, at)
 
 

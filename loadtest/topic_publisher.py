@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from gateway.mqtt import Connect, Publish, Subscribe, Subscription, encode
-from loadtest.ledger import alert
+from loadtest.ledger import PAYLOAD_SIZE, alert
 from loadtest.population import Population
 from loadtest.reactor import Reactor
 from loadtest.server import Address
@@ -79,7 +79,7 @@ def subscribe_packet(filters: Sequence[str], qos: int = 1) -> bytes:
     return encode(Subscribe(1, tuple(Subscription(name, qos) for name in filters)), VERSION)
 
 
-def payload(serial: int) -> bytes:
+def payload(serial: int, size: int = PAYLOAD_SIZE) -> bytes:
     """What a push with this serial would have: the fleet cannot tell the two."""
-    text = alert(serial, len(MSG_ID))
+    text = alert(serial, len(MSG_ID), size)
     return f'{{"msg_id":"{MSG_ID}","notification":{{"alert":"{text}"}}}}'.encode()

@@ -199,8 +199,8 @@ def _scene(stage: Stage) -> Iterator[Scene]:
         app, server = _server(stage, redis)
         server.start()
         try:
-            keys = {"user": app["app_key"], "password": app["master_secret"]}
-            pool = HttpPool(reactor, server.address("http"), HTTP_CONNECTIONS, again=True, **keys)
+            key, secret, address = app["app_key"], app["master_secret"], server.address("http")
+            pool = HttpPool(reactor, address, HTTP_CONNECTIONS, user=key, password=secret, again=True)
             guard = Guard("fleet: connect")
             roster, rows = _enroll(stage, redis, pool, app["app_key"])
             before, used = read_memory(), redis.memory()[0] if redis else 0

@@ -27,9 +27,9 @@ from gateway.mqtt import (
 )
 from loadtest.fleet import take_pushes
 from loadtest.ledger import alert
-from loadtest.roster import TOKEN_SIZE, Connects, Roster, name_of
+from loadtest.roster import TOKEN_SIZE, Roster, RosterConnects, name_of
 from loadtest.server import Address
-from loadtest.swarm import HEAD, Swarm, read_reference
+from loadtest.swarm import Swarm, read_reference
 from loadtest.tally import Tally
 
 LIMIT = 20.0
@@ -120,7 +120,7 @@ class Play:
     def begin(self, count: int = 1, version: int = 4, rate: float = 1e4, **settings: float) -> None:
         """Connect `count` devices; pauses are short where the test does not say."""
         self._swarm = Swarm(
-            Connects(self._roster, 60, [version]),
+            RosterConnects(self._roster, 60, [version]),
             Tally(0, count),
             [self.peer.address],
             **{"pause": 0.01, "pause_max": 0.02, **settings},  # type: ignore[arg-type]
@@ -169,7 +169,7 @@ def test_a_device_says_who_it_is(play: Play, version: int) -> None:
 
 
 def test_versions_take_turns(roster: Roster) -> None:
-    connects = Connects(roster, 60, [4, 5])
+    connects = RosterConnects(roster, 60, [4, 5])
     found = [decode(connects.packet(device), 0, 4, 4096) for device in range(3)]
     connects.close()
     assert [packet[0].version for packet in found if packet and isinstance(packet[0], Connect)] == [4, 5, 4]
@@ -368,7 +368,7 @@ def test_packets_may_come_in_any_pieces(pushes: list[tuple[int, int]], where: in
         found, end = take_pushes(
             5,
             rest + piece,
-            HEAD,
+            2 + len("push"),
             lambda _, serial: taken.append(serial),
             lambda _, other: others.append(other),
         )

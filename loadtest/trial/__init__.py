@@ -1,0 +1,1 @@
+"""The load test that any operator runs against any deployment: `holdfast-loadtest` (docs/loadtest.md)."""
