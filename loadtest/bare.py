@@ -96,6 +96,10 @@ class BareServer:
             data = os.read(fd, READ_SIZE)
         except ConnectionError:
             data = b""
+        while data and data[0] == PUBACK:  # and perhaps what the device said next
+            data = data[PUBACK_SIZE:]
+            if not data:
+                return
         if not data:
             self._forget(fd)
         elif fd in self._partial:

@@ -32,7 +32,11 @@ SETTINGS: Final = {"HOLDFAST_SERVER_LOG_LEVEL": "warning"}
 @click.command()
 @click.option("--peers", "names", help="Some of them, with commas between. Default: all that are installed.")
 @click.option("--quick", is_flag=True, help="Small and short: shows that it works, not how fast.")
-@click.option("--turns", type=click.IntRange(min=1), help="Each takes part once in a turn.  [default: 5]")
+@click.option(
+    "--turns",
+    type=click.IntRange(min=0),
+    help="Each takes part once in a turn; 0: only those that --add-to has.  [default: 5]",
+)
 @click.option("--devices", type=click.IntRange(min=1200, max=65_536), help="Online at once.")
 @click.option("--seconds", type=click.FloatRange(min=0.1), help="Of each measurement.")
 @click.option(
@@ -57,7 +61,7 @@ def main(
     plan = QUICK if quick else Plan()
     plan = replace(
         plan,
-        runs=turns or (1 if quick else plan.runs),
+        runs=(1 if quick else plan.runs) if turns is None else turns,
         subscribers=devices or plan.subscribers,
         seconds=seconds or (QUICK_SECONDS if quick else SECONDS),
     )
@@ -83,6 +87,8 @@ def main(
                 kept.write_bytes(msgspec.json.encode(results) + b"\n")
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+    if not results:
+        raise click.ClickException("there are no turns")
     block = _block(results, list(entrants.values()), plan, left_out)
     click.echo(f"\n{block}\n")
     if write:

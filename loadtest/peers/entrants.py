@@ -134,13 +134,8 @@ class Peer(Entrant):
         home.mkdir(parents=True)
         try:
             with ExitStack() as stack:
-                port, *others = _free_ports(3)
-                values = {
-                    **self._values,
-                    "home": str(home),
-                    "port": str(port),
-                    **dict(zip(("second", "third"), map(str, others), strict=True)),
-                }
+                port, second = _free_ports(2)
+                values = {**self._values, "home": str(home), "port": str(port), "second": str(second)}
                 process = stack.enter_context(_Process(self._recipe, values, home, stage.server_core))
                 address = "127.0.0.1", port
                 process.wait_for(address)
@@ -152,7 +147,12 @@ class Peer(Entrant):
     def _connect(self, client_id: str) -> bytes:
         username = self._recipe.username or None
         packet = Connect(
-            client_id, clean_start=True, keep_alive=KEEP_ALIVE, username=username, version=VERSION
+            client_id,
+            clean_start=True,
+            keep_alive=KEEP_ALIVE,
+            username=username,
+            password=b"any" if username else None,
+            version=VERSION,
         )
         return encode(packet, VERSION)
 

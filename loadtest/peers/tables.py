@@ -212,6 +212,9 @@ def _cell(values: Iterable[float | None], unit: str = "") -> str:
 def _failures(turns: Sequence[Turn], entrants: Sequence[Entrant]) -> str:
     lines = []
     for one in entrants:
-        told = [turn[one.name].failure for turn in turns if one.name in turn and turn[one.name].failure]
-        lines += [f"- {one.title}: {text} ({told.count(text)} turns)" for text in dict.fromkeys(told)]
+        mine = [turn[one.name].failure for turn in turns if one.name in turn]
+        told = [text for text in mine if text]
+        lines += [
+            f"- {one.title}: {text} ({told.count(text)} of {len(mine)} turns)" for text in dict.fromkeys(told)
+        ]
     return "\n".join(lines)
