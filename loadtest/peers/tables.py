@@ -41,7 +41,7 @@ def as_markdown(turns: Sequence[Turn], entrants: Sequence[Entrant]) -> str:
     present = [one for one in entrants if any(one.name in turn for turn in turns)]
     parts = [
         LEGEND,
-        _who(present),
+        _who(turns, present),
         "Connections:",
         _connections(turns, present),
         "Messages to all, deliveries a second:",
@@ -61,9 +61,12 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _who(entrants: Sequence[Entrant]) -> str:
-    rows = [(one.title, one.version(), one.lacks or "durable, recorded, authenticated") for one in entrants]
-    return _table(("server", "version", "beside a push of ours"), rows)
+def _who(turns: Sequence[Turn], entrants: Sequence[Entrant]) -> str:
+    rows = []
+    for one in entrants:
+        count = sum(one.name in turn for turn in turns)
+        rows.append((one.title, one.version(), str(count), one.lacks or "durable, recorded, authenticated"))
+    return _table(("server", "version", "turns", "beside a push of ours"), rows)
 
 
 def _lines(turns: Sequence[Turn], entrants: Sequence[Entrant]) -> list[_Line]:

@@ -153,6 +153,7 @@ def test_cells_have_medians_spreads_and_shares_of_the_same_turn() -> None:
         "3.00 KB (3.00 … 3.00)",
     ]
     assert "| aedes" not in text
+    assert next(line for line in text.splitlines() if line.startswith("| mosquitto")).split(" | ")[2] == "3"
 
 
 def test_a_table_says_where_the_generator_was_the_limit() -> None:
