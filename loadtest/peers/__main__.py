@@ -81,9 +81,8 @@ def main(
     results = _read(kept)
     directory = WORK / f"peers-{os.getpid()}"
     try:
-        for turn in _measure(Stage(plan, directory, settings=SETTINGS), chosen):
-            results.append(turn)
-            if kept is not None:
+        for _ in _measure(Stage(plan, directory, settings=SETTINGS), chosen, results):
+            if kept is not None:  # after each entrant: some take minutes
                 kept.write_bytes(msgspec.json.encode(results) + b"\n")
     finally:
         shutil.rmtree(directory, ignore_errors=True)
@@ -111,19 +110,20 @@ def _read(kept: Path | None) -> list[Turn]:
         raise click.ClickException(f"{kept} has no turns of before: {error}") from error
 
 
-def _measure(stage: Stage, entrants: Sequence[Entrant]) -> Iterator[Turn]:
-    """Whoever was first is last in the next turn."""
+def _measure(stage: Stage, entrants: Sequence[Entrant], results: list[Turn]) -> Iterator[None]:
+    """Adds turns to `results`, and yields after each entrant. Whoever was first is last in the next turn."""
     order = list(entrants)
     for number in range(stage.plan.runs):
         turn: Turn = {}
+        results.append(turn)
         for entrant in order:
             started = time.perf_counter()
             turn[entrant.name] = take_turn(stage, entrant)
             took = time.perf_counter() - started
             how = turn[entrant.name].failure or "done"
             stage.say(f"turn {number + 1} of {stage.plan.runs}: {entrant.name}: {how}, {took:.0f} s")
+            yield
         order.append(order.pop(0))
-        yield turn
 
 
 def _block(turns: Sequence[Turn], entrants: Sequence[Entrant], plan: Plan, left_out: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ MISSING: Final = "–"
 LEGEND: Final = (
     "A cell is the median of all turns (least … most). × is the share of the bare loop's of the same turn: one send "
     "for each message, for four at once the coalescing one. "
-    f"{LIMITED}: the generator's core was full, so the server could do more; its CPU for a million, and what that "
+    f"{LIMITED}: the generator was busier than the server, which could do more; its CPU for a million, and what that "
     f"would give on a full core, say how much. {MISSING}: it does not do that, or failed (below)."
 )
 
@@ -164,7 +164,7 @@ def _rates(turns: Sequence[Turn], entrant: str, pick: Pick, bare: str) -> str:
     works = _works(turns, entrant, pick)
     if not works:
         return MISSING
-    limited = median(work.generator for work in works) > BUSY
+    limited = median(work.generator - min(work.server, BUSY) for work in works) > 0
     share = _share(turns, entrant, bare, pick, lambda mine, limit: mine.rate / limit.rate)
     return f"{_cell([work.rate for work in works])}{share}{' ' + LIMITED if limited else ''}"
 
@@ -199,9 +199,8 @@ def _pace(paces: Sequence[Pace]) -> str:
         return MISSING
     if sum(pace.kept for pace in paces) * 2 <= len(paces):
         return "cannot keep up"
-    limited = median(pace.generator for pace in paces) > BUSY
     both = [_cell([getattr(pace, name) for pace in paces]) for name in ("p50", "p99")]
-    return f"{' / '.join(both)}{' ' + LIMITED if limited else ''}"
+    return " / ".join(both)
 
 
 def _cell(values: Iterable[float | None], unit: str = "") -> str:

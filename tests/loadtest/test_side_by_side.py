@@ -118,7 +118,7 @@ def _findings(rate: float, cost: float, generator: float = 0.5, *, kept: bool = 
     way = Ways(
         fan_out={"QoS 1, one": _work(rate, cost, generator)},
         single=_work(rate / 2, cost * 2),
-        paces={"500": Pace(0.5, 1.25, kept, 0.1)},
+        paces={"500": Pace(0.5, 1.25, kept)},
     )
     return Findings(1.0, 2.0, 3.0, _work(10_000.0, 50.0), {"topics": way})
 
