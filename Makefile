@@ -10,10 +10,10 @@ export PATH := $(PATH):/usr/sbin
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo check test bench lab fuzz clean
+.PHONY: help setup run demo check test bench bench-peers lab fuzz clean
 
 help: ## This list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
 
 setup: $(VENV)/.setup-all ## Make .venv with everything that tests and checks need
 
@@ -39,6 +39,9 @@ test: $(VENV)/.setup-all $(VENV)/.setup-node ## All tests; ARGS="-k name" choose
 
 bench: $(VENV)/.setup-all ## Measure; ARGS=--write puts the tables into docs/numbers.md, ARGS=--quick is a trial
 	$(BIN)/python -m loadtest.bench $(ARGS)
+
+bench-peers: $(VENV)/.setup-all $(VENV)/.setup-node ## Measure beside other MQTT servers; ARGS="--peers mosquitto,amqtt", ARGS=--quick
+	$(BIN)/python -m loadtest.peers $(ARGS)
 
 lab: $(VENV)/.setup-all ## Pushes through lossy networks, beside other clients and brokers (root, 65 minutes); ARGS="--list"
 	$(BIN)/python -m loadtest.lab $(ARGS)
@@ -82,9 +85,9 @@ $(VENV)/.setup-all: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,check]'
 	@touch $@ $(VENV)/.setup
 
-# MQTT.js and the vendor's SDKs for Node, for tests: no part of Holdfast. Without npm those tests are skipped.
+# MQTT.js and the vendor's SDKs for Node, for tests, and a server to be measured beside: no part of Holdfast. Without npm those tests are skipped.
 # The newest jpush-async (4.2.0) drops query strings and works with no server.
-NODE_PACKAGES := mqtt@5 jpush-sdk@3.5.0 jpush-async@4.1.0
+NODE_PACKAGES := mqtt@5 jpush-sdk@3.5.0 jpush-async@4.1.0 aedes@1
 
 $(VENV)/.setup-node: Makefile | $(BIN)/python
 	@if command -v npm >/dev/null; then \

@@ -3,23 +3,42 @@
 It checks and keeps nothing. Against it the fleet shows what this machine's loopback and the generator allow, so
 that a number of the real server can be read as a share of that. `python -m loadtest.bare`: prints its port, then
 takes lines "AT_ONCE ROUNDS" on stdin and answers each with the seconds it took. With a number of processes behind
-it they share the port, and all do it.
+it they share the port, and all do it. It ends with stdin.
+
+It is an MQTT server, too, as far as loadtest.peers needs one: a SUBSCRIBE to one topic is granted, and what is
+published there goes to all who subscribed, as it came but for the packet id: one send for each message, or with
+--coalesce one for all that were read together.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import select
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final, TextIO
 
-from gateway.mqtt import Connack, Pingreq, Pingresp, encode, publish_frame
+from gateway.mqtt import (
+    Connack,
+    Pingreq,
+    Pingresp,
+    Puback,
+    Reason,
+    Suback,
+    Subscribe,
+    decode,
+    encode,
+    publish_frame,
+)
 from loadtest.ledger import alert
 
 PUBACK_SIZE: Final = 4
+PUBLISH, PUBACK, SUBSCRIBE = 0x30, 0x40, 0x80
+READ_SIZE: Final = 4096
+PACKET_IDS: Final = 65_535
 PINGREQ: Final = encode(Pingreq(), 4)
 PINGRESP: Final = encode(Pingresp(), 4)
 ACCEPT: Final = encode(Connack(), 4)
@@ -32,7 +51,9 @@ HEAD, TAIL = publish_frame(
 
 
 class BareServer:
-    def __init__(self, listening: socket.socket, orders: TextIO, answers: TextIO) -> None:
+    def __init__(
+        self, listening: socket.socket, orders: TextIO, answers: TextIO, *, coalesce: bool = False
+    ) -> None:
         self._listening = listening
         self._listening.setblocking(False)
         self._orders = orders
@@ -43,6 +64,11 @@ class BareServer:
         self._joining: dict[int, socket.socket] = {}
         self._devices: dict[int, socket.socket] = {}
         self._owed: dict[int, int] = {}  # fd -> bytes of PUBACKs to come
+        self._coalesce = coalesce
+        self._subscribers: dict[bytes, dict[int, None]] = {}  # topic -> fds, in order
+        self._topics: dict[int, list[bytes]] = {}  # fd -> those it subscribed to
+        self._partial: dict[int, bytes] = {}  # fd -> the beginning of a PUBLISH
+        self._packet_id = 0
 
     def serve(self) -> None:
         """Until the orders end."""
@@ -66,11 +92,63 @@ class BareServer:
         return bool(line)
 
     def _answer(self, fd: int) -> None:
-        data = os.read(fd, 1024)
+        try:
+            data = os.read(fd, READ_SIZE)
+        except ConnectionError:
+            data = b""
+        while data and data[0] == PUBACK:  # and perhaps what the device said next
+            data = data[PUBACK_SIZE:]
+            if not data:
+                return
         if not data:
-            self._devices.pop(fd).close()
+            self._forget(fd)
+        elif fd in self._partial:
+            self._publish(fd, self._partial.pop(fd) + data)
+        elif data[0] & 0xF0 == PUBLISH:
+            self._publish(fd, data)
+        elif data[0] & 0xF0 == SUBSCRIBE:
+            self._subscribe(fd, data)
         elif data == PINGREQ:
             os.write(fd, PINGRESP)
+
+    def _forget(self, fd: int) -> None:
+        for topic in self._topics.pop(fd, ()):
+            self._subscribers[topic].pop(fd, None)
+        self._partial.pop(fd, None)
+        self._devices.pop(fd).close()
+
+    def _subscribe(self, fd: int, data: bytes) -> None:
+        found = decode(data, 0, 4, READ_SIZE)
+        assert found is not None
+        packet, _ = found
+        assert isinstance(packet, Subscribe)
+        topics = [entry.filter.encode() for entry in packet.subscriptions]
+        for topic in topics:
+            self._subscribers.setdefault(topic, {})[fd] = None
+        self._topics.setdefault(fd, []).extend(topics)
+        os.write(fd, encode(Suback(packet.packet_id, (Reason.GRANTED_QOS_1,) * len(topics)), 4))
+
+    def _publish(self, fd: int, data: bytes) -> None:
+        """Send on what a publisher sent; one that is not whole waits for its rest."""
+        batches: dict[bytes, list[bytes]] = {}
+        answers = b""
+        end = 0
+        for start, body, end in _packets(data):
+            topic_end = body + 2 + int.from_bytes(data[body : body + 2])
+            topic = data[body + 2 : topic_end]
+            frame = data[start:end]
+            if data[start] & 6:  # QoS
+                answers += encode(Puback(int.from_bytes(data[topic_end : topic_end + 2])), 4)
+                self._packet_id = self._packet_id % PACKET_IDS + 1
+                frame = data[start:topic_end] + self._packet_id.to_bytes(2) + data[topic_end + 2 : end]
+            batches.setdefault(topic, []).append(frame)
+        if end < len(data):
+            self._partial[fd] = data[end:]
+        for topic, frames in batches.items():
+            for frame in [b"".join(frames)] if self._coalesce else frames:
+                for subscriber in self._subscribers.get(topic, ()):
+                    os.write(subscriber, frame)
+        os.write(fd, answers)
 
     def _accept(self) -> None:
         try:
@@ -136,14 +214,27 @@ def _fork(listening: Sequence[socket.socket]) -> list[TextIO]:
     return orders
 
 
-def main(processes: int) -> None:
-    listening = [_listen(0)]
+def _packets(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Where each whole packet starts, its body starts, and it ends. None is longer than 16 KB."""
+    start, size = 0, len(data)
+    while size - start > 2:
+        length, body = data[start + 1], start + 2
+        if length >= 0x80:
+            length, body = length & 0x7F | data[start + 2] << 7, start + 3
+        if body + length > size:
+            return
+        yield start, body, body + length
+        start = body + length
+
+
+def main(processes: int, port: int, *, coalesce: bool) -> None:
+    listening = [_listen(port)]
     port = listening[0].getsockname()[1]
     listening += [_listen(port) for _ in range(1, processes)]
     sys.stdout.write(f"{port}\n")
     sys.stdout.flush()
     if processes == 1:
-        BareServer(listening[0], sys.stdin, sys.stdout).serve()
+        BareServer(listening[0], sys.stdin, sys.stdout, coalesce=coalesce).serve()
         return
     orders = _fork(listening)
     for mine in listening:
@@ -159,4 +250,9 @@ def _listen(port: int) -> socket.socket:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 1)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("processes", type=int, nargs="?", default=1)
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--coalesce", action="store_true")
+    told = parser.parse_args()
+    main(told.processes, told.port, coalesce=told.coalesce)

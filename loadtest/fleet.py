@@ -21,6 +21,9 @@ from loadtest.reactor import Reactor
 from loadtest.server import Address
 
 READ_SIZE: Final = 4096
+KNOWN: Final = 64  # reads that are remembered: devices of one age get a broadcast in the same bytes
+KNOWN_SIZE: Final = 1024
+ACK_SIZE: Final = 4
 AT_ONCE: Final = 256  # connections between SYN and CONNACK
 KEEP_ALIVE: Final = 1200
 CONNACK: Final = 0x20
@@ -130,6 +133,7 @@ class Fleet:
         self._device: dict[int, int] = {}  # fd -> index
         self._fd: dict[int, int] = {}  # and back
         self._partial: dict[int, bytes] = {}  # fd -> the beginning of a packet
+        self._known: dict[bytes, tuple[tuple[int, ...], bytes]] = {}  # what came -> serials, PUBACKs
         self._todo: Iterator[int] = iter(())
         self._wave = 0
         self._opening = 0
@@ -253,17 +257,41 @@ class Fleet:
 
     def _readable(self, fd: int) -> None:
         data = self._read(fd)
+        known = self._known.get(data)
+        if known is not None and fd not in self._partial:
+            serials, answer = known
+            device, take = self._device[fd], self._take
+            for serial in serials:
+                take(device, serial)
+            if answer:
+                self.acked += len(answer) // ACK_SIZE
+                os.write(fd, answer)
+            return
         if fd in self._partial:
             data = self._partial.pop(fd) + data
         self._take_packets(fd, data)
 
     def _take_packets(self, fd: int, data: bytes) -> None:
-        acks, end = take_pushes(self._device[fd], data, self._head, self._take, self._take_answer)
+        serials: list[int] = []
+        device, answers = self._device[fd], self.answers
+        acks, end = take_pushes(
+            device, data, self._head, lambda _, serial: serials.append(serial), self._take_answer
+        )
+        for serial in serials:
+            self._take(device, serial)
+        answer = b"".join(acks)
         if end < len(data):
             self._partial[fd] = data[end:]
-        if acks:
+        elif len(data) <= KNOWN_SIZE and self.answers == answers:
+            self._remember(data, (tuple(serials), answer))
+        if answer:
             self.acked += len(acks)
-            os.write(fd, acks[0] if len(acks) == 1 else b"".join(acks))
+            os.write(fd, answer)
+
+    def _remember(self, data: bytes, means: tuple[tuple[int, ...], bytes]) -> None:
+        if len(self._known) >= KNOWN:
+            self._known.clear()
+        self._known[data] = means
 
     def _take_answer(self, device: int, packet: bytes) -> None:
         if packet[0] not in ANSWERS:

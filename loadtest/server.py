@@ -141,18 +141,11 @@ class Server:
 
     def rss(self) -> int:
         """Resident bytes now."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        return int(status.split("VmRSS:")[1].split()[0]) * 1024
+        return read_rss(self.pid)
 
     def steady_rss(self) -> int:
         """Resident bytes once they hardly change."""
-        before = self.rss()
-        while True:
-            time.sleep(STEADY_PAUSE)
-            now = self.rss()
-            if abs(now - before) < STEADY_SIZE:
-                return now
-            before = now
+        return wait_for_steady_rss(self.pid)
 
     def metric(self, name: str) -> float:
         """The sum over all labels of holdfast_`name`, as /metrics shows it."""
@@ -166,6 +159,23 @@ class Server:
         host, port = self.address("admin")
         with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=10) as answer:
             return str(answer.read().decode())
+
+
+def read_rss(pid: int) -> int:
+    """Resident bytes."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) * 1024
+
+
+def wait_for_steady_rss(pid: int) -> int:
+    """Resident bytes once they hardly change."""
+    before = read_rss(pid)
+    while True:
+        time.sleep(STEADY_PAUSE)
+        now = read_rss(pid)
+        if abs(now - before) < STEADY_SIZE:
+            return now
+        before = now
 
 
 def read_machine_usage() -> Usage:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from gateway.mqtt import Connect, Publish, Subscribe, Subscription, encode
@@ -18,8 +18,6 @@ PUBACK: Final = 0x40
 PACKET_IDS: Final = 65_535
 MSG_ID: Final = "1" * 18  # so that an ordinary message is as long as a push
 
-Answered = Callable[[], None]
-
 
 class PublishError(Exception):
     """The server refused or dropped the publisher, or answered something else."""
@@ -28,11 +26,12 @@ class PublishError(Exception):
 class TopicPublisher:
     """The socket blocks when it is written to: who publishes faster than the server reads, waits."""
 
-    def __init__(self, reactor: Reactor, address: Address, population: Population) -> None:
+    def __init__(self, reactor: Reactor, address: Address, connect: bytes) -> None:
+        """`connect`: its CONNECT. Raises PublishError."""
         self._reactor = reactor
         self._socket = socket.create_connection(address)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket.sendall(_connect(population))
+        self._socket.sendall(connect)
         answer = self._socket.recv(ACK_SIZE)
         if answer != b"\x20\x02\x00\x00":
             self._socket.close()
@@ -48,14 +47,21 @@ class TopicPublisher:
 
     def publish(self, topic: str, payload: bytes, qos: int, *, retain: bool = False) -> None:
         """QoS 0 or 1."""
+        self._socket.sendall(self._frame(topic, payload, qos, retain=retain))
+
+    def publish_together(self, messages: Iterable[tuple[str, bytes]], qos: int) -> None:
+        """In one write: topic and payload of each."""
+        self._socket.sendall(b"".join(self._frame(topic, payload, qos) for topic, payload in messages))
+
+    def wait_for_answers(self) -> None:
+        self._reactor.run_until(lambda: not self.unanswered, "all messages acknowledged")
+
+    def _frame(self, topic: str, payload: bytes, qos: int, *, retain: bool = False) -> bytes:
         if qos:
             self._last = self._last % PACKET_IDS + 1
             self.unanswered += 1
         packet = Publish(topic, payload, qos, retain=retain, packet_id=self._last if qos else 0)
-        self._socket.sendall(encode(packet, VERSION))
-
-    def wait_for_answers(self) -> None:
-        self._reactor.run_until(lambda: not self.unanswered, "all messages acknowledged")
+        return encode(packet, VERSION)
 
     def _readable(self, _: int) -> None:
         data = self._socket.recv(4096)
@@ -69,7 +75,8 @@ class TopicPublisher:
         self._received = data[whole:]
 
 
-def _connect(population: Population) -> bytes:
+def publisher_connect(population: Population) -> bytes:
+    """CONNECT of an app's publisher."""
     password = population.master_secret.encode()
     packet = Connect("bench-publisher", username=population.app_key, password=password, version=VERSION)
     return encode(packet, VERSION)

@@ -16,6 +16,7 @@ import orjson
 from loadtest.ledger import alert
 from loadtest.publishing import broadcast_body, check_accepted, quantile
 from loadtest.report import Load, Row
+from loadtest.rounds import Rounds
 from loadtest.stage import Cast, Meter, Plan, Stage, cast
 
 PROBES = 200  # devices, of those that get the broadcasts, on which arrival times are taken
@@ -39,52 +40,28 @@ def broadcast(stage: Stage) -> list[Row]:
     return rows
 
 
-class Volley:
-    """Posts broadcasts, `at_once` together, and follows them to the last acknowledgement."""
+class Volley(Rounds):
+    """Posts broadcasts over HTTP, and follows them to the report."""
 
     def __init__(self, cast_: Cast, devices: int, at_once: int) -> None:
+        super().__init__(cast_.reactor, cast_.ledger, devices, at_once)
         self._cast = cast_
-        self._devices = devices
-        self._at_once = at_once
-        self._open: list[int] = []  # serials
-        self.posted = 0
         self.msg_ids: list[str] = []
 
-    def run(self, count: int) -> float:
-        """Post at least `count`; seconds from the first post until all deliveries are recorded."""
-        started = time.perf_counter()
-        self.begin()
-        while self.posted < count:
-            self.step()
-        self.finish()
-        return time.perf_counter() - started
-
     def begin(self) -> None:
-        self.posted, self._open, self.msg_ids = 0, [], []
-
-    def step(self, timeout: float = 0.01) -> None:
-        """Post the next if none is open, then let things happen for `timeout` seconds."""
-        broadcasts = self._cast.ledger.broadcasts
-        self._open = [serial for serial in self._open if broadcasts[serial].left]
-        if not self._open:
-            for _ in range(self._at_once):
-                self._post()
-        self._cast.reactor.turn(timeout)
+        super().begin()
+        self.msg_ids = []
 
     def finish(self) -> None:
         """Until all that was posted, these and targeted pushes, has arrived and these are in the report."""
-        cast_ = self._cast
-        cast_.reactor.run_until(lambda: not cast_.ledger.missing, "all pushes arrived")
-        cast_.reactor.run_until(lambda: len(self.msg_ids) == self.posted, "all broadcasts answered")
-        wait_for_report(cast_, self.msg_ids, self._devices)
+        self._reactor.run_until(lambda: not self._ledger.missing, "all pushes arrived")
+        self._reactor.run_until(lambda: len(self.msg_ids) == self.posted, "all broadcasts answered")
+        wait_for_report(self._cast, self.msg_ids, self._devices)
 
-    def _post(self) -> None:
-        cast_ = self._cast
-        serial = cast_.ledger.add_broadcast(self._devices)
-        self._open.append(serial)
-        self.posted += 1
-        text = alert(serial, cast_.msg_id_digits)
-        cast_.pool.send(cast_.pool.build("POST", "/v3/push", broadcast_body(text)), self._answered)
+    def _post(self, serial: int) -> None:
+        text = alert(serial, self._cast.msg_id_digits)
+        pool = self._cast.pool
+        pool.send(pool.build("POST", "/v3/push", broadcast_body(text)), self._answered)
 
     def _answered(self, status: int, body: bytes) -> None:
         check_accepted(status, body)

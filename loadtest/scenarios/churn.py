@@ -17,7 +17,7 @@ from loadtest.reactor import Reactor
 from loadtest.report import Load, Row
 from loadtest.server import Server
 from loadtest.stage import Meter, Stage
-from loadtest.topic_publisher import TopicPublisher
+from loadtest.topic_publisher import TopicPublisher, publisher_connect
 from loadtest.visitors import RETAINED, Programme, Visitors
 
 AT_ONCE: Final = 32
@@ -73,7 +73,7 @@ def _run(stage: Stage, server: Server, visitors: Visitors, deadline: float) -> l
 def _rest(reactor: Reactor, server: Server, population: Population) -> int:
     """RSS when nothing is kept for anybody."""
     reactor.run_for(REST)
-    publisher = TopicPublisher(reactor, server.address("mqtt"), population)
+    publisher = TopicPublisher(reactor, server.address("mqtt"), publisher_connect(population))
     for number in range(RETAINED):
         publisher.publish(f"r/{number}", b"", 1, retain=True)
         publisher.wait_for_answers()

@@ -22,7 +22,7 @@ from loadtest.reactor import Reactor
 from loadtest.report import Load, Row
 from loadtest.server import Server
 from loadtest.stage import Meter, Stage
-from loadtest.topic_publisher import TopicPublisher, payload, subscribe_packet
+from loadtest.topic_publisher import TopicPublisher, payload, publisher_connect, subscribe_packet
 
 FEW: Final = 99
 MATCHES: Final = 3
@@ -66,7 +66,7 @@ class Market:
         packets = population.connect_packets(sessions, clean_start=True)
         self.fleet = Fleet(self.reactor, server.address("mqtt"), packets, self._take, topic=topic(0))
         self.fleet.connect(range(sessions))
-        self.publisher = TopicPublisher(self.reactor, server.address("mqtt"), population)
+        self.publisher = TopicPublisher(self.reactor, server.address("mqtt"), publisher_connect(population))
         self._serial = 0
         self._open: dict[int, tuple[float, set[int]]] = {}  # when it was due, who has yet to get it
         self._latencies: list[float] = []

@@ -11,30 +11,38 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
+from loadtest.ledger import Ledger
+from loadtest.reactor import Reactor
 from loadtest.report import Load, Row
+from loadtest.rounds import Rounds
 from loadtest.scenarios.broadcast import Volley
 from loadtest.stage import Cast, Meter, Stage, cast
-from loadtest.topic_publisher import TopicPublisher, payload, subscribe_packet
+from loadtest.topic_publisher import TopicPublisher, payload, publisher_connect, subscribe_packet
 
 TOPIC: Final = "news"  # as long as "push"
 
 
-class TopicVolley(Volley):
-    """Ordinary messages instead of broadcasts."""
+class TopicVolley(Rounds):
+    """Ordinary messages instead of broadcasts, to any MQTT server."""
 
-    def __init__(self, cast_: Cast, publisher: TopicPublisher, devices: int, at_once: int, qos: int) -> None:
-        super().__init__(cast_, devices, at_once)
+    def __init__(
+        self,
+        reactor: Reactor,
+        ledger: Ledger,
+        publisher: TopicPublisher,
+        devices: int,
+        at_once: int,
+        qos: int,
+    ) -> None:
+        super().__init__(reactor, ledger, devices, at_once)
         self._publisher = publisher
         self._qos = qos
 
     def finish(self) -> None:
-        self._cast.reactor.run_until(lambda: not self._cast.ledger.missing, "all messages arrived")
+        self._reactor.run_until(lambda: not self._ledger.missing, "all messages arrived")
         self._publisher.wait_for_answers()
 
-    def _post(self) -> None:
-        serial = self._cast.ledger.add_broadcast(self._devices)
-        self._open.append(serial)
-        self.posted += 1
+    def _post(self, serial: int) -> None:
         self._publisher.publish(TOPIC, payload(serial), self._qos)
 
 
@@ -43,7 +51,7 @@ class _Kind:
     """One way to reach everybody, and what it measured."""
 
     name: str
-    volley: Volley
+    volley: Rounds
     rates: list[float] = field(default_factory=list)
     costs: list[float] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
@@ -76,7 +84,7 @@ def topics(stage: Stage) -> list[Row]:
     ):
         cast_.fleet.connect(range(devices))
         cast_.fleet.subscribe(dict.fromkeys(range(devices), subscribe_packet([TOPIC])))
-        publisher = TopicPublisher(cast_.reactor, server.address("mqtt"), population)
+        publisher = TopicPublisher(cast_.reactor, server.address("mqtt"), publisher_connect(population))
         kinds = _kinds(cast_, publisher, devices)
         for kind in kinds:
             kind.volley.run(2)  # warm
@@ -91,7 +99,7 @@ def topics(stage: Stage) -> list[Row]:
 
 def _kinds(cast_: Cast, publisher: TopicPublisher, devices: int) -> list[_Kind]:
     def topic(at_once: int, qos: int) -> _Kind:
-        volley = TopicVolley(cast_, publisher, devices, at_once, qos)
+        volley = TopicVolley(cast_.reactor, cast_.ledger, publisher, devices, at_once, qos)
         return _Kind(f"topic at QoS {qos}, {at_once} at once", volley)
 
     def push(at_once: int) -> _Kind:

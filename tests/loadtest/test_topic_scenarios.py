@@ -22,7 +22,13 @@ from loadtest.scenarios.subscriptions import subscriptions, topic, topic_filter
 from loadtest.scenarios.topics import TOPIC, topics
 from loadtest.server import Server
 from loadtest.stage import QUICK, Stage
-from loadtest.topic_publisher import PublishError, TopicPublisher, payload, subscribe_packet
+from loadtest.topic_publisher import (
+    PublishError,
+    TopicPublisher,
+    payload,
+    publisher_connect,
+    subscribe_packet,
+)
 from loadtest.visitors import Programme, Step, Visit, VisitError, Visitors, answer_publish, read_frames
 
 DEVICES = 60
@@ -87,7 +93,7 @@ def test_every_subscriber_gets_every_message_exactly_once(
     fleet = _fleet(server, population, reactor, ledger)
     fleet.connect(range(DEVICES))
     fleet.subscribe(dict.fromkeys(range(DEVICES), subscribe_packet([TOPIC])))
-    publisher = TopicPublisher(reactor, server.address("mqtt"), population)
+    publisher = TopicPublisher(reactor, server.address("mqtt"), publisher_connect(population))
     for _ in range(5):
         publisher.publish(TOPIC, payload(ledger.add_broadcast(DEVICES)), qos)
     reactor.run_until(lambda: not ledger.missing, "all messages arrived")
@@ -110,7 +116,7 @@ def test_a_refused_subscription_is_an_error(server: Server, population: Populati
 def test_a_refused_publisher_is_an_error(server: Server, population: Population, reactor: Reactor) -> None:
     wrong = replace(population, master_secret="wrong")
     with pytest.raises(PublishError, match="the publisher was refused: 20020004"):
-        TopicPublisher(reactor, server.address("mqtt"), wrong)
+        TopicPublisher(reactor, server.address("mqtt"), publisher_connect(wrong))
 
 
 def test_a_message_is_as_long_as_a_push() -> None:

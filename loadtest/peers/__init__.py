@@ -1,0 +1,1 @@
+"""Holdfast beside other MQTT servers and the limit of the machine: `python -m loadtest.peers`."""
