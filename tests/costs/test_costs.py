@@ -15,6 +15,7 @@ from gateway.connection import Connection
 from gateway.hub import Hub
 from gateway.live import LivePush
 from gateway.session import Session
+from gateway.settler import Settler
 from tests.costs.limits import PYTHON, RENEW, Allowance, compare, read, write
 from tests.costs.paths import Bill, broadcast_one, deliver, run_idle_memory, run_paths
 
@@ -41,17 +42,17 @@ def test_all_that_is_measured_is_known(wrong: dict[str, str]) -> None:
 
 
 def test_a_needless_loop_on_a_path_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    send_push = Session.send_push
+    note = Settler.note
 
-    def dearer(session: Session, push: LivePush, now: float) -> bytes:
+    def dearer(settler: Settler, push: LivePush, devno: int) -> None:
         for _ in range(10):
-            push.frames(session.encoding)
-        return send_push(session, push, now)
+            assert push.msg_id
+        note(settler, push, devno)
 
     bill = Bill()
     run_paths(bill, [deliver, broadcast_one])
     assert _noticed(bill) == set()
-    monkeypatch.setattr(Session, "send_push", dearer)
+    monkeypatch.setattr(Settler, "note", dearer)
     run_paths(bill, [deliver, broadcast_one])
     assert _noticed(bill) == {"deliver.instructions", "broadcast.one.instructions"}
 
