@@ -30,12 +30,13 @@ def idle(stage: Stage) -> list[Row]:
             f"idle: RSS per TCP device, {plan.devices:,} connected",
             "KB",
             _runs(stage, plan.devices, _measure_tcp),
-            at_most=2.0,
+            at_most=1.6,
         ),
         Row(
             f"idle: RSS per WebSocket device, {plan.devices:,} connected",
             "KB",
             _runs(stage, plan.devices, _measure_websocket),
+            at_most=3.0,
         ),
         _idle_tls(stage),
     ]
