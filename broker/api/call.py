@@ -296,7 +296,10 @@ def _check_address(login: Login, call: Call) -> None:
 async def _read_body(request: web.Request, endpoint: Endpoint, most: int, patience: float) -> bytes:
     """At most so many bytes, before and after decompression."""
     if request.content.is_eof():  # nearly always; a timeout costs ten microseconds
-        body = request.content.read_nowait()
+        try:
+            body = request.content.read_nowait()
+        except ConnectionError as error:  # the caller left since
+            raise _unreadable(endpoint, error) from None
         if len(body) > most:
             raise _too_large(endpoint, most)
     else:
@@ -323,7 +326,7 @@ def _inflate(body: bytes, endpoint: Endpoint, most: int) -> bytes:
     try:
         inflated = reader.decompress(body, most + 1)
     except zlib.error as error:
-        raise ApiError(endpoint.area.invalid, f"the body could not be read: {error}") from None
+        raise _unreadable(endpoint, error) from None
     if len(inflated) > most:
         raise _too_large(endpoint, most)
     if reader.unused_data:
@@ -347,7 +350,7 @@ async def _read_raw(request: web.Request, endpoint: Endpoint, most: int) -> byte
             chunks.append(await request.content.readany())
             size += len(chunks[-1])
     except (web.RequestPayloadError, ConnectionError) as error:
-        raise ApiError(endpoint.area.invalid, f"the body could not be read: {error}") from None
+        raise _unreadable(endpoint, error) from None
     if size > most:
         raise _too_large(endpoint, most)
     return b"".join(chunks)
@@ -355,6 +358,10 @@ async def _read_raw(request: web.Request, endpoint: Endpoint, most: int) -> byte
 
 def too_slow(patience: float) -> str:
     return f"the body was not there within {patience:g} seconds (http.request_timeout)"
+
+
+def _unreadable(endpoint: Endpoint, error: Exception) -> ApiError:
+    return ApiError(endpoint.area.invalid, f"the body could not be read: {error}")
 
 
 def _too_large(endpoint: Endpoint, most: int) -> ApiError:

@@ -95,15 +95,17 @@ async def test_who_waits_for_a_sign_before_the_body_gets_it(wire: Wire) -> None:
     assert b'"msg_id"' in answer
 
 
+@pytest.mark.parametrize("accepted", [True, False])
 async def test_callers_that_do_not_wait_for_their_answer_disturb_nobody(
-    service: Any, caplog: pytest.LogCaptureFixture
+    service: Any, caplog: pytest.LogCaptureFixture, accepted: bool
 ) -> None:
     await service.register("a")
     host, port = service.base.removeprefix("http://").split(":")
     for _ in range(20):
         wire = Wire(service, *await asyncio.open_connection(host, int(port)))
         wire.push()
-        await service.doorbell()  # it was accepted: the answer is next
+        if accepted:
+            await service.doorbell()
         wire.writer.transport.abort()
     assert (await service.call("GET", "/v3/push/cid")).status == 200
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
