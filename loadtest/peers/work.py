@@ -10,12 +10,13 @@ topics, and with pushes over HTTP, which are durable before their answer, and in
 from __future__ import annotations
 
 import random
+import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NoReturn
 
 import msgspec
 
@@ -38,6 +39,7 @@ KINDS: Final = ((1, 1), (1, 4), (0, 1), (0, 4))  # QoS and how many at once
 WINDOW: Final = HTTP_CONNECTIONS
 CONNECTING: Final = 64  # at once: mosquitto lets 100 wait, the next come back a second later
 BEHIND: Final = 0.25  # seconds of a schedule that may be on their way; with more a server cannot keep up
+LIMIT: Final = 150.0  # seconds of a turn; what was not done by then is missing
 SEED: Final = 2026
 US: Final = 1e6
 MS: Final = 1e3
@@ -302,7 +304,7 @@ def take_turn(stage: Stage, entrant: Entrant) -> Findings:
     findings = Findings()
     doing = "starting"
     try:
-        with entrant.open(stage) as arena, _crowd(stage, arena) as (crowd, ways):
+        with entrant.open(stage) as arena, _crowd(stage, arena) as (crowd, ways), _limited(LIMIT):
             turn = _Turn(stage, arena, crowd, ways, findings)
             try:
                 turn.run()
@@ -311,6 +313,22 @@ def take_turn(stage: Stage, entrant: Entrant) -> Findings:
     except FAILURES as error:
         findings.failure = f"{doing}: {error}"
     return findings
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in the middle of whatever takes longer. For the main thread."""
+
+    def end(*_: object) -> NoReturn:
+        raise TimeoutError(f"the turn took longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -25,11 +26,18 @@ DEVICES = 40
 SMALL = replace(QUICK, devices=DEVICES, subscribers=DEVICES, warm_devices=10, seconds=0.1, runs=1)
 
 
-@pytest.fixture
-def stage(tmp_path: Path) -> Iterator[Stage]:
-    affinity = os.sched_getaffinity(0)
-    yield Stage(SMALL, tmp_path, settings={"HOLDFAST_PUSH_FANOUT_LIMIT": str(DEVICES - 1)})
+@pytest.fixture(autouse=True)
+def _process_as_before() -> Iterator[None]:
+    """A stage binds it to a core, the command has its own end."""
+    affinity, end = os.sched_getaffinity(0), signal.getsignal(signal.SIGTERM)
+    yield
     os.sched_setaffinity(0, affinity)
+    signal.signal(signal.SIGTERM, end)
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Stage:
+    return Stage(SMALL, tmp_path, settings={"HOLDFAST_PUSH_FANOUT_LIMIT": str(DEVICES - 1)})
 
 
 def _recipe(*command: str, **more: object) -> Recipe:
@@ -87,6 +95,16 @@ def test_where_a_server_fails_the_rest_is_missing(stage: Stage) -> None:
     findings = take_turn(stage, Peer("peer", recipe))
     assert findings.failure.startswith("connecting: device ")
     assert (findings.connects, findings.ways) == (None, {})
+
+
+def test_a_turn_that_takes_too_long_ends_with_what_it_has(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loadtest.peers.work.LIMIT", 1.0)
+    stage.plan = replace(SMALL, seconds=60.0)
+    findings = take_turn(stage, read_entrants()["bare"])
+    assert findings.failure.endswith(": the turn took longer than 1 s")
+    assert not any(way.fan_out for way in findings.ways.values())
 
 
 def test_what_a_peer_started_ends_with_it(stage: Stage, tmp_path: Path) -> None:
@@ -188,14 +206,10 @@ def test_an_unknown_peer_is_refused_with_those_that_are() -> None:
 
 
 def test_turns_are_added_to_those_of_before(tmp_path: Path) -> None:
-    affinity = os.sched_getaffinity(0)
     kept = tmp_path / "turns.json"
     kept.write_bytes(msgspec.json.encode([{"mosquitto": _findings(50_000.0, 20.0)}]))
     told = ["--peers", "bare", "--quick", "--devices", "1200", "--seconds", "0.1", "--add-to", str(kept)]
-    try:
-        done = CliRunner().invoke(main, told, catch_exceptions=False)
-    finally:
-        os.sched_setaffinity(0, affinity)
+    done = CliRunner().invoke(main, told, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert "turns: 2" in done.output
     assert [list(turn) for turn in msgspec.json.decode(kept.read_bytes())] == [["mosquitto"], ["bare"]]
