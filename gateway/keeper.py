@@ -32,7 +32,7 @@ from gateway.journal import (
     StoredSession,
     decode_subscription,
 )
-from gateway.mailbox import Entry, Mailbox, MailboxLimits, Replay
+from gateway.mailbox import NOTHING, Entry, Mailbox, MailboxLimits, Replay
 from gateway.messages import TopicCopy, TopicMessage, stored_publish
 from gateway.metrics import NodeMetrics
 from gateway.session import Session
@@ -185,7 +185,7 @@ class Keeper:
         self._make_durable(hub, mailbox, expiry)
         for packet_id, copy in mailbox.in_flight.items():
             if copy.left is not None and mailbox.log is not None:
-                mailbox.log.sent(packet_id, copy, released=packet_id in mailbox.released)
+                mailbox.log.sent(packet_id, copy, released=mailbox.is_released(packet_id))
         self._keep_for(hub, mailbox, expiry, expiry)
         return expiry
 
@@ -218,7 +218,7 @@ class Keeper:
             stored.will(None)
             self._journal.note(hub.app.app_id, stored.number, SESSION, 0, None)
         mailbox.subscriptions, mailbox.in_flight, mailbox.received = {}, {}, None
-        mailbox.queue.clear()
+        mailbox.queue = NOTHING
         mailbox.replays.clear()
 
     def expire(self, hub: Hub) -> None:
@@ -350,7 +350,7 @@ class _Loading:
             return
         mailbox.in_flight[packet_id] = copy
         if released:
-            mailbox.released.add(packet_id)
+            mailbox.release(packet_id)
 
     def _finish(self, number: int, mailbox: Mailbox) -> None:
         in_order = sorted(mailbox.in_flight.items(), key=lambda sent: sent[1].number)

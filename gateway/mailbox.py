@@ -66,6 +66,9 @@ class MailboxLimits:
     queued_bytes: int = 1_048_576
 
 
+NOTHING: Final = ()  # a deque takes 760 bytes, and most sessions never queue anything
+
+
 class Mailbox:
     __slots__ = (
         "dropped",
@@ -98,10 +101,10 @@ class Mailbox:
         self.subscriptions: dict[str, Entry] = {}  # by filter
         self.replays: dict[str, Iterator[Replay | None]] = {}  # by filter: retained messages still to be sent
         self.replaying = False  # they go on in the next turn of the loop
-        self.queue: deque[TopicCopy] = deque()
+        self.queue: deque[TopicCopy] | tuple[()] = NOTHING
         self.queued_bytes = 0
         self.in_flight: dict[int, TopicCopy] = {}  # of the last connection, until sent again
-        self.released: set[int] = set()  # outbound QoS 2 ids after PUBREC: what is resent is PUBREL
+        self.released: set[int] | None = None  # outbound QoS 2 ids after PUBREC: what is resent is PUBREL
         self.received: BitMap | None = None  # inbound QoS 2 ids between PUBLISH and PUBREL: at most 8 KB
         self.undecided: set[int] | None = None  # of these, those whose message is not safe yet
         self.next_id = 1
@@ -125,6 +128,22 @@ class Mailbox:
         if self.log is not None and not self.over:
             self.log.received((self.received or BitMap()) - BitMap(self.undecided or ()))
 
+    def release(self, packet_id: int) -> None:
+        """PUBREC came."""
+        if self.released is None:
+            self.released = set()
+        self.released.add(packet_id)
+
+    def is_released(self, packet_id: int) -> bool:
+        return self.released is not None and packet_id in self.released
+
+    def forget(self, packet_id: int) -> None:
+        """The id is free again."""
+        if self.released is not None:
+            self.released.discard(packet_id)
+        if self.log is not None:
+            self.log.completed(packet_id)
+
     def put(self, copy: TopicCopy) -> bool:
         """Queue a message; with no room left the newcomer is dropped and counted."""
         size = copy.message.size
@@ -139,14 +158,19 @@ class Mailbox:
 
     def restore(self, copy: TopicCopy) -> None:
         """Queue a message that was accepted before."""
-        self.queue.append(copy)
+        if isinstance(self.queue, deque):
+            self.queue.append(copy)
+        else:
+            self.queue = deque((copy,))
         self.queued_bytes += copy.message.size
 
     def take(self, now: float) -> TopicCopy | None:
         """The next message that has not expired."""
-        while self.queue:
+        while isinstance(self.queue, deque):
             copy = self.queue.popleft()
             self.queued_bytes -= copy.message.size
+            if not self.queue:
+                self.queue = NOTHING
             if not copy.message.expired(now):
                 return copy
             self.drop(copy)
@@ -166,6 +190,6 @@ class Mailbox:
         """Take these out of the queue; the caller decides what becomes of them."""
         removed = [copy for copy in self.queue if unwanted(copy)]
         if removed:
-            self.queue = deque(copy for copy in self.queue if not unwanted(copy))
+            self.queue = deque(copy for copy in self.queue if not unwanted(copy)) or NOTHING
             self.queued_bytes -= sum(copy.message.size for copy in removed)
         return removed

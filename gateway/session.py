@@ -472,12 +472,12 @@ class Session:
             copy = mailbox.in_flight.pop(packet_id)
             frame = (
                 encode(Pubrel(packet_id), self.encoding.version)
-                if packet_id in mailbox.released
+                if mailbox.is_released(packet_id)
                 else self._frame(copy, packet_id, now, dup=True)
             )
             if frame is None:  # larger than this connection's Maximum Packet Size
                 mailbox.drop(copy)
-                self._forget_id(mailbox, packet_id)
+                mailbox.forget(packet_id)
                 continue
             self._enter(packet_id, copy, now, again=True)
             frames.append(frame)
@@ -761,7 +761,7 @@ class Session:
         if refused:  # it does not want it
             self._leave(mailbox, packet_id, item)
             return []
-        mailbox.released.add(packet_id)
+        mailbox.release(packet_id)
         if mailbox.log is not None:
             mailbox.log.sent(packet_id, item, released=True)
         return self._say(Pubrel(packet_id))
@@ -771,7 +771,7 @@ class Session:
         item = self.unacked.get(packet_id) if self.unacked else None
         if item is None:
             return []
-        if type(item) is not TopicCopy or mailbox is None or packet_id not in mailbox.released:
+        if type(item) is not TopicCopy or mailbox is None or not mailbox.is_released(packet_id):
             raise ProtocolError(f"PUBCOMP for packet id {packet_id}, before PUBREC")
         self.waiting_since = now
         self._leave(mailbox, packet_id, item)
@@ -783,10 +783,4 @@ class Session:
         if not self.unacked:
             self.unacked = None
         mailbox.done(copy)
-        self._forget_id(mailbox, packet_id)
-
-    @staticmethod
-    def _forget_id(mailbox: Mailbox, packet_id: int) -> None:
-        mailbox.released.discard(packet_id)
-        if mailbox.log is not None:
-            mailbox.log.completed(packet_id)
+        mailbox.forget(packet_id)
