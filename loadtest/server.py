@@ -188,8 +188,11 @@ def read_machine_usage() -> Usage:
 
 def read_usage(pid: int) -> Usage:
     """All threads, in nanoseconds; of another process without what it did since it last waited or its core's clock
-    ticked, which is some milliseconds."""
-    return Usage(time.clock_gettime(_cpu_clock(pid)), time.perf_counter())
+    ticked, which is some milliseconds. Raises ProcessLookupError."""
+    try:
+        return Usage(time.clock_gettime(_cpu_clock(pid)), time.perf_counter())
+    except OSError as error:
+        raise ProcessLookupError(f"process {pid} is gone: {error.strerror}") from None
 
 
 def _cpu_clock(pid: int) -> int:

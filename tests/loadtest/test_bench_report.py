@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -195,6 +197,13 @@ def test_cpu_time_is_told_up_to_this_moment() -> None:
     here = [read_usage(os.getpid()).cpu for _ in range(100)]
     assert len(set(here)) == 100
     assert here[-1] <= time.process_time()
+
+
+def test_a_process_that_is_gone_has_no_cpu_time() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        pass
+    with pytest.raises(ProcessLookupError, match=f"process {gone.pid} is gone"):
+        read_usage(gone.pid)
 
 
 LAGS = """\
