@@ -27,9 +27,9 @@ from broker.store import StoreFull, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
-# Seconds until the next commit, for each write in this one: the more comes in, the more share an fsync, log pages and
-# the interpreter's lock. With five times as long 2,000 pushes a second arrived after 3.0 ms (p50), with this after 1.5,
-# and no fewer were accepted (`bench targeted accepts`, 2026-11-22).
+# Seconds until the next commit, for each write in this one: the more comes in, the more share an fsync, log pages
+# and the interpreter's lock. With five times as long 2,000 pushes a second arrived after 3.0 ms (p50), with this
+# after 1.5, and no fewer were accepted (`bench targeted accepts`, 2026-11-22).
 GROUP_PACE: Final = 0.0001
 GROUP_PACE_MAX: Final = 0.003
 GROUP_ROWS: Final = 20_000  # of one transaction; bounds the time the next one waits (0.1 to 0.3 s)
