@@ -131,7 +131,14 @@ def as_text(created: float, level: int, name: str, event: str, values: Mapping[s
     words = [_time(created), logging.getLevelName(level), name, escape(event)]
     traceback = ""
     for key, value in values.items():
-        if isinstance(value, Traceback):
+        if (
+            type(value) is str
+            and len(value) <= VALUE_LIMIT
+            and _PLAIN.fullmatch(value)
+            and key not in SECRETS
+        ):
+            words.append(f"{key}={value}")  # nearly all: the rest would do nothing to it
+        elif isinstance(value, Traceback):
             traceback = "".join(f"    | {escape(part)}\n" for part in value.splitlines())
         else:
             words.append(f"{key}={_quoted(_shown(key, value))}")
