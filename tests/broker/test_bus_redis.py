@@ -71,10 +71,10 @@ async def start() -> AsyncIterator[StartProcess]:
     """Starts processes: `await start(rig, "n1")`."""
     processes: list[Process] = []
 
-    async def run(rig: Rig, name: str, role: str = "all") -> Process:
+    async def run(rig: Rig, name: str, role: str = "all", clock: Clock | None = None) -> Process:
         engine = Engine(rig.url, patience=2)
         await engine.open()
-        nodes = RedisNodes(engine)
+        nodes = RedisNodes(engine, clock)
         made = Process(engine, nodes, RedisBus(engine, nodes))
         processes.append(made)
         await nodes.join(NodeInfo(name, role))
@@ -208,33 +208,22 @@ async def test_doorbells_for_the_dead_wait_for_nobody(process: StartProcess) -> 
     assert await first.engine.run("GET", of_node(number, "rung")) is None
 
 
-async def test_what_rang_while_a_node_slept_is_a_gap_when_it_wakes(rig: Rig) -> None:
+async def test_what_rang_while_a_node_slept_is_a_gap_when_it_wakes(process: StartProcess) -> None:
     clock = Clock()
-    made = []
-    for name in ("n1", "n2"):
-        engine = Engine(rig.url)
-        await engine.open()
-        nodes = RedisNodes(engine, clock)
-        made.append(Process(engine, nodes, RedisBus(engine, nodes)))
-        await nodes.join(NodeInfo(name))
-    sleeper, other = made
+    sleeper, other = await process("n1", clock=clock), await process("n2", clock=clock)
     await sleeper.listening()
-    await tamper(sleeper, lambda _pushes: [])  # it hears nothing
+    slept_through = asyncio.Queue[Any]()
+    await tamper(sleeper, lambda pushes: [slept_through.put_nowait(push) for push in pushes] and [])
     clock.now += LEASE + 1
     await other.nodes.beat(NodeInfo("n2"))
     assert not other.nodes.is_live(sleeper.nodes.number)
     await other.bus.ring_nodes(None, numbered(1))
-    connection = sleeper.bus._ear._connection
-    assert connection is not None
-    connection.on_push = sleeper.bus._ear._hear
+    await slept_through.get()
+    await tamper(sleeper, lambda pushes: pushes)
     assert (await sleeper.nodes.beat(NodeInfo("n1"))).lapsed
     await other.bus.ring_nodes(None, numbered(2))
     await sleeper.bus.catch_up()
     assert sleeper.heard == ["missed", 0, 1]
-    for process in made:
-        await process.bus.close()
-        await process.nodes.close()
-        await process.engine.close()
 
 
 async def test_rings_that_fail_leave_no_error_behind(process: StartProcess) -> None:
