@@ -62,6 +62,7 @@ from broker.sqlite.audit import AuditReads, AuditWrites
 from broker.sqlite.callbacks import CallbackReads, CallbackWrites, SqliteCallbacks
 from broker.sqlite.engine import cannot_open, connect, lock_data_dir, open_database
 from broker.sqlite.files import RESERVE, FileReads, FileWrites, SqliteFiles, remove_orphans
+from broker.sqlite.inbox import Fresh, InboxWrites
 from broker.sqlite.index import IndexReads, IndexWrites
 from broker.sqlite.messages import Append, Ids, MessageWrites
 from broker.sqlite.reads import Reads
@@ -109,11 +110,13 @@ class _Engine(Engine):
     def __init__(
         self,
         index: IndexWrites,
+        inbox: InboxWrites,
         settling: SettleWrites,
         callbacks: CallbackWrites,
         *others: AuditWrites | RecordWrites | FileWrites | ActivityWrites | MessageWrites | Upkeep,
     ) -> None:
         self._index = index
+        self._inbox = inbox
         self._settling = settling
         self._callbacks = callbacks
         self.handlers = {}
@@ -123,12 +126,14 @@ class _Engine(Engine):
     def begin(self) -> Effects:
         effects = Effects()
         self._index.begin(effects)
+        self._inbox.begin()
         self._settling.begin()
         self._callbacks.begin()
         return effects
 
     def finish(self) -> None:
         self._index.flush_postings()
+        self._inbox.finish()
         self._callbacks.flush()
 
 
@@ -236,6 +241,7 @@ class SqliteStore:
         self.calendar = Calendar(time_zone)
         self._open = False
         self._states = AppStates()
+        self._fresh = Fresh()
         self._deleted: set[int] = set()  # apps that are gone but whose rows may still be there
         self._postings = _Postings(posting_bytes)
         # Ordered: to find the oldest entry of a dict takes a pass over all that were deleted before it.
@@ -298,19 +304,18 @@ class SqliteStore:
             "UPDATE high_water SET epoch = epoch + ? RETURNING epoch", (EPOCHS_PER_RUN,)
         ).fetchone()
         self._deleted = {row[0] for row in connection.execute("SELECT app_id FROM apps WHERE deleted")}
-        owed: dict[int, BitMap] = {}
-        for app_id, devno in connection.execute("SELECT DISTINCT app, devno FROM inbox"):
-            owed.setdefault(app_id, BitMap()).add(devno)
-        self._states.load_owed(owed)
         remove_orphans(connection)
 
     def _start(self, connection: sqlite3.Connection) -> None:
         callbacks = CallbackWrites(connection, self._ids)
-        settling = SettleWrites(connection, self._clock, callbacks)
+        inbox = InboxWrites(connection, self._states, self._fresh)
+        self._states.load_owed(inbox.open())
+        settling = SettleWrites(connection, self._clock, inbox, callbacks)
         records = RecordWrites(connection)
         activity = ActivityWrites(connection, self.calendar, self.activity_lifetime)
         engine = _Engine(
             IndexWrites(connection, self._clock),
+            inbox,
             settling,
             callbacks,
             records,
@@ -323,6 +328,7 @@ class SqliteStore:
                 self._clock,
                 self._cid_lifetime,
                 self._states,
+                inbox,
                 settling,
                 records,
                 callbacks,
@@ -330,6 +336,7 @@ class SqliteStore:
             Upkeep(
                 connection,
                 self._ids,
+                inbox,
                 settling,
                 callbacks,
                 activity,
@@ -358,7 +365,7 @@ class SqliteStore:
     def _new_reader(self, name: str) -> Reader:
         connection = self._connect()
         handlers = {
-            **Reads(connection, self._clock).handlers,
+            **Reads(connection, self._clock, self._fresh).handlers,
             **IndexReads(connection).handlers,
             **RecordReads(connection).handlers,
             **FileReads(connection).handlers,
@@ -588,7 +595,6 @@ class SqliteStore:
         self, messages: Sequence[NewMessage], changes: Sequence[RecordChange] = ()
     ) -> list[Appended]:
         inboxes: defaultdict[int, BitMap] = defaultdict(BitMap)
-        candidates: defaultdict[int, BitMap] = defaultdict(BitMap)  # something may wait there already
         rows, depends = 0, bool(changes)
         for message in messages:
             self._check_app(message.app_id)
@@ -601,17 +607,12 @@ class SqliteStore:
             may_owe = self._states[app_id].may_owe
             if len(targets) == 1:  # most are: a third of the time that bitmaps take
                 devno = targets.min()
-                if message.evicts and devno in may_owe:
-                    candidates[app_id].add(devno)
                 may_owe.add(devno)
                 inboxes[app_id].add(devno)
                 continue
-            again = targets & may_owe
-            if again and message.evicts:
-                candidates[app_id].update(again)
             may_owe |= targets
             inboxes[app_id].update(targets)
-        call = Append(messages, candidates, inboxes, changes, depends)
+        call = Append(messages, inboxes, changes, depends)
         appended: list[Appended] = await self._write("append", call, rows)
         return appended
 

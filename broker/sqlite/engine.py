@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from broker.store import StoreError, StoreFull, StoreUnavailable
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 APPLICATION_ID: Final = 0x484F4C44  # "HOLD": tells our file from any other SQLite file
 ROWS_PER_STATEMENT: Final = 512  # a prepared statement of this size takes about 150 KB
 CACHED_STATEMENTS: Final = 256
@@ -124,7 +124,7 @@ CREATE TABLE settled (  -- what bitmap messages got since they were folded last
     sent_at REAL NOT NULL DEFAULT 0, node INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX settled_by_message ON settled (msg_id);
 
-CREATE TABLE inbox (
+CREATE TABLE inbox (  -- what waits for one device; without what came lately: see broker/sqlite/inbox.py
     app INTEGER NOT NULL, devno INTEGER NOT NULL, msg_id INTEGER NOT NULL,
     PRIMARY KEY (app, devno, msg_id)) WITHOUT ROWID;
 
@@ -146,8 +146,9 @@ CREATE INDEX retained_by_expiry ON retained (expires_at) WHERE expires_at IS NOT
 {PUSH_PRODUCT}
 CREATE TABLE high_water (
     id INTEGER NOT NULL,  -- the greatest message or event id given out before the last purge
-    epoch INTEGER NOT NULL);  -- the route epochs of this run are above it
-INSERT INTO high_water VALUES (0, 0);
+    epoch INTEGER NOT NULL,  -- the route epochs of this run are above it
+    moved INTEGER NOT NULL);  -- later messages for one device may have no row in `inbox` yet
+INSERT INTO high_water VALUES (0, 0, 0);
 """
 
 # Ids were milliseconds << 22; they are milliseconds << 12, so that they stay below 2**53. Their order is kept.
@@ -202,6 +203,10 @@ ALTER TABLE settled ADD COLUMN node INTEGER NOT NULL DEFAULT 0;
 INSERT INTO steps (msg_id, step, node, start, width, chunk, bits)
     SELECT msg_id, event, 0, 0, 0, chunk, bits FROM receipts;
 DROP TABLE receipts;
+""",
+    3: """
+ALTER TABLE high_water ADD COLUMN moved INTEGER NOT NULL DEFAULT 0;
+UPDATE high_water SET moved = coalesce((SELECT max(msg_id) FROM messages), 0);
 """,
 }
 

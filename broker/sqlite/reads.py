@@ -26,6 +26,7 @@ from broker.model import (
 )
 from broker.settlements import STATES, States, Stored, message_record, unfold
 from broker.sqlite.engine import Row, read_rows
+from broker.sqlite.inbox import WAITS, Find, Fresh
 from broker.sqlite.index import APP_COLUMNS, DEVICES_BY_RID, app_from_row, device_from_row
 from broker.sqlite.settling import STATE_COLUMNS, decoded, merged
 from broker.sqlite.threads import Handler
@@ -40,6 +41,10 @@ SELECT json_group_array(json((
 FROM ({values}) v
 """  # one row comes back, as one piece of JSON: each row would be a step, and wait for the GIL
 
+OWED_FRESH: Final = f"""
+SELECT json_group_array(m.msg_id) FROM ({{values}}) v CROSS JOIN messages m ON m.msg_id = v.column1
+WHERE m.expires_at > ? AND {WAITS}
+"""
 
 MESSAGE_COLUMNS: Final = (
     "msg_id, app, body, created_at, expires_at, coalesce(part_of, 0), coalesce(replaces, 0), high"
@@ -73,9 +78,10 @@ def _single_steps(row: Row) -> list[tuple[str, int, float, BitMap]]:
 
 
 class Reads:
-    def __init__(self, connection: sqlite3.Connection, clock: Callable[[], float]) -> None:
+    def __init__(self, connection: sqlite3.Connection, clock: Callable[[], float], fresh: Fresh) -> None:
         self._connection = connection
         self._clock = clock
+        self._fresh = fresh
         self.handlers: dict[str, Handler] = {
             "resolve": self._resolve,
             "find_devices": self._find_devices,
@@ -152,7 +158,8 @@ class Reads:
 
     def _fetch_owed(self, calls: list[Sequence[OwedRequest]]) -> list[list[list[StoredMessage]]]:
         requests = [request for call in calls for request in call]
-        owed = iter(self._owed_ids(requests))
+        with self._fresh.reading() as find_fresh:
+            owed = iter(self._owed_ids(requests, find_fresh))
         ids = [[next(owed)[: request.limit] for request in call] for call in calls]
         messages = self._bodies({msg_id for call in ids for found in call for msg_id in found})
         return [[[messages[msg_id] for msg_id in found] for found in call] for call in ids]
@@ -168,7 +175,7 @@ class Reads:
         )
         return {cid: Appended(msg_id, True, sendno) for cid, msg_id, sendno in rows}
 
-    def _owed_ids(self, requests: Sequence[OwedRequest]) -> list[list[int]]:
+    def _owed_ids(self, requests: Sequence[OwedRequest], find_fresh: Find) -> list[list[int]]:
         rows = read_rows(
             self._connection,
             OWED,
@@ -176,7 +183,19 @@ class Reads:
             # LIMIT cannot name a column: the largest for all, cut by the caller
             before=(self._clock(), max((request.limit for request in requests), default=0)),
         )
-        return [ids for (text,) in rows for ids in json.loads(text)]
+        moved: list[list[int]] = [ids for (text,) in rows for ids in json.loads(text)]
+        fresh = [find_fresh((request.app_id, request.devno), request.after) for request in requests]
+        waiting = self._waiting([msg_id for ids in fresh for msg_id in ids])
+        return [
+            sorted({*older, *waiting.intersection(newer)}) if newer else older  # some may be in both
+            for older, newer in zip(moved, fresh, strict=True)
+        ]
+
+    def _waiting(self, fresh: Sequence[int]) -> set[int]:
+        """Of these messages those that still wait."""
+        ids = [(msg_id,) for msg_id in fresh]
+        rows = read_rows(self._connection, OWED_FRESH, ids, (self._clock(),))
+        return {msg_id for (text,) in rows for msg_id in json.loads(text)}
 
     def _bodies(self, msg_ids: set[int]) -> dict[int, StoredMessage]:
         rows = read_rows(

@@ -23,6 +23,7 @@ from broker.model import Receipt, Settled, Withdrawn
 from broker.settlements import IN_FLIGHT, STATES, States, stretch, unfold
 from broker.sqlite.callbacks import CallbackWrites
 from broker.sqlite.engine import Row, delete_rows, read_rows, write_rows
+from broker.sqlite.inbox import InboxWrites
 from broker.sqlite.threads import Handler
 
 FOLD_AFTER: Final = 64  # rows of `settled` for one message; reading one costs about a microsecond
@@ -154,10 +155,15 @@ class SettleWrites:
     """The handlers for what becomes of messages."""
 
     def __init__(
-        self, connection: sqlite3.Connection, clock: Callable[[], float], callbacks: CallbackWrites
+        self,
+        connection: sqlite3.Connection,
+        clock: Callable[[], float],
+        inbox: InboxWrites,
+        callbacks: CallbackWrites,
     ) -> None:
         self._connection = connection
         self._clock = clock
+        self._inbox = inbox
         self._callbacks = callbacks
         self._nodes = Nodes(connection)
         self._steps = Steps(connection)
@@ -217,7 +223,7 @@ class SettleWrites:
         if not rows:
             return
         if state != "sent":
-            delete_rows(self._connection, "inbox", [row[:3] for row in rows])
+            self._inbox.take([row[:3] for row in rows])
         only = "" if state == "delivered" else " AND messages.delivered IS NULL"
         singles = write_rows(
             self._connection,
@@ -380,7 +386,7 @@ class SettleWrites:
             self.take_out([(app_id, devnos.min(), msg_id, now, 0.0, 0)], "recalled")
         else:
             if not broadcast:
-                delete_rows(self._connection, "inbox", [(app_id, devno, msg_id) for devno in devnos])
+                self._inbox.take([(app_id, devno, msg_id) for devno in devnos])
             shared: dict[_SharedKey, _Shared] = {}
             self._share(shared, app_id, msg_id, now, 0.0, 0).add("recalled", devnos)
             self._add_settled(shared)

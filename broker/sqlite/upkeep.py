@@ -12,6 +12,7 @@ from broker.settlements import FLEETING
 from broker.sqlite.activity import ActivityWrites
 from broker.sqlite.callbacks import CallbackWrites
 from broker.sqlite.engine import DELETED_KEYS, Row, delete_rows, read_rows, write_rows
+from broker.sqlite.inbox import InboxWrites
 from broker.sqlite.messages import Ids, first_id
 from broker.sqlite.settling import STATE_COLUMNS, SettleWrites, merged
 from broker.sqlite.threads import Handler
@@ -43,6 +44,7 @@ class Upkeep:
         self,
         connection: sqlite3.Connection,
         ids: Ids,
+        inbox: InboxWrites,
         settling: SettleWrites,
         callbacks: CallbackWrites,
         activity: ActivityWrites,
@@ -52,6 +54,7 @@ class Upkeep:
     ) -> None:
         self._connection = connection
         self._ids = ids
+        self._inbox = inbox
         self._settling = settling
         self._callbacks = callbacks
         self._report_lifetime = report_lifetime
@@ -96,7 +99,7 @@ class Upkeep:
             done.append((msg_id,))
             if len(waiting) >= SLICE_ROWS:
                 break
-        delete_rows(self._connection, "inbox", waiting)
+        self._inbox.take(waiting)
         self._settling.fold([msg_id for (msg_id,) in done])
         write_rows(self._connection, "UPDATE messages SET body = NULL WHERE msg_id IN ({values})", done)
         return len(waiting) + len(done)

@@ -150,17 +150,29 @@ ROWS = {  # of every table that a version changed
     1: "INSERT INTO retained VALUES (1, 't', x'31', 1, x'', NULL);",
     2: "INSERT INTO retained VALUES (1, 't', x'31', 1, x'', NULL, '');"
     " INSERT INTO session_items VALUES (1, 1, 's', 1, x'31');",
+    3: "INSERT INTO retained VALUES (1, 't', x'31', 1, x'', NULL, '');"
+    " INSERT INTO session_items VALUES (1, 1, 's', 1, x'31'), (1, 1, 's', 2, x'31');",
 }
 OLD_ID = int((START - ID_EPOCH) * 1000) << 22 | 5  # as ids were made until version 2
 NEW_ID = int((START - ID_EPOCH) * 1000) << 12 | 5
 APP = "INSERT INTO apps (key, name, master_secret, device_key, signing_key, open, created_at, offline_limit)"
-OLD_ROWS = f"""
+DEVICE = "INSERT INTO devices (app, devno, rid, platform, tags, generation, created_at)"
+MESSAGE = "INSERT INTO messages (msg_id, app, broadcast, body, created_at, expires_at, sendno, target)"
+
+
+def _old_rows(version: int) -> str:
+    newest = OLD_ID if version < 3 else NEW_ID
+    shown = f"x'{encode_bits(BitMap((0,))).hex()}'"
+    receipt = f"receipts VALUES (7, 'shown', 0, {shown})"
+    step = f"steps VALUES (7, 'shown', 0, 0, 0, 0, {shown})"
+    return f"""
 {APP} VALUES ('old', 'old', 'secret', 'key', x'00', 0, 1.0, 100);
-INSERT INTO devices VALUES (1, 0, 'phone', 'ios', NULL, '[]', NULL, 0, 1.0, NULL);
-INSERT INTO messages VALUES (7, 1, 0, x'7b7d', {START}, {START + HOUR}, '', 0, NULL, NULL);
-INSERT INTO messages VALUES ({OLD_ID}, 1, 0, x'7b7d', {START}, {START + HOUR}, '', 0, NULL, NULL);
-INSERT INTO inbox VALUES (1, 0, 7), (1, 0, {OLD_ID});
-INSERT INTO receipts VALUES (7, 'shown', 0, ?);
+{DEVICE} VALUES (1, 0, 'phone', 'ios', '[]', 0, 1.0);
+{MESSAGE} VALUES (7, 1, 0, x'7b7d', {START}, {START + HOUR}, '', 0);
+{MESSAGE} VALUES ({newest}, 1, 0, x'7b7d', {START}, {START + HOUR}, '', 0);
+INSERT INTO inbox VALUES (1, 0, 7), (1, 0, {newest});
+INSERT INTO {receipt if version < 3 else step};
+{ROWS[version]}
 """
 
 
@@ -188,9 +200,7 @@ async def test_a_file_of_an_older_schema_version_is_brought_up_to_date(
     await store.close()
     with closing(sqlite3.connect(path)) as connection:
         connection.executescript((SCHEMAS / f"version_{version}.sql").read_text())
-        connection.executescript(
-            OLD_ROWS.replace("?", f"x'{encode_bits(BitMap((0,))).hex()}'") + ROWS[version]
-        )
+        connection.executescript(_old_rows(version))
         connection.executescript(
             f"PRAGMA journal_mode = WAL; PRAGMA user_version = {version}; PRAGMA application_id = {APPLICATION_ID};"
         )

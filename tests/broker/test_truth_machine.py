@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from pyroaring import BitMap
 
+import broker.sqlite.inbox
 import broker.sqlite.settling
 from broker.model import (
     App,
@@ -115,22 +116,28 @@ class Truth(RuleBasedStateMachine):
         self.routes: dict[int, int] = {}
         self.messages: dict[int, Message] = {}
         self.fold_after = broker.sqlite.settling.FOLD_AFTER
+        self.move_after = broker.sqlite.inbox.MOVE_AFTER
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return self.runner.run(work)
 
     def teardown(self) -> None:
         broker.sqlite.settling.FOLD_AFTER = self.fold_after
+        broker.sqlite.inbox.MOVE_AFTER = self.move_after
         self.run(self.store.close())
         self.runner.close()
         shutil.rmtree(self.folder)
 
     @initialize(
-        fold_after=st.sampled_from([1, 3, 64]), crowd=st.sets(devnos, min_size=3, max_size=8), life=lives
+        fold_after=st.sampled_from([1, 3, 64]),
+        move_after=st.sampled_from([1, 3, 1_000]),
+        crowd=st.sets(devnos, min_size=3, max_size=8),
+        life=lives,
     )
-    def start(self, fold_after: int, crowd: set[int], life: float) -> None:
+    def start(self, fold_after: int, move_after: int, crowd: set[int], life: float) -> None:
         """With one message of each kind."""
         broker.sqlite.settling.FOLD_AFTER = fold_after
+        broker.sqlite.inbox.MOVE_AFTER = move_after
         self.run(self._open())
         self.app: App = self.run(self.store.create_app("truth", offline_limit=LIMIT))
         self.run(self.store.register(self.app.app_id, [NewDevice(f"d{n}") for n in range(DEVICES)]))

@@ -1,0 +1,240 @@
+"""Inboxes: which pushes wait for which devices, as the writer thread keeps them.
+
+Pushes to devices at random change a page of `inbox` each, which the log then holds whole. Most of them need not: a
+push to one device is found by its own row of `messages`, which says whom it is for and whether it still waits, while
+it is *fresh*: later than `high_water.moved`. For the time being memory knows the fresh pushes of each device
+(`Fresh`); a device that is online takes its push long before MOVE_AFTER others have come. What waits then is moved
+into `inbox`, in one sorted statement. Pushes with several targets, or with wishes of their own, go there at once.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+from pyroaring import BitMap
+
+from broker.sqlite.engine import Row, delete_rows, read_rows, write_rows
+from broker.sqlite.routes import AppStates
+
+MOVE_AFTER: Final = 8_192  # fresh pushes: some milliseconds for the writer, about 2 MB of memory
+
+# A push for one device waits until its own row says what became of it.
+WAITS: Final = "m.delivered IS NULL AND m.evicted IS NULL AND m.recalled IS NULL AND m.body IS NOT NULL"
+MOVE: Final = f"""
+INSERT OR IGNORE INTO inbox
+    SELECT m.app, m.target, m.msg_id FROM messages m
+    WHERE m.msg_id > ? AND typeof(m.target) = 'integer' AND NOT m.broadcast AND NOT m.paced
+        AND m.expires_at > m.created_at AND {WAITS}
+    ORDER BY m.app, m.target, m.msg_id
+"""
+
+DeviceKey = tuple[int, int]  # app, devno
+Find = Callable[[DeviceKey, int], list[int]]
+
+
+class _Generation:
+    """Fresh pushes in the order in which they came; by device when somebody asks."""
+
+    __slots__ = ("_by_device", "_came", "_known")
+
+    def __init__(self) -> None:
+        self._came: list[Sequence[Row]] = []
+        self._known = 0  # of these, how many are in `_by_device`
+        self._by_device: dict[DeviceKey, list[int]] = {}
+
+    def add(self, rows: Sequence[Row]) -> None:
+        self._came.append(rows)
+
+    def find(self, device: DeviceKey) -> Sequence[int]:
+        while self._known < len(self._came):
+            for app_id, devno, msg_id in self._came[self._known]:
+                self._by_device.setdefault((app_id, devno), []).append(msg_id)
+            self._known += 1
+        return self._by_device.get(device, ())
+
+
+class Fresh:
+    """The fresh pushes of each device: their ids, and perhaps some that wait no longer or were rolled back; the rows
+    of `messages` decide. The writer adds, readers look while they are `reading`.
+
+    What was moved is forgotten once that is committed and no reader is left whose snapshot may be from before."""
+
+    def __init__(self) -> None:
+        self._generations = [_Generation()]
+        self._reading = 0
+        self._lock = threading.Lock()
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """(app, devno, msg_id)."""
+        self._generations[-1].add(rows)
+
+    def turn(self) -> None:
+        """What is there is being moved."""
+        self._generations.append(_Generation())
+
+    def moved(self) -> None:
+        """What was there at the last turn is in `inbox`."""
+        with self._lock:
+            if not self._reading:
+                del self._generations[:-1]
+
+    @contextmanager
+    def reading(self) -> Iterator[Find]:
+        """Around a read transaction, from before its snapshot is taken. To be asked after that: the ids above the
+        second argument that may wait for a device, in order."""
+        with self._lock:
+            self._reading += 1
+        try:
+            yield self._find
+        finally:
+            with self._lock:
+                self._reading -= 1
+
+    def _find(self, device: DeviceKey, after: int) -> list[int]:
+        with self._lock:  # two readers may index one generation
+            found = [generation.find(device) for generation in tuple(self._generations)]
+        return [msg_id for ids in found for msg_id in ids if msg_id > after]
+
+
+class InboxWrites:
+    """Puts pushes into inboxes, takes them out, and finds those beyond the newest N. The writer thread only."""
+
+    def __init__(self, connection: sqlite3.Connection, states: AppStates, fresh: Fresh) -> None:
+        self._connection = connection
+        self._states = states
+        self._fresh = fresh
+        self._size = 0  # fresh pushes
+        self._at_once: set[int] = set()  # messages later than `moved` that are in `inbox` all the same
+        self._greatest = 0  # message id that was put
+        self._moved = 0  # as `high_water` has it
+        self._moving = 0  # as it will have it, if the transaction that moved last is committed
+        self._limits: dict[int, int] = {}  # by app
+        self._bounds: dict[int, array[int]] = {}  # by app and devno: no more than so many wait
+        self._crowded: dict[int, BitMap] = {}  # by app: those for whom perhaps too many wait
+
+    def open(self) -> Mapping[int, BitMap]:
+        """Move what was fresh when the last process ended; returns who has something waiting."""
+        (self._moved,) = self._connection.execute("SELECT moved FROM high_water").fetchone()
+        (newest,) = self._connection.execute("SELECT coalesce(max(msg_id), 0) FROM messages").fetchone()
+        self._greatest = max(newest, self._moved)
+        self.move()
+        waiting: dict[int, BitMap] = {}
+        for app_id, devno, count in self._connection.execute(
+            "SELECT app, devno, count(*) FROM inbox GROUP BY app, devno"
+        ):
+            waiting.setdefault(app_id, BitMap()).add(devno)
+            self._bounds_up_to(app_id, devno)[devno] = count
+        return waiting
+
+    def begin(self) -> None:
+        """A transaction starts."""
+        self._crowded.clear()
+        if not self._moving:
+            return
+        (self._moved,) = self._connection.execute("SELECT moved FROM high_water").fetchone()
+        if self._moved == self._moving:
+            self._fresh.moved()
+            self._at_once = {msg_id for msg_id in self._at_once if msg_id > self._moved}
+        else:  # it was rolled back
+            self._size = MOVE_AFTER
+        self._moving = 0
+
+    def finish(self) -> None:
+        """It ends."""
+        if self._size >= MOVE_AFTER:
+            self.move()
+
+    def move(self) -> None:
+        """What is fresh goes into `inbox`."""
+        self._connection.execute(MOVE, (self._moved,))
+        self._connection.execute("UPDATE high_water SET moved = ?", (self._greatest,))
+        self._moved = self._moving = self._greatest
+        self._fresh.turn()
+        self._size = 0
+
+    # Putting and taking
+
+    def put_fresh(self, rows: Sequence[Row]) -> None:
+        """(app, devno, msg_id) of plain pushes to one device each, which are in `messages`."""
+        self._fresh.add(rows)
+        self._size += len(rows)
+        self._count(rows, evicts=True)
+
+    def put(self, rows: Sequence[Row], *, evicts: bool) -> None:
+        """The same of others. `evicts`: the newest-N rule is to be looked at."""
+        write_rows(self._connection, "INSERT INTO inbox {values}", rows)
+        self._at_once.update([row[2] for row in rows])
+        self._count(rows, evicts=evicts)
+
+    def take(self, keys: Sequence[Row]) -> None:
+        """(app, devno, msg_id): they wait no longer. Of a fresh push its own row says so."""
+        moved, at_once = self._moved, self._at_once
+        rows = [key for key in keys if key[2] <= moved or key[2] in at_once]
+        delete_rows(self._connection, "inbox", rows)
+
+    # The newest-N rule (S8)
+
+    def _count(self, rows: Sequence[Row], *, evicts: bool) -> None:
+        counted, bounds, limit = 0, array("I"), 0
+        for app_id, devno, _ in rows:
+            if app_id != counted:
+                counted, bounds, limit = app_id, self._bounds_up_to(app_id, devno), self._limit(app_id)
+            elif devno >= len(bounds):
+                bounds = self._bounds_up_to(app_id, devno)
+            bounds[devno] += 1
+            if bounds[devno] > limit and evicts:
+                self._crowded.setdefault(app_id, BitMap()).add(devno)
+        if rows:
+            self._greatest = max(self._greatest, rows[-1][2])
+
+    def _bounds_up_to(self, app_id: int, devno: int) -> array[int]:
+        bounds = self._bounds.setdefault(app_id, array("I"))
+        if devno >= len(bounds):
+            bounds.extend([0] * (devno + 1 + devno // 8 - len(bounds)))
+        return bounds
+
+    def _limit(self, app_id: int) -> int:
+        """It is never changed."""
+        if app_id not in self._limits:
+            row = self._connection.execute(
+                "SELECT offline_limit FROM apps WHERE app_id = ?", (app_id,)
+            ).fetchone()
+            self._limits[app_id] = int(row[0]) if row else 0
+        return self._limits[app_id]
+
+    def surplus(self) -> list[Row]:
+        """(app, devno, msg_id): of the devices without a route all but the newest N."""
+        surplus: list[Row] = []
+        for app_id, devnos in self._crowded.items():
+            away = self._states.without_route(app_id, devnos)
+            if away:
+                surplus += self._surplus(app_id, [(app_id, devno) for devno in away])
+        self._crowded.clear()
+        return surplus
+
+    def _surplus(self, app_id: int, devices: Sequence[Row]) -> list[Row]:
+        """It is rare that as many wait as may: first all are made to stand in one place."""
+        self.move()
+        bounds, limit = self._bounds[app_id], self._limit(app_id)
+        counts = read_rows(
+            self._connection,
+            "SELECT v.column2, (SELECT count(*) FROM inbox WHERE app = v.column1 AND devno = v.column2)"
+            " FROM ({values}) v",
+            devices,
+        )
+        for devno, count in counts:
+            bounds[devno] = min(count, limit)
+        return read_rows(
+            self._connection,
+            "SELECT i.app, i.devno, i.msg_id FROM ({values}) v"
+            " CROSS JOIN inbox i ON i.app = v.column1 AND i.devno = v.column2 AND i.msg_id <="
+            " (SELECT msg_id FROM inbox WHERE app = v.column1 AND devno = v.column2"
+            "  ORDER BY msg_id DESC LIMIT 1 OFFSET ?)",
+            [(app_id, devno) for devno, count in counts if count > limit],
+            (limit,),
+        )
