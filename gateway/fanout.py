@@ -47,7 +47,7 @@ class Fanout:
         self._metrics = metrics
         self._walks: deque[tuple[Hub, Walk]] = deque()
         self._scheduled = False
-        self._load = CoreLoad() if gives_way else None
+        self._load = CoreLoad(asked=gives_way)
         self._sent_broadcast = metrics.sent.labels("broadcast")
         self._sent_targeted = metrics.sent.labels("targeted")
         self._sent_backlog = metrics.sent.labels("backlog")
@@ -96,15 +96,13 @@ class Fanout:
                     walk.leave_out(gone.devnos)
 
     def close(self) -> None:
-        if self._load is not None:
-            self._load.close()
+        self._load.close()
 
     def _begin(self, hub: Hub, walk: Walk) -> None:
         self._enqueue(hub, walk)
         if not self._scheduled:
             self._scheduled = True
-            if self._load is not None:
-                self._load.begin()
+            self._load.begin()
             asyncio.get_running_loop().call_soon(self._turn)
 
     def _enqueue(self, hub: Hub, walk: Walk) -> None:
@@ -115,8 +113,8 @@ class Fanout:
             self._walks.append((hub, walk))
 
     def _turn(self) -> None:
-        if self._load is not None and (rest := self._load.rest()):
-            asyncio.get_running_loop().call_later(rest, self._go_on, self._load)
+        if rest := self._load.rest():
+            asyncio.get_running_loop().call_later(rest, self._go_on)
             return
         hub, walk = self._walks.popleft()
         try:
@@ -129,8 +127,8 @@ class Fanout:
             if self._scheduled:
                 asyncio.get_running_loop().call_soon(self._turn)
 
-    def _go_on(self, load: CoreLoad) -> None:
-        load.waited()  # to go on after a rest it waits, too
+    def _go_on(self) -> None:
+        self._load.waited()  # to go on after a rest it waits, too
         self._turn()
 
     def _slice(self, hub: Hub, walk: Walk) -> bool:
@@ -175,18 +173,19 @@ class Fanout:
 
 
 class CoreLoad:
-    """How long this thread waits for a core, and how long it is to rest therefore. Only Linux tells; elsewhere there
-    are no rests."""
+    """How long this thread waits for a core, and how long it is to rest therefore. There are no rests where nobody
+    asks for them, or the kernel does not tell."""
 
-    __slots__ = ("_began", "_file", "_rested", "_waited")
+    __slots__ = ("_asked", "_began", "_file", "_rested", "_waited")
 
-    def __init__(self) -> None:
+    def __init__(self, *, asked: bool) -> None:
+        self._asked = asked
         self._file: int | None = None
         self._waited = self._began = self._rested = 0.0
 
     def begin(self) -> None:
         """A walk."""
-        if self._file is None:  # not before: it is of the thread that opens it
+        if self._asked and self._file is None:  # not before: it is of the thread that opens it
             with suppress(OSError):
                 self._file = os.open(SCHEDSTAT, os.O_RDONLY | os.O_CLOEXEC)
         self._began, self._rested = perf_counter(), 0.0

@@ -76,10 +76,10 @@ class Walk:
 
     def flight(self, session: Session, pushes: tuple[LivePush, ...]) -> Flight | None:
         """These, for a session at rest; None: they do not go into its window, or not under ids in a row."""
-        key = session.encoding, session.next_id, pushes
-        flight = self._flights.get(key)
         if len(pushes) > session.window:
             return None
+        key = session.encoding, session.next_id, pushes
+        flight = self._flights.get(key)
         if flight is None and session.next_id + len(pushes) <= MAX_PACKET_ID:
             if len(self._flights) >= FLIGHTS_KEPT:
                 self._flights.clear()

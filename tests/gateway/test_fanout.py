@@ -210,7 +210,7 @@ async def test_a_flight_is_no_larger_than_the_window(world: World, phones: list[
 async def test_a_walk_rests_when_the_node_had_to_wait_for_a_core(
     world: World, phones: list[Phone], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world.node.fanout._load = CoreLoad()
+    world.node.fanout._load = CoreLoad(asked=True)
     waits = [0.0, 0.0, 0.002]  # as the walk begins, before its first slice, before its second
     monkeypatch.setattr(CoreLoad, "waited", lambda _: waits.pop(0) if waits else 0.0)
     rests: list[float] = []
@@ -232,7 +232,7 @@ async def test_a_walk_rests_when_the_node_had_to_wait_for_a_core(
     not Path(SCHEDSTAT).exists(), reason="only Linux says how long a thread waited for a core"
 )
 def test_waiting_for_a_core_is_not_sleeping() -> None:
-    load = CoreLoad()
+    load = CoreLoad(asked=True)
     allowed = os.sched_getaffinity(0)
     core = min(allowed)
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
@@ -257,7 +257,7 @@ def test_rests_take_no_more_than_their_share_of_a_walk(monkeypatch: pytest.Monke
     now = 0.0
     monkeypatch.setattr(gateway.fanout, "perf_counter", lambda: now)
     monkeypatch.setattr(CoreLoad, "waited", lambda _: 1.0)
-    load = CoreLoad()
+    load = CoreLoad(asked=True)
     load.begin()
     rested = 0.0
     while now < 100:
