@@ -19,6 +19,7 @@ from broker.model import StoredBroadcast, StoredMessage
 from gateway.mqtt import publish_frame
 
 PUSH_TOPIC: Final = "push"
+_TOPIC: Final = PUSH_TOPIC.encode()
 RECEIPT_TOPIC: Final = "receipt"
 DEVICE_TOPIC: Final = "device"
 EVENT_PREFIX: Final = "event/"
@@ -127,7 +128,7 @@ class LivePush:
         frames = self._frames.get(encoding)
         if frames is None:
             payload = render(self.message, encoding)
-            head, tail = publish_frame(PUSH_TOPIC, payload, qos=1, version=encoding.version)
+            head, tail = publish_frame(_TOPIC, payload, qos=1, version=encoding.version)
             frames = self._frames[encoding] = Frames(head, tail)
         return frames
 

@@ -88,7 +88,11 @@ async def resolve(
 
 
 def _named(audience: Audience, devnos: Mapping[str, int]) -> BitMap:
-    return BitMap([devnos[i] for i in audience.registration_ids if i in devnos])
+    ids = audience.registration_ids
+    if len(ids) > 1:
+        return BitMap([devnos[i] for i in ids if i in devnos])
+    devno = devnos.get(ids[0])  # the usual case: twice as fast
+    return BitMap() if devno is None else BitMap((devno,))
 
 
 async def _listed(store: Store, app_id: int, audience: Audience, now: float | None) -> list[BitMap]:
