@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 
+from broker.pulse import end_of_pause
 from broker.store import StoreStats
 
 LABEL_LIMIT: Final = 1000
@@ -255,13 +256,16 @@ class HttpMetrics:
 class LoopLag:
     """How late the event loop runs its timers: what a callback that takes too long does to everybody else."""
 
-    INTERVAL: Final = 0.1
+    OFTEN: Final = 0.1  # seconds between two samples of a loop that works,
+    RARELY: Final = 0.25  # and of one that mostly sleeps
+    BUSY: Final = 0.1  # of a core: it works
 
     def __init__(self, metrics: Metrics, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self._loop = loop or asyncio.get_running_loop()
         self._histogram = metrics.histogram("event_loop_lag_seconds", "How late a timer ran.")
         self.last = 0.0
-        self._due = self._loop.time() + self.INTERVAL
+        self._sampled, self._cpu = self._loop.time(), time.thread_time()
+        self._due = end_of_pause(self._sampled, self.RARELY)
         self._timer = self._loop.call_at(self._due, self._sample)
 
     def close(self) -> None:
@@ -271,5 +275,8 @@ class LoopLag:
         now = self._loop.time()
         self.last = max(0.0, now - self._due)
         self._histogram.observe(self.last)
-        self._due = now + self.INTERVAL
+        cpu = time.thread_time()
+        works = cpu - self._cpu > self.BUSY * (now - self._sampled)
+        self._sampled, self._cpu = now, cpu
+        self._due = now + self.OFTEN if works else end_of_pause(now, self.RARELY)
         self._timer = self._loop.call_at(self._due, self._sample)

@@ -254,7 +254,7 @@ class SqliteStore:
         self._attendance = Attendance(self.calendar, clock, self._routed, self._write_activity)
         self.records = SqliteRecords(self._write, self._list, self._check_app)
         self.files = SqliteFiles(self._write, self._list, self._check_app, self._free)
-        self.callbacks = SqliteCallbacks(self._write, self._list)
+        self.callbacks = SqliteCallbacks(self._write, self._list, lambda: self._callback_writes.wanted)
         self.nodes = OneNode(clock)
 
     # Life
@@ -307,7 +307,7 @@ class SqliteStore:
         remove_orphans(connection)
 
     def _start(self, connection: sqlite3.Connection) -> None:
-        callbacks = CallbackWrites(connection, self._ids)
+        self._callback_writes = callbacks = CallbackWrites(connection, self._ids)
         inbox = InboxWrites(connection, self._states, self._fresh)
         self._states.load_owed(inbox.open())
         settling = SettleWrites(connection, self._clock, inbox, callbacks)

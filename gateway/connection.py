@@ -33,6 +33,8 @@ from gateway.mqtt import (
 )
 from gateway.proxy_protocol import Endpoint
 from gateway.session import (
+    PINGREQ,
+    PINGRESP,
     PUBACK_BYTES,
     PUBACK_SIZE,
     Acked,
@@ -193,8 +195,15 @@ class Connection(asyncio.Protocol):
                 self._take_acks(data)
             except MQTTError as error:
                 self.fail(error)
+        elif data == PINGREQ and self._is_calm():
+            self.transport.write(PINGRESP)  # all that most devices ever say: the shortest way
         else:
             self._take(data)
+
+    def _is_calm(self) -> bool:
+        """It takes what it is sent, and is owed nothing that a packet of its own would bring."""
+        session = self.session
+        return self.phase is Phase.LIVE and not self.blocked and session is not None and session.at_rest
 
     def _take_acks(self, data: bytes) -> None:
         """The hot path: a run of PUBACKs (architecture, decision 7), then whatever else there is."""

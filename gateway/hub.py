@@ -23,6 +23,7 @@ import enum
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from math import ceil
+from sys import getsizeof
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from msgspec.structs import replace
@@ -50,6 +51,8 @@ SPREADING: Final = (
     60.0  # seconds in which a broadcast may have rung and not be among the store's live ones yet
 )
 TAKEN_MEMORY: Final = 60.0  # seconds: a claim of ours may be answered after we heard of a newer one
+SPARSE: Final = 256  # bytes of a dict for each of its items: far more than one that only grew has (30 to 110)
+FEW: Final = 64  # items for which no dict is made anew
 MAX_UINT32: Final = 0xFFFF_FFFF
 ROWS: Final = 32  # of one inbox in one read: what a connected device may hold in RAM beyond its window
 BACKLOG: Final = 128  # the same for a device that is sent the urgent first: what is sorted at once
@@ -289,6 +292,8 @@ class Hub:
             self.recalled = {i: known for i, known in self.recalled.items() if known[1] > now}
         if self.taken:
             self.taken = {devno: known for devno, known in self.taken.items() if known[1] > now}
+        if getsizeof(self.members) > SPARSE * (len(self.members) + FEW):
+            self.members = dict(self.members)  # by itself a dict keeps the size it once had
 
     def note_taken(self, devno: int, epoch: int, now: float) -> None:
         """Another node has claimed the device."""

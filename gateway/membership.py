@@ -17,6 +17,7 @@ from typing import Any, Final
 from broker.logs import log_event
 from broker.metrics import Metrics
 from broker.model import NodeInfo
+from broker.pulse import rest
 from broker.store import Nodes, StoreError
 
 BEAT: Final = 1.0  # seconds between beats
@@ -133,7 +134,7 @@ class Membership:
 
     async def _beat_forever(self) -> None:
         while True:
-            await asyncio.sleep(BEAT)
+            await rest(BEAT)
             await self._guarded(self.beat())
             if self._behind and not self._looking.locked():  # not here: a long look must not cost the lease
                 self._look_task = asyncio.get_running_loop().create_task(self._guarded(self._look()))

@@ -21,6 +21,7 @@ from broker.carriers.learning import Learning
 from broker.logs import log_event
 from broker.metrics import Metrics
 from broker.model import App
+from broker.pulse import end_of_pause
 from broker.pushing.pushes import Pushes
 from broker.store import Store
 from broker.telling.reports import Reports
@@ -271,7 +272,7 @@ class Node:
         self._wheel.add(connection, self.clock.now + after)
 
     def _tick(self) -> None:
-        self._tick_timer = self._loop.call_later(TICK, self._tick)
+        self._tick_timer = self._loop.call_at(end_of_pause(self._loop.time(), TICK), self._tick)
         clock = self.clock
         clock.now, clock.wall = self._loop.time(), self._wall()
         due = self._wheel.due(clock.now)

@@ -31,6 +31,7 @@ from broker.logs import log_event
 from broker.metrics import HttpMetrics, LoopLag, Metrics, StoreMetrics
 from broker.metrics_merge import export
 from broker.model import App, NodeInfo
+from broker.pulse import rest
 from broker.store import Conflict, StoreError
 from broker.telling.callbacks import CallbackMetrics
 from gateway import sockets
@@ -353,7 +354,7 @@ class Service:
             except StoreError as error:
                 removed = 0
                 log.warning("expired data not removed, trying again: %s", error)
-            await asyncio.sleep(UPKEEP_BREATH if removed else UPKEEP_PAUSE)
+            await rest(UPKEEP_BREATH if removed else UPKEEP_PAUSE)
 
     async def _mind_room(self, node: Node) -> None:
         """A worker that is full, or drained, leaves the ports to the others: the kernel would go on to give it its

@@ -59,6 +59,7 @@ ALIASES_SENT: Final = 32  # topics that one peer gets by alias at most, whatever
 ALIAS_WORTH: Final = 3  # bytes a topic alias takes: a shorter name is sent as it is
 PUBACK_SIZE: Final = 4
 PUBACK_BYTES: Final = 0x40
+PINGREQ: Final = encode(Pingreq(), 4)
 PINGRESP: Final = encode(Pingresp(), 4)
 
 

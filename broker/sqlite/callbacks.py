@@ -50,10 +50,13 @@ class CallbackWrites:
     def __init__(self, connection: sqlite3.Connection, ids: IdSource) -> None:
         self._connection = connection
         self._ids = ids
-        # Apps with a message that has a callback. One that a rollback left here costs its notes a look-up.
+        # Apps with a message that has a callback, or events of one. One that a rollback left here costs its notes a
+        # look-up.
         self._apps = {
             app
-            for (app,) in connection.execute("SELECT DISTINCT app FROM messages WHERE callback IS NOT NULL")
+            for (app,) in connection.execute(
+                "SELECT app FROM messages WHERE callback IS NOT NULL UNION SELECT app FROM callback_events"
+            )
         }
         # Nobody can have claimed any: those that the last run claimed and did not finish are due again.
         connection.execute("UPDATE callback_events SET due = at WHERE due IS NOT NULL AND attempts = 0")
@@ -70,7 +73,8 @@ class CallbackWrites:
 
     @property
     def wanted(self) -> bool:
-        """Whether any app has a callback: if not, notes need not be made."""
+        """Whether any app has a callback: if not, notes need not be made, and there are no events. Any thread may
+        ask: it is known before what makes it so is committed."""
         return bool(self._apps)
 
     def begin(self) -> None:
@@ -233,14 +237,15 @@ Call = Callable[[str, Any, int], Awaitable[Any]]
 class SqliteCallbacks:
     """`store.callbacks`; `write` and `read` submit to the store's threads."""
 
-    def __init__(self, write: Call, read: Call) -> None:
+    def __init__(self, write: Call, read: Call, wanted: Callable[[], bool]) -> None:
+        """`wanted`: see `CallbackWrites.wanted`. Who has nothing to tell wakes no thread, and who has nothing to tell
+        now costs the writer nothing."""
         self._write = write
         self._read = read
+        self._wanted = wanted
 
     async def claim(self, now: float, lease: float, limit: int) -> list[CallbackEvent]:
-        if not await self._read(
-            "callbacks_due", now, 1
-        ):  # whoever has nothing to tell costs the writer nothing
+        if not self._wanted() or not await self._read("callbacks_due", now, 1):
             return []
         claimed: list[CallbackEvent] = await self._write("callbacks", ("claim", now, lease, limit), limit)
         return claimed
@@ -271,5 +276,7 @@ class SqliteCallbacks:
         return parked
 
     async def counts(self, app_id: int) -> tuple[int, int]:
+        if not self._wanted():
+            return 0, 0
         counted: tuple[int, int] = await self._read("count_callbacks", app_id, 1)
         return counted

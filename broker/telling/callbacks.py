@@ -33,6 +33,7 @@ from yarl import URL
 from broker.logs import log_event
 from broker.metrics import Metrics
 from broker.model import App, CallbackEvent
+from broker.pulse import end_of_pause
 from broker.store import Store, StoreError
 from broker.telling.callback_urls import CALLER, CheckedResolver, Refused, check_literal
 
@@ -242,6 +243,7 @@ class Callbacks:
                 await self._store.callbacks.postpone(left, self._clock())
 
     async def _keep_on(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
             self._moved.clear()
             try:
@@ -254,7 +256,7 @@ class Callbacks:
                 more = False
                 log.exception("callbacks")
             with suppress(TimeoutError):
-                async with asyncio.timeout(BREATH if more else self._pause):
+                async with asyncio.timeout_at(end_of_pause(loop.time(), BREATH if more else self._pause)):
                     await self._moved.wait()
 
     def wake(self) -> None:

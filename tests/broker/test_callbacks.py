@@ -713,6 +713,28 @@ async def test_events_survive_a_restart(world: World, receiver: Receiver) -> Non
     assert {m for m, _, _ in receiver.told} == {str(msg_id) for msg_id in (*told, waiting)}
 
 
+async def test_events_survive_their_message_and_a_restart(world: World, receiver: Receiver) -> None:
+    app = await world.make_app()
+    await world.pushed(app, Callback(receiver.url))
+    await world.close()
+    with closing(sqlite3.connect(world.path / "data.db")) as database:
+        database.execute("DELETE FROM messages")
+        database.commit()
+    await world.open()
+    await world.send()
+    assert len(receiver.events) == 1
+
+
+async def test_who_never_had_a_callback_wakes_no_thread(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, asked = await world.make_app(), []
+    monkeypatch.setattr(world.store.callbacks, "_read", lambda *call: asked.append(call))
+    assert await world.store.callbacks.claim(world.clock.now, 1.0, 10) == []
+    assert await world.store.callbacks.counts(app.app_id) == (0, 0)
+    assert asked == []
+
+
 async def test_a_crash_in_a_post_repeats_it_with_the_same_event_id(world: World, receiver: Receiver) -> None:
     app = await world.make_app()
     await world.pushed(app, Callback(receiver.url))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import subprocess
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -133,28 +134,41 @@ def test_the_store_refuses_while_commits_fail_and_for_a_while_after() -> None:
     assert store.refusing() is None
 
 
+class Loop:
+    """A loop whose clock we move."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.real = asyncio.get_running_loop()
+
+    def time(self) -> float:
+        return self.now
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
+        self.when, self.callback = when, callback
+        return self.real.call_later(3600, print)
+
+    def run(self, at: float) -> None:
+        self.now = at
+        self.callback()
+
+
 async def test_loop_lag_shows_a_callback_that_takes_too_long() -> None:
-    class Loop:
-        """A loop whose clock we move."""
-
-        def __init__(self) -> None:
-            self.now = 0.0
-            self.real = asyncio.get_running_loop()
-
-        def time(self) -> float:
-            return self.now
-
-        def call_at(self, when: float, callback: object) -> asyncio.TimerHandle:
-            self.when, self.callback = when, callback
-            return self.real.call_later(3600, print)
-
     loop, metrics = Loop(), Metrics()
     lag = LoopLag(metrics, loop)  # type: ignore[arg-type]
-    loop.now = loop.when
-    loop.callback()  # type: ignore[operator]
-    loop.now = loop.when + 0.25
-    loop.callback()  # type: ignore[operator]
+    loop.run(at=loop.when)
+    loop.run(at=loop.when + 0.25)
     lag.close()
     assert lag.last == pytest.approx(0.25)
     assert _samples(metrics)["holdfast_event_loop_lag_seconds_bucket,0.2"] == 1
     assert _samples(metrics)["holdfast_event_loop_lag_seconds_count"] == 2
+
+
+async def test_a_loop_that_sleeps_is_woken_less_often_for_its_lag() -> None:
+    loop = Loop()
+    lag = LoopLag(Metrics(), loop)  # type: ignore[arg-type]
+    loop.run(at=1000.0)  # no test takes a tenth of that
+    assert loop.when == 1000.25
+    loop.run(at=1000.0)  # whatever was done since was done in no time
+    assert loop.when == 1000.1
+    lag.close()

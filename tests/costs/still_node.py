@@ -223,6 +223,7 @@ class StillNode:
             following = connection.check(clock.now)
             if following is not None:
                 wheel.add(connection, following)
+        self.node.hubs.upkeep()
         self.world.store._write_last_online()
         await self.rest()
 

@@ -22,7 +22,7 @@ from broker.pushing.requests import read_push
 from gateway.hub import FLEETING, SPREADING, TAKEN_MEMORY, Hub, Resend, SessionEnds
 from gateway.live import LivePush, encoding
 from gateway.mqtt import Publish, decode
-from gateway.session import Inbox, Manners, Session
+from gateway.session import Inbox, Manners, Member, Session
 from gateway.wheel import Clock
 
 NOW = Clock(now=5.0, wall=1000.0)
@@ -464,3 +464,16 @@ def test_a_sweep_has_a_page_read_again_and_rows_fetched() -> None:
     idle.fetch = Inbox.FETCHING
     assert not hub.look_again(idle, owing=True)
     assert idle.fetch is Inbox.FETCHING_STALE
+
+
+def test_many_who_left_leave_no_room_behind() -> None:
+    hub, nobody = make_hub(), cast("Member", None)
+    hub.members |= dict.fromkeys(range(10_000), nobody)
+    full = hub.members
+    hub.forget(1.0)
+    assert hub.members is full
+    for devno in range(9_990):
+        del full[devno]
+    hub.forget(1.0)
+    assert list(hub.members) == list(range(9_990, 10_000))
+    assert sys.getsizeof(hub.members) < sys.getsizeof(full) / 100

@@ -22,7 +22,7 @@ import gateway.admission
 from broker.store import StoreError
 from broker.tenants.access import Access, parse_rules
 from clients.local_server import LocalServer
-from gateway.connection import MAX_CONNECT_SIZE, Connection, Phase
+from gateway.connection import MAX_CONNECT_SIZE, MAX_UNREAD, Connection, Phase
 from gateway.doorkeeper import TurnedAway
 from gateway.mqtt import (
     Connack,
@@ -446,6 +446,23 @@ async def test_a_subscriber_that_never_completes_qos_2_costs_its_queue(world: Wo
     mailbox = listener.session.own_mailbox()
     assert len(mailbox.queue) == world.node.settings.mailbox.queued_messages
     assert mailbox.dropped == 2000 - len(mailbox.queue) - world.node.settings.window
+
+
+# Answers that nobody reads
+
+
+async def test_pings_are_not_answered_while_too_much_is_unread(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phone = await world.online(0)
+    phone.block()
+    monkeypatch.setattr(phone.transport, "get_write_buffer_size", lambda: MAX_UNREAD + 1)
+    phone.send(Pingreq())
+    assert not phone.transport.reading
+    assert not any(isinstance(packet, Pingresp) for packet in phone.packets)
+    phone.drain()
+    assert phone.transport.reading
+    assert phone.packets[-1] == Pingresp()
 
 
 # Topics and patterns
