@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import select
 from collections import deque
 from collections.abc import Callable
 from secrets import token_hex
@@ -458,7 +457,9 @@ class Arrivals:
     def _recognise(self, connection: Connection, connect: Connect) -> str:
         """By what the peer declares of its network: nothing, if it is not made for us. Returns its link, one of
         broker.carriers.catalog.LINKS; empty: it says nothing."""
-        declared = connect.properties.get("user_properties", ())
+        declared = connect.properties.get("user_properties")
+        if not declared:
+            return ""
         carrier, link = (_declared(declared, name) for name in (CARRIER_PROPERTY, LINK_PROPERTY))
         if not (carrier or link):
             return ""
@@ -608,11 +609,6 @@ def _is_of_sys(will: Will | None) -> bool:
 
 def _has_left(connection: Connection) -> bool:
     """Whether the peer has closed its side by now. On a node that is late by seconds CONNECTs wait unread, and their
-    peers, tired of it, may be connected elsewhere by now: an old one must not take the device from there. It costs
-    a system call; while nothing is read, the event loop would not tell."""
-    socket = connection.transport.get_extra_info("socket")
-    if socket is None:
-        return False
-    look = select.poll()
-    look.register(socket.fileno(), select.POLLRDHUP)
-    return bool(look.poll(0))
+    peers, tired of it, may be connected elsewhere by now: an old one must not take the device from there. The epoll
+    tells it beside the CONNECT; of who leaves later, it tells the end."""
+    return bool(connection.transport.get_extra_info("left"))
