@@ -10,7 +10,7 @@ from typing import Any, Final, TypeAlias
 
 from broker.logs import log_event
 
-ACCEPTS_AT_ONCE: Final = 64  # in one turn of the loop, some 5 ms
+ACCEPTS_AT_ONCE: Final = 64  # in one turn of the loop, about 1 ms
 ACCEPT_PAUSE: Final = 1.0  # seconds without accepting when the system has no files or memory left
 
 Socket: TypeAlias = socket.SocketType

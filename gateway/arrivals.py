@@ -77,7 +77,7 @@ LINK_PROPERTY: Final = "link"
 MAX_RECEIVE: Final = 65_535
 HOME_TRIES: Final = 4  # to carry a connection home
 HOME_PAUSE: Final = 0.1  # seconds between them: a home that stops says so first
-AT_ONCE: Final = 64  # CONNECTs decided in one turn of the loop, about 4 ms
+AT_ONCE: Final = 64  # CONNECTs decided in one turn of the loop, about 2 ms
 
 log = logging.getLogger(__name__)
 
