@@ -624,7 +624,7 @@ def _is_of_sys(will: Will | None) -> bool:
 
 
 def _has_left(connection: Connection) -> bool:
-    """Whether the peer has closed its side by now. On a node that is late by seconds CONNECTs wait unread, and their
-    peers, tired of it, may be connected elsewhere by now: an old one must not take the device from there. The epoll
-    tells it beside the CONNECT; of who leaves later, it tells the end."""
+    """Whether the peer had closed its side when its CONNECT was read. On a node that is late by seconds CONNECTs wait
+    unread, and their peers, tired of it, may be connected elsewhere by now: an old one must not take the device from
+    there. Of who leaves later, while the CONNECT stands in line, the epoll tells the end."""
     return bool(connection.transport.get_extra_info("left"))
