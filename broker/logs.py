@@ -34,6 +34,7 @@ PIPE_BLOCK: Final = 4096  # bytes that a pipe takes from one process at a time (
 FLUSH_AFTER: Final = 0.1  # seconds: what a crash may cost of the log
 
 _PLAIN: Final = re.compile(r"[!#-<>-\[\]-~]+")  # needs no quotes: printable ASCII but for space " = and \
+_PLAIN_PAIRS: Final = re.compile(rf"\w+={_PLAIN.pattern}(?: \w+={_PLAIN.pattern})*")
 
 LINE_ENDS: Final = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 """JSON allows these in a string; some readers split lines at them."""
@@ -128,17 +129,19 @@ def set_up_logs(
 
 def as_text(created: float, level: int, name: str, event: str, values: Mapping[str, object]) -> str:
     """`2026-01-31T12:00:00.000Z INFO gateway.node device connected app=…`; tracebacks are indented."""
-    words = [_time(created), logging.getLevelName(level), name, escape(event)]
+    head = f"{_time(created)} {_told(level, name, event)}"
+    pairs = " ".join([f"{key}={value!s}" for key, value in values.items()])
+    if (
+        len(pairs) <= VALUE_LIMIT
+        and pairs.count("=") == len(values)  # none in a value
+        and _PLAIN_PAIRS.fullmatch(pairs)
+        and SECRETS.isdisjoint(values)
+    ):
+        return f"{head} {pairs}\n"  # nearly all: the rest would do nothing to it
+    words = [head]
     traceback = ""
     for key, value in values.items():
-        if (
-            type(value) is str
-            and len(value) <= VALUE_LIMIT
-            and _PLAIN.fullmatch(value)
-            and key not in SECRETS
-        ):
-            words.append(f"{key}={value}")  # nearly all: the rest would do nothing to it
-        elif isinstance(value, Traceback):
+        if isinstance(value, Traceback):
             traceback = "".join(f"    | {escape(part)}\n" for part in value.splitlines())
         else:
             words.append(f"{key}={_quoted(_shown(key, value))}")
@@ -196,6 +199,11 @@ def _encodable(text: str) -> str:
 def _time(created: float) -> str:
     second = int(created)
     return f"{_second(second)}.{int((created - second) * 1000):03d}Z"
+
+
+@functools.lru_cache(maxsize=256)
+def _told(level: int, name: str, event: str) -> str:
+    return f"{logging.getLevelName(level)} {name} {escape(event)}"
 
 
 @functools.lru_cache(maxsize=4)

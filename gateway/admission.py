@@ -216,6 +216,8 @@ def _terms(
 def manners(connect: Connect, largest: int = 0) -> Manners:
     """What the peer wants to be sent. `largest`: bytes of a push's payload that its carrier lets through."""
     properties = connect.properties
+    if not properties and not connect.bridge and not 0 < largest < NO_PUSH_IS_LARGER:
+        return PLAIN
     return _manners(
         properties.get("maximum_packet_size", 0),
         min(properties.get("topic_alias_maximum", 0), ALIASES_SENT),

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from broker.carriers.panels import panel_of
 from broker.carriers.profile import CarrierProfile
 from broker.store import StoreError
 from gateway import sockets
@@ -129,7 +130,7 @@ class Connection(asyncio.Protocol):
         self.network: Network | None = None  # of a device, while it is live
         self.since = 0.0  # when that began
         self.quiet = self.longest = 0  # bins of its silences (gateway/witness.py)
-        self.voice = 0  # in which panels they count (broker/carriers/panels.py)
+        self.voice = 0  # in which panels they count (broker/carriers/panels.py): by address, then by app too
         self.partial: bytearray | None = None  # the beginning of a packet whose end has not come
         self.last_seen = 0.0
         self.keep_alive = 0.0  # seconds of silence until it counts as dead; 0 = never
@@ -169,17 +170,19 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
-        self.profile = self._accepted_as()
+        address = self.peer[0]
+        self.profile = self._accepted_as(address)
+        self.voice = panel_of(address)
         sockets.set_up(transport, self.profile.tcp)
         self.last_seen = self.node.clock.now
         self.node.arrivals.opened(self)
 
-    def _accepted_as(self) -> CarrierProfile:
+    def _accepted_as(self, address: str) -> CarrierProfile:
         """Of who comes through another node only that one knows the address."""
         catalog = self.node.carriers.catalog
         if not self.direct:
             return catalog.default
-        address, port = self.peer[0], self.came_to[1]
+        port = self.came_to[1] if catalog.knows_ports else 0
         return catalog.at_accept(address, listener=self.listener, port=port, proxy=self.proxy)
 
     def data_received(self, data: bytes) -> None:

@@ -1,6 +1,6 @@
 """How many CONNECTs are decided, and when the others are to come. No I/O; the clock is an argument.
 
-After an outage the devices of a whole node come back at once. Each CONNECT that is decided costs some 60 µs: ten
+After an outage the devices of a whole node come back at once. Each CONNECT that is decided costs some 50 µs: ten
 thousand in one turn of the loop are half a second in which nobody gets a push. So CONNECTs stand in line, a few are
 decided in each turn (`arrivals.py`), and when the line is too long, newcomers are told to come later, before anything
 about them is looked at. That is the node's one sign of overload, whatever it is busy with: the line moves by turns.

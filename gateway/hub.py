@@ -399,8 +399,11 @@ class Hub:
 
     def collect(self, session: Session, clock: Clock) -> list[bytes]:
         """Packets of the pushes the device is owed and has room for, in msg_id order, or by urgency."""
-        frames: list[bytes] = []
         comeback = session.comeback
+        if session.cursor == self.end and session.inbox is None and comeback is None:  # nothing
+            session.behind = session.room == 0
+            return []
+        frames: list[bytes] = []
         if comeback is not None:
             session.widen(comeback)
         room = session.room

@@ -121,7 +121,7 @@ def _listen(
 
     if proxies:
         return ProxyListener(node, bind(host, port, shared=shared), make, trusted=proxies)
-    return Acceptor(bind(host, port, shared=shared), lambda accepted, _: node.wires.connect(accepted, make()))
+    return Acceptor(bind(host, port, shared=shared), lambda one, peer: node.wires.connect(one, make(), peer))
 
 
 def bind(host: str, port: int, *, shared: bool) -> list[socket.socket]:

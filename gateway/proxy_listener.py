@@ -12,11 +12,11 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 from broker.logs import log_event
 from broker.tenants.networks import is_within
-from gateway.acceptor import Acceptor
+from gateway.acceptor import Acceptor, Socket
 from gateway.connection import Connection
 from gateway.node import Node
 from gateway.proxy_protocol import MAX_HEADER, Endpoint, Header, ProxyError, Route, read_header
@@ -53,7 +53,7 @@ class _Caller:
 
     __slots__ = ("deadline", "host", "received", "socket")
 
-    def __init__(self, accepted: socket.socket, host: str) -> None:
+    def __init__(self, accepted: Socket, host: str) -> None:
         self.socket = accepted
         self.host = host
         self.received = b""
@@ -101,7 +101,8 @@ class ProxyListener:
         for caller in list(self._waiting):
             self._drop(caller)
 
-    def _take(self, accepted: socket.socket, host: str) -> None:
+    def _take(self, accepted: Socket, peer: Any) -> None:
+        host = peer[0]
         if not is_within(host, self._trusted):
             self._connect(accepted, None)
         elif len(self._waiting) >= self._node.settings.max_connecting:
@@ -154,6 +155,6 @@ class ProxyListener:
         if caller.deadline is not None:
             caller.deadline.cancel()
 
-    def _connect(self, accepted: socket.socket, route: Route | None) -> None:
+    def _connect(self, accepted: Socket, route: Route | None) -> None:
         """From here on it is a connection like any other."""
         self._node.wires.connect(accepted, self._make(route))

@@ -16,11 +16,14 @@ import select
 import socket
 from typing import Any, Final
 
+from gateway.acceptor import Socket
+
 AT_ONCE: Final = 256  # wires that are read in one turn of the loop, about 2 ms
 READ_SIZE: Final = 4096  # bytes: what most devices say at once
 LARGE_READ: Final = 262_144  # bytes: who said so much at once says more
 HIGH_WATER: Final = 65_536  # bytes not sent, above which the protocol is told to pause
-READ: Final = select.EPOLLIN
+LEFT: Final = select.EPOLLRDHUP  # beside EPOLLIN: the peer has closed its side
+READ: Final = select.EPOLLIN | LEFT
 WRITE: Final = select.EPOLLOUT
 OPEN, ENDING, CLOSING, LOST = range(4)
 """ENDING: nothing more is written, and the peer is told so once all is sent. CLOSING: once all is sent it is closed.
@@ -45,9 +48,10 @@ class Wires:
                 wire.socket.close()
         self._wires.clear()
 
-    def connect(self, connected: socket.socket, protocol: asyncio.Protocol) -> None:
-        """Make a wire of a socket that does not block, which is the wire's from then on."""
-        Wire(self, connected, protocol).start()
+    def connect(self, connected: Socket, protocol: asyncio.Protocol, peer: Any = None) -> None:
+        """Make a wire of a socket that does not block, which is the wire's from then on. `peer`: the name of the
+        socket's other end, where the caller knows it."""
+        Wire(self, connected, protocol).start(peer)
 
     def add(self, wire: Wire) -> None:
         if self._epoll is None:
@@ -82,6 +86,8 @@ class Wires:
             if wire is None:
                 continue  # closed in this turn
             try:
+                if events & LEFT:
+                    wire.left = True
                 if events & WRITE:
                     wire.flush()
                 if events & ~WRITE and wire.is_reading():
@@ -93,9 +99,20 @@ class Wires:
 class Wire(asyncio.Transport):
     """A connected socket that does not block. `start` it once."""
 
-    __slots__ = ("_backlog", "_events", "_high", "_paused", "_protocol", "_state", "_wires", "socket")
+    __slots__ = (
+        "_backlog",
+        "_events",
+        "_high",
+        "_paused",
+        "_peer",
+        "_protocol",
+        "_state",
+        "_wires",
+        "left",
+        "socket",
+    )
 
-    def __init__(self, wires: Wires, connected: socket.socket, protocol: asyncio.Protocol) -> None:
+    def __init__(self, wires: Wires, connected: Socket, protocol: asyncio.Protocol) -> None:
         self._wires = wires
         self._protocol = protocol
         self.socket = connected
@@ -104,11 +121,15 @@ class Wire(asyncio.Transport):
         self._events = 0  # that it is in the epoll for
         self._paused = False  # the protocol was told to pause
         self._state = OPEN
+        self.left = False  # the peer had closed its side when something of it was read last
+        self._peer: Any = None  # its name, while the connection is being made: kept, it would take 140 bytes
 
-    def start(self) -> None:
+    def start(self, peer: Any = None) -> None:
+        self._peer = peer
         self._wires.add(self)
         self._watch(READ)
         self._protocol.connection_made(self)
+        self._peer = None
 
     # For the protocol
 
@@ -118,9 +139,11 @@ class Wire(asyncio.Transport):
                 case "socket":
                     return self.socket
                 case "peername":
-                    return self.socket.getpeername()
+                    return self._peer or self.socket.getpeername()
                 case "sockname":
                     return self.socket.getsockname()
+                case "left":
+                    return self.left
         except OSError:  # it is not connected any more
             pass
         return default

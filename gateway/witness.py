@@ -88,7 +88,7 @@ class Witness:
         network = self.learning.network(connection.profile, link)
         network.connected()
         connection.network = network
-        connection.voice = voice_of(app_id, connection.peer[0])
+        connection.voice = voice_of(app_id, connection.voice)
         connection.since = now
         suspect = self._suspects.pop((app_id, devno), None)
         if suspect is not None and suspect.is_proven(network, now):

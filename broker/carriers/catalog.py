@@ -36,6 +36,7 @@ class Catalog:
         "_operators",
         "_proxies",
         "default",
+        "knows_ports",
         "profiles",
     )
 
@@ -45,6 +46,7 @@ class Catalog:
         self._networks = Prefixes((prefix, profiles[name]) for prefix, (name, _) in found.networks.items())
         self._proxies = Prefixes((prefix, profiles[name]) for prefix, (name, _) in found.proxies.items())
         self._listeners = {text: one for one in profiles.values() for text in one.recognise.listeners}
+        self.knows_ports = any(text.isdecimal() for text in self._listeners)  # if not, any will do
         self._operators = {text: one for one in profiles.values() for text in one.recognise.operators}
         self._links = {str(text): one for one in profiles.values() for text in one.recognise.links}
         self._names = {

@@ -26,11 +26,15 @@ SPOKEN: Final = 1 / 200  # of all trials; with fewer a panel has no opinion: a t
 KEYS: Final = 2 * PANELS * 2 * BINS  # at most, in what is counted of one network
 
 
-def voice_of(app_id: int, address: str) -> int:
-    """Of a device: which two panels it is in. `address` may be none."""
+def panel_of(address: str) -> int:
+    """By the network that a device comes from. `address` may be none."""
     packed = pack(address) or b""
-    source = packed[:3] if len(packed) == IPV4 else packed[:6]
-    return app_id % PANELS * PANELS + crc32(source) % PANELS
+    return crc32(packed[:3] if len(packed) == IPV4 else packed[:6]) % PANELS
+
+
+def voice_of(app_id: int, panel: int) -> int:
+    """Of a device: which two panels it is in. `panel`: by its network."""
+    return app_id % PANELS * PANELS + panel
 
 
 def count_in(panels: dict[int, int], voice: int, silence: int, *, died: bool) -> None:

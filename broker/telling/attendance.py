@@ -89,9 +89,10 @@ class Attendance:
 
     def _roll(self, app_id: int, activity: str, hour: int) -> BitMap:
         """Those seen in this hour. Whoever had a route when an hour began was online in it."""
-        last, seen = self._seen.get((app_id, activity), (0, BitMap()))
-        if last == hour:
-            return seen
+        known = self._seen.get((app_id, activity))
+        if known is not None and known[0] == hour:
+            return known[1]
+        last = 0 if known is None else known[0]
         there = self._routed(app_id) if activity == Activity.ONLINE and last else BitMap()
         if there:
             # The clock may have stood still for long, or been put back

@@ -13,11 +13,10 @@ import secrets
 from base64 import urlsafe_b64encode
 from binascii import Error as Base64Error
 from binascii import a2b_base64
-from dataclasses import dataclass
 from hashlib import blake2b
 from string import ascii_letters, digits
 from struct import Struct
-from typing import Final
+from typing import Final, NamedTuple
 
 from broker.model import PLATFORMS, App
 
@@ -26,6 +25,7 @@ LENGTH: Final = 40  # 30 bytes, so no padding
 CLAIMS_LENGTH: Final = 19  # of these characters, what is not yet the signature
 
 _CLAIMS: Final = Struct(">BBIII")  # version, platform, devno, generation, expires_at
+_CLAIMS_SIZE: Final = _CLAIMS.size
 _MAC_SIZE: Final = 16
 _PLATFORM_CODES: Final = {name: code for code, name in enumerate(PLATFORMS)}
 _FROM_URLSAFE: Final = bytes.maketrans(b"-_", b"+/")
@@ -49,8 +49,7 @@ class TokenError(Exception):
         super().__init__(reason)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenClaims:
+class TokenClaims(NamedTuple):
     devno: int
     platform: str
     generation: int  # the caller compares it with store.token_generations(app_id).get(devno, 0)
@@ -78,10 +77,10 @@ def verify(app: App, registration_id: str, token: bytes, now: float) -> TokenCla
         raw = a2b_base64(token.translate(_FROM_URLSAFE))
     except Base64Error:
         raise TokenError("malformed") from None
-    if len(raw) != _CLAIMS.size + _MAC_SIZE or raw[0] != VERSION:
+    if len(raw) != _CLAIMS_SIZE + _MAC_SIZE or raw[0] != VERSION:
         raise TokenError("malformed")
-    claims = raw[: _CLAIMS.size]
-    if not hmac.compare_digest(raw[_CLAIMS.size :], _mac(app, registration_id, claims)):
+    claims = raw[:_CLAIMS_SIZE]
+    if not hmac.compare_digest(raw[_CLAIMS_SIZE:], _mac(app, registration_id, claims)):
         raise TokenError("signature")
     _, platform, devno, generation, expires_at = _CLAIMS.unpack(claims)
     if now >= expires_at:
@@ -102,7 +101,7 @@ def reissue(app: App, registration_id: str, claims: str) -> str:
         raw = a2b_base64(claims.encode().translate(_FROM_URLSAFE) + b"=")
     except Base64Error:
         raise TokenError("malformed") from None
-    if len(raw) != _CLAIMS.size or raw[0] != VERSION:
+    if len(raw) != _CLAIMS_SIZE or raw[0] != VERSION:
         raise TokenError("malformed")
     return urlsafe_b64encode(raw + _mac(app, registration_id, raw)).decode()
 

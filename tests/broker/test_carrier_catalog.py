@@ -64,6 +64,7 @@ def test_a_way_in_wins_over_an_address(
     catalog: Catalog, address: str, listener: str, port: int, proxy: str, name: str
 ) -> None:
     assert catalog.at_accept(address, listener=listener, port=port, proxy=proxy).name == name
+    assert catalog.knows_ports
 
 
 @pytest.mark.parametrize(
@@ -149,6 +150,7 @@ def test_the_profiles_that_come_along_recognise_theirs(carrier: str, link: str, 
 )
 def test_and_some_addresses(address: str, name: str) -> None:
     assert Catalog.read(None).at_accept(address, listener="tcp", port=1883).name == name
+    assert not Catalog.read(None).knows_ports
 
 
 # Reload

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.carriers.panels import KEYS, PANELS, SPOKEN, Silences, count_in, voice_of
+from broker.carriers.panels import KEYS, PANELS, SPOKEN, Silences, count_in, panel_of, voice_of
 from broker.carriers.silences import BINS, LEAST, LEAST_DEATHS, advise, bin_of, weigh
 from broker.carriers.tally import Tally
 
@@ -18,6 +18,10 @@ ADDRESSES = [f"198.51.{n}.7" for n in range(40)]
 Panels = dict[int, int]
 
 
+def voice(app: int, address: str) -> int:
+    return voice_of(app, panel_of(address))
+
+
 def ended(
     panels: Panels, apps: range, addresses: list[str], silence: float, count: int, *, died: bool
 ) -> None:
@@ -25,7 +29,7 @@ def ended(
     for app in apps:
         for address in addresses:
             for _ in range(count):
-                count_in(panels, voice_of(app, address), bin_of(silence), died=died)
+                count_in(panels, voice(app, address), bin_of(silence), died=died)
 
 
 def told(panels: Panels) -> int:
@@ -130,11 +134,11 @@ def test_the_profiles_bounds_hold_whatever_is_counted(panels: Panels, wish: int)
 
 
 def test_a_voice_is_that_of_the_app_and_the_network_of_the_address() -> None:
-    assert voice_of(7, "198.51.100.1") == voice_of(7, "198.51.100.254") == voice_of(7, "::ffff:198.51.100.9")
-    assert voice_of(7, "2001:db8:1::1") == voice_of(7, "2001:db8:1:ffff::9")
-    assert len({voice_of(0, address) for address in ADDRESSES}) == PANELS
-    assert len({voice_of(app, "") for app in APPS}) == PANELS
-    assert {voice_of(app, address) for app in APPS for address in ADDRESSES} == set(range(PANELS * PANELS))
+    assert voice(7, "198.51.100.1") == voice(7, "198.51.100.254") == voice(7, "::ffff:198.51.100.9")
+    assert voice(7, "2001:db8:1::1") == voice(7, "2001:db8:1:ffff::9")
+    assert len({voice(0, address) for address in ADDRESSES}) == PANELS
+    assert len({voice(app, "") for app in APPS}) == PANELS
+    assert {voice(app, address) for app in APPS for address in ADDRESSES} == set(range(PANELS * PANELS))
 
 
 def test_what_is_kept_of_a_network_is_bounded_whoever_counts() -> None:

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from broker.carriers.catalog import Carriers
 from broker.carriers.command import carriers
-from broker.carriers.panels import PANELS, voice_of
+from broker.carriers.panels import PANELS, panel_of, voice_of
 from broker.carriers.silences import BINS, LEAST, LEAST_DEATHS, bin_of, floor_of
 from broker.carriers.tally import Tally
 from broker.config import load_config
@@ -223,7 +223,7 @@ async def test_each_silence_counts(world: World) -> None:
 async def test_silences_count_in_the_panels_of_their_app_and_address(world: World) -> None:
     """Survived ones, and those that a device was forgotten in."""
     phone = await online(world)
-    voice = voice_of(world.app.app_id, phone.connection.peer[0])
+    voice = voice_of(world.app.app_id, panel_of(phone.connection.peer[0]))
     assert voice > 0
     by_app, by_source = divmod(voice, PANELS)
     passes(world, 240.0, phone)

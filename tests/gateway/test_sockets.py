@@ -299,6 +299,16 @@ async def test_and_again_when_connect_says_whose_it_is(world: World) -> None:
         assert timeout_of(connection) == 70_000
 
 
+async def test_a_carrier_may_have_a_port_of_its_own(world: World, carriers: Path) -> None:
+    with contextlib.closing(listen_tcp(world.node, "127.0.0.1", 0)) as listener:
+        name = listener.sockets[0].getsockname()
+        (carriers / "own.toml").write_text(f"[recognise]\nlisteners = ['{name[1]}']\n")
+        world.node.carriers.reload()
+        with socket.create_connection(name):
+            await world.when(lambda: world.node.arrivals.opening)
+            assert [connection.profile.name for connection in world.node.arrivals.opening] == ["own"]
+
+
 async def test_others_have_what_the_system_gives(world: World) -> None:
     async with connected(world, "127.0.0.3") as connection:
         assert connection.profile.name == "default"

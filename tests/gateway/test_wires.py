@@ -174,6 +174,30 @@ async def test_a_peer_that_ends_is_left(ends: Ends) -> None:
     assert ends.told.events == ["eof", None]
 
 
+async def test_what_comes_from_who_has_left_is_told_with_that(ends: Ends) -> None:
+    assert ends.wire.get_extra_info("left") is False
+    ends.theirs.sendall(b"here")
+    await until(lambda: ends.told.received == b"here")
+    assert ends.wire.get_extra_info("left") is False
+    left: list[bool] = []
+    ends.told.data_received = lambda _: left.append(ends.wire.get_extra_info("left"))  # type: ignore[method-assign]
+    ends.theirs.sendall(b"bye")
+    ends.theirs.shutdown(socket.SHUT_WR)
+    assert await ends.lost() is None
+    assert left == [True]
+
+
+async def test_the_name_of_the_peer_is_known_without_asking_while_a_wire_is_made(wires: Wires) -> None:
+    told = Told()
+    names: list[Any] = []
+    told.connection_made = lambda wire: names.append(wire.get_extra_info("peername"))  # type: ignore[method-assign]
+    with pair() as (ours, theirs):
+        ours.setblocking(False)
+        wires.connect(ours.dup(), told, ("192.0.2.1", 1))
+        wires.connect(ours.dup(), told)
+        assert names == [("192.0.2.1", 1), theirs.getsockname()]
+
+
 async def test_who_wants_it_may_still_write_to_a_peer_that_ended(ends: Ends) -> None:
     ends.told.keeps_open = True
     ends.theirs.shutdown(socket.SHUT_WR)
