@@ -8,15 +8,14 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import urllib.request
 from collections.abc import Container, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from random import Random, SystemRandom
+from random import Random
 from typing import Final
 
 import orjson
@@ -25,6 +24,7 @@ import redis
 
 from clients.local_server import Addresses, AppKeys, LocalServer
 from tests.faulty_bus import FaultyBus
+from tests.ports import free_port
 
 START_LIMIT: Final = 30.0  # seconds
 NODE_TIMEOUT: Final = 1000  # milliseconds until a master of a cluster is found dead
@@ -33,20 +33,6 @@ DURABLE: Final = ("--appendonly", "yes", "--appendfsync", "always", "--save", ""
 PROGRAM: Final = "redis-server"
 NOWHERE: Final = "127.0.0.1:1"  # what a node of one role has not
 ALL: Final = "all"
-
-
-def free_port() -> int:
-    """Below those that the kernel gives to connecting sockets, so that a killed server can come back to it; a cluster
-    takes the one 10,000 above as well."""
-    while True:
-        port = SystemRandom().randrange(11_000, 20_000)
-        with closing(socket.socket()) as first, closing(socket.socket()) as second:
-            try:
-                first.bind(("127.0.0.1", port))
-                second.bind(("127.0.0.1", port + 10_000))
-            except OSError:
-                continue
-            return port
 
 
 class Redis:

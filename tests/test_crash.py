@@ -13,10 +13,9 @@ import contextlib
 import itertools
 import os
 import signal
-import socket
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Coroutine
-from random import Random, SystemRandom
+from random import Random
 from typing import Any, Final
 
 import aiohttp
@@ -24,6 +23,7 @@ import orjson
 
 from clients.local_server import LocalServer
 from tests.crash_load import Device, HttpPublisher, Load, MqttPublisher
+from tests.ports import free_port
 
 ROUNDS: Final = int(os.environ.get("HOLDFAST_CRASH_ROUNDS", "8"))
 DRAIN_LIMIT: Final = 60.0  # seconds, for what the devices left unacknowledged in all rounds
@@ -68,17 +68,10 @@ async def test_nothing_accepted_is_lost_or_unaccounted_across_kills(
 
 
 def kept_ports() -> list[str]:
-    """Ports below those that the kernel gives to connecting sockets: a device that tries the dead server's port must
-    not be given that very port, or the server could not come back to it."""
-    flags = []
-    for listener in ("mqtt", "ws", "http", "admin"):
-        while True:
-            port = SystemRandom().randrange(20_000, 32_000)
-            with contextlib.closing(socket.socket()) as free, contextlib.suppress(OSError):
-                free.bind(("127.0.0.1", port))
-                break
-        flags += [f"--{listener}-port", str(port)]
-    return flags
+    """A device that tries the dead server's port must not be given that very port, or the server could not come back
+    to it."""
+    listeners = ("mqtt", "ws", "http", "admin")
+    return [word for listener in listeners for word in (f"--{listener}-port", str(free_port()))]
 
 
 def fleet(load: Load) -> list[Coroutine[Any, Any, None]]:

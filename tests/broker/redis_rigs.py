@@ -19,7 +19,9 @@ from typing import Any, Final
 import hiredis
 import pytest
 
-START_TIMEOUT: Final = 20.0  # seconds until a server answers, or a cluster is whole
+from tests.ports import free_port
+
+START_TIMEOUT: Final = 60.0  # seconds until a server answers, or a cluster is whole
 _REDIS: Final = shutil.which("redis-server", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/bin")
 
 
@@ -112,20 +114,6 @@ class Rig:
     def flush(self) -> None:
         for server in self.masters:
             server.command("FLUSHALL", "SYNC")
-
-
-_given: Final[set[int]] = set()
-
-
-def free_port() -> int:
-    """One that this process has not given to anybody yet."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        if port not in _given and port < 55_000:  # a cluster's servers also listen on port + 10,000
-            _given.add(port)
-            return port
 
 
 def until(true: Callable[..., object], message: str) -> None:

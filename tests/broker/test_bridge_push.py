@@ -29,6 +29,7 @@ from broker.store import StoreUnavailable
 from clients.local_server import LocalServer
 from gateway.mqtt import Puback, Publish
 from tests.gateway.peer import Peer, call, connect_packet, eventually
+from tests.ports import free_port
 
 PATIENCE: Final = 20.0
 
@@ -64,12 +65,6 @@ class ForeignBroker:
             (self._process.kill if kill else self._process.terminate)()
             self._process.wait(PATIENCE)
             self._process = None
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def make_mosquitto(folder: Path, *lines: str) -> ForeignBroker:

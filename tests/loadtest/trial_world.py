@@ -19,6 +19,7 @@ from loadtest.trial.run import run_trial
 from loadtest.trial.scenarios import SCENARIOS
 from loadtest.trial.target import Login, Target, read_http
 from tests.gateway.peer import eventually
+from tests.ports import free_port
 
 DEVICES = 30
 
@@ -76,12 +77,6 @@ def check_complete(result: Result, devices: int = DEVICES) -> None:
     assert (deliveries.lost, deliveries.under_way, deliveries.strayed) == (0, 0, 0)
     assert deliveries.latency.count == deliveries.arrived
     assert sum(window.due for window in result.windows) == pushes.sent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
