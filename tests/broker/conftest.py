@@ -35,6 +35,7 @@ from tests.broker.redis_rigs import (
     replicated,
     replicated_redis,
 )
+from tests.patience import PATIENCE
 
 # Fixtures.
 __all__ = ["cluster", "plain", "plain_redis", "redis_cluster", "replicated", "replicated_redis"]
@@ -137,7 +138,7 @@ class Service:
         return registered.device
 
     async def doorbell(self) -> Doorbell:
-        return await asyncio.wait_for(self.rung.get(), 5)
+        return await asyncio.wait_for(self.rung.get(), PATIENCE)
 
 
 Start = Callable[..., Awaitable[Service]]
@@ -159,7 +160,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
             stack.push_async_callback(broker.close)
             service = Service(store, bus, broker, limits, await broker.apps.create("test", **app), clock)
             stack.callback(bus.subscribe(service.hear))
-            door = Door(1000, limits.request_timeout)
+            door = Door(1000, PATIENCE)  # not limits.request_timeout: that is how long a body may take
             runner = door.runner(build_api(broker, service.counters.observe, peers))
             stack.push_async_callback(runner.cleanup)
             await door.open(runner, "127.0.0.1", 0)

@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -29,9 +28,8 @@ from broker.store import StoreUnavailable
 from clients.local_server import LocalServer
 from gateway.mqtt import Puback, Publish
 from tests.gateway.peer import Peer, call, connect_packet, eventually
+from tests.patience import PATIENCE, until
 from tests.ports import free_port
-
-PATIENCE: Final = 20.0
 
 needs_mosquitto = pytest.mark.skipif(
     not shutil.which("mosquitto"), reason="mosquitto: apt-get install mosquitto"
@@ -202,13 +200,6 @@ class Bridged:
     def sample(self, name: str) -> float:
         lines = self.metrics.render()[0].decode().splitlines()
         return next((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name} ")), 0.0)
-
-
-async def until(look: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not look():
-        assert time.monotonic() < deadline, "it never happened"
-        await asyncio.sleep(0.01)
 
 
 Start = Callable[..., Awaitable[Any]]

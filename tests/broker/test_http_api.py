@@ -15,6 +15,7 @@ import pytest
 
 from broker.limits import NO_LIMIT, Limits
 from broker.model import AppSettings
+from tests.patience import PATIENCE
 
 HELLO: dict[str, Any] = {"platform": "all", "audience": "all", "notification": {"alert": "hi"}}
 ITEM: dict[str, Any] = {"platform": "all", "target": "a", "notification": {"alert": "hi"}}
@@ -230,7 +231,7 @@ async def test_a_chunked_body_is_cut_off_at_the_limit(start: Any) -> None:
     )
     for _ in range(11):
         writer.write(b"3e8\r\n" + b" " * 1000 + b"\r\n")
-    answer = await asyncio.wait_for(reader.readuntil(b"}}"), 5)
+    answer = await asyncio.wait_for(reader.readuntil(b"}}"), PATIENCE)
     assert answer.startswith(b"HTTP/1.1 413 ")
     writer.close()
 

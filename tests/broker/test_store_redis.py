@@ -18,6 +18,7 @@ from tests.broker.activity_contract import ActivityContract
 from tests.broker.message_contract import MessageContract
 from tests.broker.redis_rigs import RedisServer, Rig, cluster_of_six, servers, until, with_replica
 from tests.broker.store_contract import HOUR, START, Clock, MakeStore, StoreContract, claimed, owed, push
+from tests.patience import PATIENCE
 
 
 class OnRedis(StoreContract, MessageContract, ActivityContract):
@@ -247,7 +248,7 @@ async def test_claims_wait_for_a_redis_that_is_away(own: RedisServer, process: P
     store.claim_route(app.app_id, 0, "n1", future.set_result)
     own.start()
     own.wait()
-    assert (await asyncio.wait_for(future, 20)).epoch
+    assert (await asyncio.wait_for(future, PATIENCE)).epoch
     assert list(await store.online(app.app_id)) == [0]
 
 
