@@ -41,6 +41,14 @@ from tests.patience import PATIENCE
 __all__ = ["cluster", "plain", "plain_redis", "redis_cluster", "replicated", "replicated_redis"]
 
 
+@pytest.fixture(autouse=True)
+def patient_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Redis of tests, or its replica, may have to wait for a processor."""
+    monkeypatch.setattr("broker.redis.wire.CONNECT_TIMEOUT", PATIENCE)
+    monkeypatch.setattr("broker.redis.wire.ANSWER_TIMEOUT", 2 * PATIENCE)
+    monkeypatch.setattr("broker.redis.engine.WAIT_TIMEOUT", PATIENCE)
+
+
 @dataclass
 class Answer:
     status: int
