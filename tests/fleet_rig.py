@@ -24,11 +24,11 @@ import redis
 
 from clients.local_server import Addresses, AppKeys, LocalServer
 from tests.faulty_bus import FaultyBus
-from tests.ports import free_port
+from tests.ports import free_port, listeners
 
-START_LIMIT: Final = 30.0  # seconds
+START_LIMIT: Final = 60.0  # seconds
 NODE_TIMEOUT: Final = 1000  # milliseconds until a master of a cluster is found dead
-ROLL_LIMIT: Final = 120.0  # seconds until all workers of a machine are replaced
+ROLL_LIMIT: Final = 300.0  # seconds until all workers of a machine are replaced
 DURABLE: Final = ("--appendonly", "yes", "--appendfsync", "always", "--save", "")
 PROGRAM: Final = "redis-server"
 NOWHERE: Final = "127.0.0.1:1"  # what a node of one role has not
@@ -195,7 +195,7 @@ class RedisCluster(OneRedis):
             server.start("--cluster-node-timeout", "15000")  # who does not answer MEET in time is forgotten
         members = [f"127.0.0.1:{server.port}" for server in self.servers]
         create = ("redis-cli", "--cluster", "create", *members, "--cluster-replicas", "1", "--cluster-yes")
-        subprocess.run(create, check=True, capture_output=True, timeout=60)
+        subprocess.run(create, check=True, capture_output=True, timeout=4 * START_LIMIT)
         deadline = time.monotonic() + START_LIMIT
         while not all(self._agrees(server) for server in self.servers):
             assert time.monotonic() < deadline, "the cluster does not agree"
@@ -241,7 +241,7 @@ class Node(LocalServer):
 
     def workers(self) -> dict[int, str]:
         """Of a node with `--workers`: process -> state."""
-        with urllib.request.urlopen(f"{self.addresses.admin}/healthz", timeout=10) as response:
+        with urllib.request.urlopen(f"{self.addresses.admin}/healthz", timeout=START_LIMIT) as response:
             return {worker["pid"]: worker["state"] for worker in orjson.loads(response.read())["workers"]}
 
     def replace_workers(self) -> None:
@@ -271,6 +271,7 @@ class Fleet:
         self.nodes = [
             Node(
                 directory / f"node-{n}",
+                *listeners(),
                 "--store", store.url(n), "--node-id", f"node-{n}", "--role", role,
                 "--server-demo-app", "false", *store.flags, *flags,
             )

@@ -27,3 +27,9 @@ def free_port() -> int:
                 continue
         _marks.append(mark)
         return port
+
+
+def listeners() -> list[str]:
+    """Flags of a server of ours that may be killed: who connects to a port of the kernel's own, when nobody is there,
+    can be given that very port, and the server could not come back."""
+    return [word for name in ("mqtt", "ws", "http", "admin") for word in (f"--{name}-port", str(free_port()))]

@@ -23,7 +23,6 @@ import orjson
 
 from clients.local_server import LocalServer
 from tests.crash_load import Device, HttpPublisher, Load, MqttPublisher
-from tests.ports import free_port
 
 ROUNDS: Final = int(os.environ.get("HOLDFAST_CRASH_ROUNDS", "8"))
 DRAIN_LIMIT: Final = 60.0  # seconds, for what the devices left unacknowledged in all rounds
@@ -38,7 +37,7 @@ FLAGS: Final = (
 async def test_nothing_accepted_is_lost_or_unaccounted_across_kills(
     start_server: Callable[..., LocalServer], seed: int
 ) -> None:
-    server = await asyncio.to_thread(start_server, *FLAGS, *kept_ports())
+    server = await asyncio.to_thread(start_server, *FLAGS)
     load = Load(server, seed)
     async with load.session() as http:
         await load.register(http)
@@ -65,13 +64,6 @@ async def test_nothing_accepted_is_lost_or_unaccounted_across_kills(
     assert not mistakes, f"HOLDFAST_CRASH_SEED={seed}, {counts}: {len(mistakes)} mistakes\n" + "\n".join(
         mistakes[:20]
     )
-
-
-def kept_ports() -> list[str]:
-    """A device that tries the dead server's port must not be given that very port, or the server could not come back
-    to it."""
-    listeners = ("mqtt", "ws", "http", "admin")
-    return [word for listener in listeners for word in (f"--{listener}-port", str(free_port()))]
 
 
 def fleet(load: Load) -> list[Coroutine[Any, Any, None]]:

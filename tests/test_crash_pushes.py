@@ -43,7 +43,7 @@ from tests.crash_pushes import (
     make_zones,
     sum_mistake,
 )
-from tests.test_crash import after_a_while, after_an_answer, kept_ports, running
+from tests.test_crash import after_a_while, after_an_answer, running
 
 ROUNDS: Final = int(os.environ.get("HOLDFAST_CRASH_ROUNDS", "5"))
 AWAY: Final = 61.0  # seconds that the server seems to be away in the end, so that plans of a minute end
@@ -73,7 +73,7 @@ async def test_every_push_is_whole_once_and_accounted_for_across_kills(
 ) -> None:
     make_zones(tmp_path)
     monkeypatch.setenv("PYTHONTZPATH", os.pathsep.join((str(tmp_path), *zoneinfo.TZPATH)))
-    server = await asyncio.to_thread(start_server, *FLAGS, *kept_ports())
+    server = await asyncio.to_thread(start_server, *FLAGS)
     load = await asyncio.to_thread(Load, server, seed)
     async with load.receiver.listening():
         await set_up(load)

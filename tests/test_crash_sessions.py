@@ -19,7 +19,6 @@ from typing import Final
 
 from clients.local_server import LocalServer
 from tests.crash_sessions import WATCHED, Load
-from tests.test_crash import kept_ports
 
 ROUNDS: Final = int(os.environ.get("HOLDFAST_CRASH_ROUNDS", "6"))
 DRAIN_LIMIT: Final = 60.0  # seconds, for what was left unacknowledged in all rounds
@@ -34,7 +33,7 @@ FLAGS: Final = (
 async def test_ordinary_messages_arrive_as_promised_across_kills(
     start_server: Callable[..., LocalServer], seed: int
 ) -> None:
-    server = await asyncio.to_thread(start_server, *FLAGS, *kept_ports())
+    server = await asyncio.to_thread(start_server, *FLAGS)
     load = Load(server, seed)
     for subscriber in load.subscribers:
         await subscriber.subscribe()

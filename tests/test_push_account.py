@@ -17,9 +17,9 @@ from clients.device import Device, LinkSettings, Push
 from clients.local_server import LocalServer
 from gateway.mqtt import Connect, Publish
 from tests.crash_load import Wire
+from tests.patience import PATIENCE
 
-PATIENCE = 10.0
-QUICK = LinkSettings(backoff_base=0.05, backoff_cap=0.2, answer_timeout=5)
+QUICK = LinkSettings(backoff_base=0.05, backoff_cap=0.2, answer_timeout=PATIENCE)
 STATES = ("delivered", "pending", "expired", "evicted", "recalled", "suppressed")
 
 

@@ -22,10 +22,10 @@ from clients.command_app import start_of_last
 from clients.command_pushes import Lines, _within, is_over
 from clients.local_server import AppKeys, LocalServer
 from clients.publisher import RECEIPTS, STATES, Progress, PushReport, TraceStep
+from tests.patience import PATIENCE
 
 SOON = (datetime.now(UTC) + timedelta(days=2)).strftime("%Y-%m-%d %H:%M:%S")
 LATER = (datetime.now(UTC) + timedelta(days=90)).strftime("%Y-%m-%d %H:%M:%S")
-PATIENCE = 10.0  # seconds
 
 
 class Shell:

@@ -19,6 +19,7 @@ from loadtest.trial.run import run_trial
 from loadtest.trial.scenarios import SCENARIOS
 from loadtest.trial.target import Login, Target, read_http
 from tests.gateway.peer import eventually
+from tests.patience import PATIENCE
 from tests.ports import free_port
 
 DEVICES = 30
@@ -90,7 +91,7 @@ def running_mosquitto(folder: Path, *lines: str) -> Iterator[Target]:
     with (folder / "mosquitto.log").open("wb") as log:
         process = subprocess.Popen([program, "-c", str(folder / "mosquitto.conf")], stderr=log)
     try:
-        eventually(lambda: _listens(address))
+        eventually(lambda: _listens(address), PATIENCE)
         yield Target("mqtt", address, pid=process.pid)
     finally:
         process.kill()
