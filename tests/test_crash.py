@@ -25,7 +25,7 @@ from clients.local_server import LocalServer
 from tests.crash_load import Device, HttpPublisher, Load, MqttPublisher
 
 ROUNDS: Final = int(os.environ.get("HOLDFAST_CRASH_ROUNDS", "8"))
-DRAIN_LIMIT: Final = 60.0  # seconds, for what the devices left unacknowledged in all rounds
+DRAIN_LIMIT: Final = 180.0  # seconds, for what the devices left unacknowledged in all rounds
 FLAGS: Final = (
     "--push-fanout-limit", "12",  # so that both inboxes and the broadcast log are in use
     "--push-offline-limit", "1000000",  # nothing is evicted: every target must be reached

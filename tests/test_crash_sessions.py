@@ -21,7 +21,7 @@ from clients.local_server import LocalServer
 from tests.crash_sessions import WATCHED, Load
 
 ROUNDS: Final = int(os.environ.get("HOLDFAST_CRASH_ROUNDS", "6"))
-DRAIN_LIMIT: Final = 60.0  # seconds, for what was left unacknowledged in all rounds
+DRAIN_LIMIT: Final = 180.0  # seconds, for what was left unacknowledged in all rounds
 FLAGS: Final = (
     "--mqtt-max-queued", "1000000",  # nothing is dropped: every message must arrive
     "--mqtt-max-queued-bytes", "1000000000",

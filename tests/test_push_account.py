@@ -134,11 +134,13 @@ async def test_what_was_sent_and_not_acknowledged_is_told_apart(
         properties={"session_expiry_interval": 600},
     )  # fmt: skip
     wire = await Wire.open(server.addresses.mqtt, connect)
-    msg_id = await backend.push("silent")
-    async with asyncio.timeout(PATIENCE):
-        while not isinstance(wire.next(), Publish):
-            await wire.fill()
-    wire.abort()
+    try:
+        msg_id = await backend.push("silent")
+        async with asyncio.timeout(PATIENCE):
+            while not isinstance(wire.next(), Publish):
+                await wire.fill()
+    finally:
+        wire.abort()
     report = await backend.becomes(msg_id, sent=1)
     assert (report["delivered"], report["pending"], report["online"]) == (0, 1, 1)
     trace = await backend.call("GET", f"/v1/pushes/{msg_id}/devices/silent")
