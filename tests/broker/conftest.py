@@ -24,6 +24,7 @@ from broker.bus_local import LocalBus
 from broker.limits import Limits
 from broker.model import App, Device
 from broker.pushing.pushes import Pushes
+from broker.redis.spreading import Spreader
 from broker.store_sqlite import SqliteStore
 from broker.telling.reports import Reports
 from broker.tenants.apps import Apps
@@ -41,12 +42,17 @@ from tests.patience import PATIENCE
 __all__ = ["cluster", "plain", "plain_redis", "redis_cluster", "replicated", "replicated_redis"]
 
 
+HOUR = 3_600_000  # milliseconds
+
+
 @pytest.fixture(autouse=True)
-def patient_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Redis of tests, or its replica, may have to wait for a processor."""
+def patient_redis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Redis of tests, or its replica, may have to wait for a processor; locks end by the clock of the test."""
     monkeypatch.setattr("broker.redis.wire.CONNECT_TIMEOUT", PATIENCE)
     monkeypatch.setattr("broker.redis.wire.ANSWER_TIMEOUT", 2 * PATIENCE)
     monkeypatch.setattr("broker.redis.engine.WAIT_TIMEOUT", PATIENCE)
+    lock_times = Spreader.lock_times
+    monkeypatch.setattr(Spreader, "lock_times", staticmethod(lambda now: (lock_times(now)[0], HOUR)))
 
 
 @dataclass
