@@ -12,7 +12,9 @@ from typing import Any
 import aiohttp
 import orjson
 import pytest
+from aiohttp.http_parser import DeflateBuffer
 
+import broker.api.call
 from broker.api.call import ApiCounters
 from broker.api.door import Door
 from broker.api.http import build_api
@@ -53,6 +55,19 @@ def patient_redis(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("broker.redis.engine.WAIT_TIMEOUT", PATIENCE)
     lock_times = Spreader.lock_times
     monkeypatch.setattr(Spreader, "lock_times", staticmethod(lambda now: (lock_times(now)[0], HOUR)))
+
+
+@pytest.fixture
+def inflated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Who inflated something: aiohttp, or we."""
+    told: list[str] = []
+
+    def note(who: str, inflate: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: (told.append(who), inflate(*arguments))[1]
+
+    monkeypatch.setattr(DeflateBuffer, "feed_data", note("aiohttp", DeflateBuffer.feed_data))
+    monkeypatch.setattr(broker.api.call, "_inflate", note("we", broker.api.call._inflate))
+    return told
 
 
 @dataclass
