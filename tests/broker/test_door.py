@@ -23,6 +23,7 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Connect = Callable[[], Awaitable[Streams]]
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+GET_SMALL = GET.replace(b"/ ", b"/small ")
 SOON = 0.05  # seconds; a slow machine may need more to make a request
 NEVER = 600.0
 
@@ -31,10 +32,15 @@ async def _answer(_: web.Request) -> web.Response:
     return web.Response(body=b"x" * (8 << 20))
 
 
+async def _answer_little(_: web.Request) -> web.Response:
+    return web.Response(text="x")
+
+
 @asynccontextmanager
 async def _listening(door: Door) -> AsyncIterator[Connect]:
     application = web.Application()
     application.router.add_get("/", _answer)
+    application.router.add_get("/small", _answer_little)
     runner = door.runner(application)
     await door.open(runner, "127.0.0.1", 0)
     writers: list[asyncio.StreamWriter] = []
@@ -65,11 +71,11 @@ async def _status(reader: asyncio.StreamReader) -> bytes:
     return (await asyncio.wait_for(reader.readuntil(b"\r\n"), PATIENCE)).split()[1]
 
 
-async def _answered(connect: Connect) -> Streams:
+async def _answered(connect: Connect, request: bytes) -> Streams:
     """A connection whose first request was soon enough, and the head of the answer to it."""
     while True:
         reader, writer = await connect()
-        writer.write(GET)
+        writer.write(request)
         with suppress(ConnectionResetError, asyncio.IncompleteReadError):
             head = await reader.readuntil(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 200")
@@ -138,18 +144,18 @@ async def test_a_connection_without_a_whole_request_is_closed(sent: bytes) -> No
 
 async def test_a_connection_that_made_a_request_may_rest() -> None:
     async with _listening(Door(2, SOON)) as connect:
-        reader, writer = await _answered(connect)
-        await reader.readexactly(8 << 20)
+        reader, writer = await _answered(connect, GET_SMALL)
+        await reader.readexactly(1)
         silent, _ = await connect()
         assert await _end(silent) == b"", "it is longer than the limit"
-        writer.write(GET)
+        writer.write(GET_SMALL)
         assert await _status(reader) == b"200"
 
 
 async def test_an_answer_that_nobody_reads_ends() -> None:
     door = Door(2, SOON)
     async with _listening(door) as connect:
-        reader, _ = await _answered(connect)
+        reader, _ = await _answered(connect, GET)
         silent, _ = await connect()
         assert await _end(silent) == b""
         assert len(await _end(reader)) < 8 << 20
