@@ -21,6 +21,7 @@ START_LIMIT: Final = (
     60.0  # seconds until the server says that it listens; one that was killed waits for its lease
 )
 STOP_LIMIT: Final = 30.0
+ANSWER_LIMIT: Final = 60.0  # seconds for one of its administrator's calls
 LOG_TAIL: Final = 2000  # characters of the log in an error
 
 
@@ -182,13 +183,13 @@ class LocalServer:
             data=orjson.dumps(body),
             headers={"Authorization": f"Basic {login}"},
         )
-        with urllib.request.urlopen(request, timeout=10) as response:
+        with urllib.request.urlopen(request, timeout=ANSWER_LIMIT) as response:
             answer: dict[str, Any] = orjson.loads(response.read())
         return answer
 
     def metrics(self) -> dict[str, float]:
         """Every sample of /metrics by its name and labels, as they are written there."""
-        with urllib.request.urlopen(f"{self.addresses.admin}/metrics", timeout=10) as response:
+        with urllib.request.urlopen(f"{self.addresses.admin}/metrics", timeout=ANSWER_LIMIT) as response:
             lines = response.read().decode().splitlines()
         samples = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
         return {name: float(value) for name, value in samples}

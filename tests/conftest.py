@@ -15,6 +15,7 @@ import pytest
 from hypothesis import settings
 
 from clients.local_server import LocalServer
+from tests.ports import listeners
 
 StartServer = Callable[..., LocalServer]
 
@@ -28,7 +29,7 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartServ
     servers: list[LocalServer] = []
 
     def start(*flags: str) -> LocalServer:
-        servers.append(LocalServer(tmp_path_factory.mktemp("server"), *flags))
+        servers.append(LocalServer(tmp_path_factory.mktemp("server"), *listeners(), *flags))
         servers[-1].start()
         return servers[-1]
 

@@ -35,8 +35,8 @@ from gateway.mqtt import (
 DEVICES: Final = 50
 TAGS: Final = tuple(f"tag{n}" for n in range(6))
 MAX_PACKET: Final = 1 << 20
-HANDSHAKE_LIMIT: Final = 10.0  # seconds; far beyond what a live server takes
-CLOSED_LIMIT: Final = 40.0  # seconds until a connection that was taken over must be closed
+HANDSHAKE_LIMIT: Final = 30.0  # seconds; far beyond what a live server takes
+CLOSED_LIMIT: Final = 90.0  # seconds until a connection that was taken over must be closed
 AGAIN_AFTER: Final = 0.05  # seconds until a device or publisher tries a dead server again
 BUSY: Final = (
     Reason.SERVER_UNAVAILABLE,

@@ -8,15 +8,14 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import urllib.request
 from collections.abc import Container, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from random import Random, SystemRandom
+from random import Random
 from typing import Final
 
 import orjson
@@ -25,28 +24,15 @@ import redis
 
 from clients.local_server import Addresses, AppKeys, LocalServer
 from tests.faulty_bus import FaultyBus
+from tests.ports import free_port, listeners
 
-START_LIMIT: Final = 30.0  # seconds
+START_LIMIT: Final = 60.0  # seconds
 NODE_TIMEOUT: Final = 1000  # milliseconds until a master of a cluster is found dead
-ROLL_LIMIT: Final = 120.0  # seconds until all workers of a machine are replaced
+ROLL_LIMIT: Final = 300.0  # seconds until all workers of a machine are replaced
 DURABLE: Final = ("--appendonly", "yes", "--appendfsync", "always", "--save", "")
 PROGRAM: Final = "redis-server"
 NOWHERE: Final = "127.0.0.1:1"  # what a node of one role has not
 ALL: Final = "all"
-
-
-def free_port() -> int:
-    """Below those that the kernel gives to connecting sockets, so that a killed server can come back to it; a cluster
-    takes the one 10,000 above as well."""
-    while True:
-        port = SystemRandom().randrange(11_000, 20_000)
-        with closing(socket.socket()) as first, closing(socket.socket()) as second:
-            try:
-                first.bind(("127.0.0.1", port))
-                second.bind(("127.0.0.1", port + 10_000))
-            except OSError:
-                continue
-            return port
 
 
 class Redis:
@@ -209,7 +195,7 @@ class RedisCluster(OneRedis):
             server.start("--cluster-node-timeout", "15000")  # who does not answer MEET in time is forgotten
         members = [f"127.0.0.1:{server.port}" for server in self.servers]
         create = ("redis-cli", "--cluster", "create", *members, "--cluster-replicas", "1", "--cluster-yes")
-        subprocess.run(create, check=True, capture_output=True, timeout=60)
+        subprocess.run(create, check=True, capture_output=True, timeout=4 * START_LIMIT)
         deadline = time.monotonic() + START_LIMIT
         while not all(self._agrees(server) for server in self.servers):
             assert time.monotonic() < deadline, "the cluster does not agree"
@@ -255,7 +241,7 @@ class Node(LocalServer):
 
     def workers(self) -> dict[int, str]:
         """Of a node with `--workers`: process -> state."""
-        with urllib.request.urlopen(f"{self.addresses.admin}/healthz", timeout=10) as response:
+        with urllib.request.urlopen(f"{self.addresses.admin}/healthz", timeout=START_LIMIT) as response:
             return {worker["pid"]: worker["state"] for worker in orjson.loads(response.read())["workers"]}
 
     def replace_workers(self) -> None:
@@ -285,6 +271,7 @@ class Fleet:
         self.nodes = [
             Node(
                 directory / f"node-{n}",
+                *listeners(),
                 "--store", store.url(n), "--node-id", f"node-{n}", "--role", role,
                 "--server-demo-app", "false", *store.flags, *flags,
             )

@@ -13,10 +13,9 @@ import contextlib
 import itertools
 import os
 import signal
-import socket
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Coroutine
-from random import Random, SystemRandom
+from random import Random
 from typing import Any, Final
 
 import aiohttp
@@ -26,7 +25,7 @@ from clients.local_server import LocalServer
 from tests.crash_load import Device, HttpPublisher, Load, MqttPublisher
 
 ROUNDS: Final = int(os.environ.get("HOLDFAST_CRASH_ROUNDS", "8"))
-DRAIN_LIMIT: Final = 60.0  # seconds, for what the devices left unacknowledged in all rounds
+DRAIN_LIMIT: Final = 180.0  # seconds, for what the devices left unacknowledged in all rounds
 FLAGS: Final = (
     "--push-fanout-limit", "12",  # so that both inboxes and the broadcast log are in use
     "--push-offline-limit", "1000000",  # nothing is evicted: every target must be reached
@@ -38,7 +37,7 @@ FLAGS: Final = (
 async def test_nothing_accepted_is_lost_or_unaccounted_across_kills(
     start_server: Callable[..., LocalServer], seed: int
 ) -> None:
-    server = await asyncio.to_thread(start_server, *FLAGS, *kept_ports())
+    server = await asyncio.to_thread(start_server, *FLAGS)
     load = Load(server, seed)
     async with load.session() as http:
         await load.register(http)
@@ -65,20 +64,6 @@ async def test_nothing_accepted_is_lost_or_unaccounted_across_kills(
     assert not mistakes, f"HOLDFAST_CRASH_SEED={seed}, {counts}: {len(mistakes)} mistakes\n" + "\n".join(
         mistakes[:20]
     )
-
-
-def kept_ports() -> list[str]:
-    """Ports below those that the kernel gives to connecting sockets: a device that tries the dead server's port must
-    not be given that very port, or the server could not come back to it."""
-    flags = []
-    for listener in ("mqtt", "ws", "http", "admin"):
-        while True:
-            port = SystemRandom().randrange(20_000, 32_000)
-            with contextlib.closing(socket.socket()) as free, contextlib.suppress(OSError):
-                free.bind(("127.0.0.1", port))
-                break
-        flags += [f"--{listener}-port", str(port)]
-    return flags
 
 
 def fleet(load: Load) -> list[Coroutine[Any, Any, None]]:

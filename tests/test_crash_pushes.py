@@ -43,13 +43,13 @@ from tests.crash_pushes import (
     make_zones,
     sum_mistake,
 )
-from tests.test_crash import after_a_while, after_an_answer, kept_ports, running
+from tests.test_crash import after_a_while, after_an_answer, running
 
 ROUNDS: Final = int(os.environ.get("HOLDFAST_CRASH_ROUNDS", "5"))
 AWAY: Final = 61.0  # seconds that the server seems to be away in the end, so that plans of a minute end
 PATIENCE: Final = 30.0 if ROUNDS > 12 else 3.0  # seconds that a slow push may take when the load is over
-CALM_LIMIT: Final = 40.0  # seconds until nothing is pending
-NOTICE_LIMIT: Final = 5.0
+CALM_LIMIT: Final = 120.0  # seconds until nothing is pending
+NOTICE_LIMIT: Final = 30.0
 PUBLISHERS: Final = {"plain": 4, "quiet": 2, "capped": 2}
 LEASE: Final = 150.0  # seconds; a callback event that was being told at a kill comes again in this time
 CALL: Final = 0.015  # seconds that a call may take
@@ -73,7 +73,7 @@ async def test_every_push_is_whole_once_and_accounted_for_across_kills(
 ) -> None:
     make_zones(tmp_path)
     monkeypatch.setenv("PYTHONTZPATH", os.pathsep.join((str(tmp_path), *zoneinfo.TZPATH)))
-    server = await asyncio.to_thread(start_server, *FLAGS, *kept_ports())
+    server = await asyncio.to_thread(start_server, *FLAGS)
     load = await asyncio.to_thread(Load, server, seed)
     async with load.receiver.listening():
         await set_up(load)

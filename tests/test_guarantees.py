@@ -27,6 +27,7 @@ from gateway.mqtt import (
     Subscription,
 )
 from tests.crash_load import Wire
+from tests.patience import PATIENCE
 
 WINDOW, NEWEST = 4, 3
 FLAGS = (
@@ -35,7 +36,6 @@ FLAGS = (
     "--mqtt-max-inflight", str(WINDOW),
     "--mqtt-max-subscriptions", "2",
 )  # fmt: skip
-PATIENCE = 10.0
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ from clients.device import Device, LinkSettings, Push
 from clients.local_server import LocalServer
 from gateway.mqtt import Connect, Publish
 from tests.crash_load import Wire
+from tests.patience import PATIENCE
 
-PATIENCE = 10.0
-QUICK = LinkSettings(backoff_base=0.05, backoff_cap=0.2, answer_timeout=5)
+QUICK = LinkSettings(backoff_base=0.05, backoff_cap=0.2, answer_timeout=PATIENCE)
 STATES = ("delivered", "pending", "expired", "evicted", "recalled", "suppressed")
 
 
@@ -134,11 +134,13 @@ async def test_what_was_sent_and_not_acknowledged_is_told_apart(
         properties={"session_expiry_interval": 600},
     )  # fmt: skip
     wire = await Wire.open(server.addresses.mqtt, connect)
-    msg_id = await backend.push("silent")
-    async with asyncio.timeout(PATIENCE):
-        while not isinstance(wire.next(), Publish):
-            await wire.fill()
-    wire.abort()
+    try:
+        msg_id = await backend.push("silent")
+        async with asyncio.timeout(PATIENCE):
+            while not isinstance(wire.next(), Publish):
+                await wire.fill()
+    finally:
+        wire.abort()
     report = await backend.becomes(msg_id, sent=1)
     assert (report["delivered"], report["pending"], report["online"]) == (0, 1, 1)
     trace = await backend.call("GET", f"/v1/pushes/{msg_id}/devices/silent")

@@ -12,7 +12,9 @@ from typing import Any
 import aiohttp
 import orjson
 import pytest
+from aiohttp.http_parser import DeflateBuffer
 
+import broker.api.call
 from broker.api.call import ApiCounters
 from broker.api.door import Door
 from broker.api.http import build_api
@@ -24,6 +26,7 @@ from broker.bus_local import LocalBus
 from broker.limits import Limits
 from broker.model import App, Device
 from broker.pushing.pushes import Pushes
+from broker.redis.spreading import Spreader
 from broker.store_sqlite import SqliteStore
 from broker.telling.reports import Reports
 from broker.tenants.apps import Apps
@@ -35,9 +38,36 @@ from tests.broker.redis_rigs import (
     replicated,
     replicated_redis,
 )
+from tests.patience import PATIENCE
 
 # Fixtures.
 __all__ = ["cluster", "plain", "plain_redis", "redis_cluster", "replicated", "replicated_redis"]
+
+
+HOUR = 3_600_000  # milliseconds
+
+
+@pytest.fixture(autouse=True)
+def patient_redis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Redis of tests, or its replica, may have to wait for a processor; locks end by the clock of the test."""
+    monkeypatch.setattr("broker.redis.wire.CONNECT_TIMEOUT", PATIENCE)
+    monkeypatch.setattr("broker.redis.wire.ANSWER_TIMEOUT", 2 * PATIENCE)
+    monkeypatch.setattr("broker.redis.engine.WAIT_TIMEOUT", PATIENCE)
+    lock_times = Spreader.lock_times
+    monkeypatch.setattr(Spreader, "lock_times", staticmethod(lambda now: (lock_times(now)[0], HOUR)))
+
+
+@pytest.fixture
+def inflated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Who inflated something: aiohttp, or we."""
+    told: list[str] = []
+
+    def note(who: str, inflate: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: (told.append(who), inflate(*arguments))[1]
+
+    monkeypatch.setattr(DeflateBuffer, "feed_data", note("aiohttp", DeflateBuffer.feed_data))
+    monkeypatch.setattr(broker.api.call, "_inflate", note("we", broker.api.call._inflate))
+    return told
 
 
 @dataclass
@@ -137,7 +167,7 @@ class Service:
         return registered.device
 
     async def doorbell(self) -> Doorbell:
-        return await asyncio.wait_for(self.rung.get(), 5)
+        return await asyncio.wait_for(self.rung.get(), PATIENCE)
 
 
 Start = Callable[..., Awaitable[Service]]
@@ -159,7 +189,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
             stack.push_async_callback(broker.close)
             service = Service(store, bus, broker, limits, await broker.apps.create("test", **app), clock)
             stack.callback(bus.subscribe(service.hear))
-            door = Door(1000, limits.request_timeout)
+            door = Door(1000, PATIENCE)  # not limits.request_timeout: that is how long a body may take
             runner = door.runner(build_api(broker, service.counters.observe, peers))
             stack.push_async_callback(runner.cleanup)
             await door.open(runner, "127.0.0.1", 0)

@@ -19,7 +19,9 @@ from typing import Any, Final
 import hiredis
 import pytest
 
-START_TIMEOUT: Final = 20.0  # seconds until a server answers, or a cluster is whole
+from tests.ports import free_port
+
+START_TIMEOUT: Final = 60.0  # seconds until a server answers, or a cluster is whole
 _REDIS: Final = shutil.which("redis-server", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/bin")
 
 
@@ -114,20 +116,6 @@ class Rig:
             server.command("FLUSHALL", "SYNC")
 
 
-_given: Final[set[int]] = set()
-
-
-def free_port() -> int:
-    """One that this process has not given to anybody yet."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        if port not in _given and port < 55_000:  # a cluster's servers also listen on port + 10,000
-            _given.add(port)
-            return port
-
-
 def until(true: Callable[..., object], message: str) -> None:
     for _attempt in _attempts():
         with suppress(OSError, hiredis.HiredisError):
@@ -181,13 +169,35 @@ def with_replica() -> Iterator[Rig]:
 
 
 @contextmanager
-def cluster_of_six(node_timeout: float = 15.0) -> Iterator[Rig]:
-    """Three masters, then a replica of each. `node_timeout`: seconds until they take one of them for dead."""
-    options = ("--cluster-enabled", "yes", "--cluster-node-timeout", str(int(node_timeout * 1000)))
+def cluster_of_six() -> Iterator[Rig]:
+    """Three masters, then a replica of each. None is taken for dead because its machine stands still for a moment."""
+    options = ("--cluster-enabled", "yes", "--cluster-node-timeout", str(int(START_TIMEOUT * 1000)))
     with servers(6, *options, "--repl-diskless-sync-delay", "0", prepare=_introduce) as made:
         for server in made:
             until(lambda s=server: _is_whole(s), "the cluster is not whole")
         yield Rig("cluster", made, replicas=1)
+
+
+def take_over(rig: Rig, master: int) -> None:
+    """The replica of this master of a cluster, which is dead, becomes the master at once: without an election."""
+    rig.servers[3 + master].command("CLUSTER", "FAILOVER", "TAKEOVER")
+
+
+def give_slot(rig: Rig, slot: int, master: int) -> None:
+    """An empty slot of a cluster, to this of its masters. Returns when all know it: they have to be told of a newer
+    epoch, or what another one said before and they hear after would count."""
+    owner, *others = sorted(rig.servers[:3], key=lambda server: server is not rig.servers[master])
+    owner.command("CLUSTER", "BUMPEPOCH")
+    name = owner.command("CLUSTER", "MYID")
+    for server in (owner, *others):
+        server.command("CLUSTER", "SETSLOT", slot, "NODE", name)
+    for server in rig.servers:
+        until(lambda server=server: _owner(server, slot) == name, f"slot {slot} did not move")
+
+
+def _owner(server: RedisServer, slot: int) -> str:
+    ranges = server.command("CLUSTER", "SLOTS")
+    return next((master[2] for first, last, master, *_ in ranges if first <= slot <= last), "")
 
 
 def _introduce(made: Sequence[RedisServer]) -> None:

@@ -21,6 +21,7 @@ from broker.telling import attendance
 from broker.telling.attendance import GAP, LONGEST_DAY, Attendance, Bits
 from broker.telling.calendar import HOUR, Calendar
 from tests.broker.store_contract import Clock, claimed, expire_all
+from tests.patience import PATIENCE
 
 DAY = 24 * HOUR
 START = 1_800_000_000
@@ -152,10 +153,12 @@ async def test_it_is_written_while_the_server_runs(tmp_path: Path, monkeypatch: 
     await store.open()
     app = await store.create_app("now")
     await claimed(store, app, 1)
-    async with asyncio.timeout(5):
-        while not await _rows(store, app):
-            pass
-    await store.close()
+    try:
+        async with asyncio.timeout(PATIENCE):
+            while not await _rows(store, app):
+                pass
+    finally:
+        await store.close()
 
 
 async def _rows(store: SqliteStore, app: App) -> list[BitMap]:

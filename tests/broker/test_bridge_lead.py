@@ -46,6 +46,13 @@ async def stores(plain: Rig) -> AsyncIterator[list[RedisStore]]:
 
 
 @pytest.fixture
+async def stack(stores: list[RedisStore]) -> AsyncIterator[AsyncExitStack]:
+    """Ends before the stores do."""
+    async with AsyncExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
 def leads(stores: list[RedisStore]) -> tuple[Lead, Lead, Clock, Clock]:
     """Their clocks have nothing to do with each other."""
     clocks = Clock(), Clock()
@@ -147,7 +154,11 @@ async def test_processes_that_share_a_store_take_turns_unless_the_foreign_broker
 
 @needs_mosquitto
 async def test_each_message_is_pushed_once_and_the_next_leader_gets_what_waits(
-    stores: list[RedisStore], mosquitto: ForeignBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stores: list[RedisStore],
+    mosquitto: ForeignBroker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stack: AsyncExitStack,
 ) -> None:
     for module in (bridge, lead):
         monkeypatch.setattr(module, "LOOK_EVERY", 0.05)
@@ -158,9 +169,11 @@ async def test_each_message_is_pushed_once_and_the_next_leader_gets_what_waits(
         *mosquitto.address, client_id="holdfast-bridge", rules=read_rules(write_rules(tmp_path, app.key))
     )
     bridges = [
-        Bridge(settings, broker.apps, broker.pushes, 0.05, lead=Lead(store.records, "bridge", name))
+        Bridge(settings, broker.apps, broker.pushes, 0.05, lead=Lead(store.records, "bridge", name, Clock()))
         for broker, store, name in zip(brokers, stores, ("n1", "n2"), strict=True)
     ]
+    for started in (*brokers, *bridges):
+        stack.push_async_callback(started.close)
 
     def pushed() -> int:
         return sum(one.stats.pushed for one in bridges)
@@ -181,6 +194,3 @@ async def test_each_message_is_pushed_once_and_the_next_leader_gets_what_waits(
     await send(10)
     await until(lambda: bridges[1].stats.pushed == 10)
     assert pushed() == 20
-    await bridges[1].close()
-    for broker in brokers:
-        await broker.close()

@@ -8,9 +8,8 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, cast
@@ -22,15 +21,15 @@ import pytest
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from broker.bridging.bridge import ACK_DOUBT, CLOSE_LIMIT, Bridge, BridgeMetrics, BridgeSettings, _Connection
+from broker.bridging.bridge import ACK_DOUBT, Bridge, BridgeMetrics, BridgeSettings, _Connection
 from broker.bridging.bridge_rules import read_rules
 from broker.metrics import Metrics
 from broker.store import StoreUnavailable
 from clients.local_server import LocalServer
 from gateway.mqtt import Puback, Publish
 from tests.gateway.peer import Peer, call, connect_packet, eventually
-
-PATIENCE: Final = 20.0
+from tests.patience import PATIENCE, until
+from tests.ports import free_port
 
 needs_mosquitto = pytest.mark.skipif(
     not shutil.which("mosquitto"), reason="mosquitto: apt-get install mosquitto"
@@ -66,12 +65,6 @@ class ForeignBroker:
             self._process = None
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def make_mosquitto(folder: Path, *lines: str) -> ForeignBroker:
     """It keeps sessions in `folder`, over a restart too."""
     port, file = free_port(), folder / "mosquitto.conf"
@@ -98,20 +91,25 @@ def make_amqtt(folder: Path) -> ForeignBroker:
     return broker
 
 
+@contextmanager
+def running(broker: ForeignBroker) -> Iterator[ForeignBroker]:
+    try:
+        broker.start()
+        yield broker
+    finally:
+        broker.stop()
+
+
 @pytest.fixture
 def mosquitto(tmp_path: Path) -> Iterator[ForeignBroker]:
-    broker = make_mosquitto(tmp_path)
-    broker.start()
-    yield broker
-    broker.stop()
+    with running(make_mosquitto(tmp_path)) as broker:
+        yield broker
 
 
 @pytest.fixture
 def amqtt(tmp_path: Path) -> Iterator[ForeignBroker]:
-    broker = make_amqtt(tmp_path)
-    broker.start()
-    yield broker
-    broker.stop()
+    with running(make_amqtt(tmp_path)) as broker:
+        yield broker
 
 
 class Publisher:
@@ -209,13 +207,6 @@ class Bridged:
         return next((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name} ")), 0.0)
 
 
-async def until(look: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not look():
-        assert time.monotonic() < deadline, "it never happened"
-        await asyncio.sleep(0.01)
-
-
 Start = Callable[..., Awaitable[Any]]
 
 
@@ -224,6 +215,12 @@ async def bridged(start: Start, tmp_path: Path, mosquitto: ForeignBroker) -> Bri
     service = await start()
     await service.register("phone-1", alias="ann")
     return Bridged(service, tmp_path, mosquitto)
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
 
 
 async def publish(broker: ForeignBroker, *messages: tuple[str, object], **properties: str) -> None:
@@ -281,18 +278,16 @@ async def test_a_stop_leaves_nothing_unacknowledged(start: Start, tmp_path: Path
     """Also by a broker that is slow: this one writes its file at each change."""
     service = await start()
     await service.register("phone-1", alias="ann")
-    slow = make_mosquitto(tmp_path, "autosave_on_changes true", "autosave_interval 1")
-    slow.start()
-    bridged = Bridged(service, tmp_path, slow)
-    async with bridged.run():
-        pass
-    await publish(slow, *(("orders/ann/shipped", {"text": str(i)}) for i in range(100)))
-    async with bridged.run():
-        assert {await bridged.next() for _ in range(100)} == {str(i) for i in range(100)}
-    async with bridged.run():
-        await publish(slow, ("orders/ann/shipped", {"text": "last"}))
-        assert await bridged.next() == "last"
-    slow.stop()
+    with running(make_mosquitto(tmp_path, "autosave_on_changes true", "autosave_interval 1")) as slow:
+        bridged = Bridged(service, tmp_path, slow)
+        async with bridged.run():
+            pass
+        await publish(slow, *(("orders/ann/shipped", {"text": str(i)}) for i in range(100)))
+        async with bridged.run():
+            assert {await bridged.next() for _ in range(100)} == {str(i) for i in range(100)}
+        async with bridged.run():
+            await publish(slow, ("orders/ann/shipped", {"text": "last"}))
+            assert await bridged.next() == "last"
 
 
 @needs_mosquitto
@@ -346,7 +341,7 @@ async def test_while_the_store_is_away_nothing_is_acknowledged(
     async with bridged.run() as bridge:  # they come again, all of them
         store.away = False
         assert {await bridged.next() for _ in range(100)} == {str(i) for i in range(100)}
-        assert bridge.stats.pushed == 100
+        await until(lambda: bridge.stats.pushed == 100)
 
 
 @needs_mosquitto
@@ -372,7 +367,7 @@ async def test_a_push_whose_acknowledgement_was_lost_is_not_made_again(
         await until(lambda: bridge.stats.repeated == 1)
         await publish(mosquitto, ("orders/ann/shipped", {"text": "twice"}))
         assert await bridged.next() == "twice"
-        assert bridge.stats.pushed == 2
+        await until(lambda: bridge.stats.pushed == 2)
 
 
 @needs_mosquitto
@@ -387,11 +382,13 @@ async def test_a_cid_makes_it_once_over_our_crash_too(bridged: Bridged, mosquitt
 
 @needs_mosquitto
 async def test_what_cannot_be_pushed_is_counted_and_buried(
-    bridged: Bridged, mosquitto: ForeignBroker
+    bridged: Bridged, mosquitto: ForeignBroker, stack: ExitStack
 ) -> None:
     buried: asyncio.Queue[tuple[bytes, dict[str, str]]] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     listener = paho.Client(paho.CallbackAPIVersion.VERSION2, protocol=paho.MQTTv5)
+    stack.callback(listener.loop_stop)
+    stack.callback(listener.disconnect)
     listener.on_message = lambda _c, _u, message: loop.call_soon_threadsafe(
         buried.put_nowait, (message.payload, dict(message.properties.UserProperty))
     )
@@ -412,9 +409,7 @@ async def test_what_cannot_be_pushed_is_counted_and_buried(
         found = [await asyncio.wait_for(buried.get(), PATIENCE) for _ in wrong]
         await publish(mosquitto, ("orders/ann/shipped", {"text": "right"}))
         assert await bridged.next() == "right"
-        assert bridge.stats.pushed == 1
-    listener.disconnect()
-    listener.loop_stop()
+        await until(lambda: bridge.stats.pushed == 1)
     assert {(payload, told["topic"]) for payload, told in found} == {(p, t) for t, p, _ in wrong}
     for topic, payload, reason in wrong:
         assert any(told["reason"].startswith(reason) for p, told in found if p == payload), (topic, reason)
@@ -470,10 +465,8 @@ async def test_dead_letters_that_nobody_takes_do_not_stop_the_others(
     service = await start()
     await service.register("phone-1", alias="ann")
     (tmp_path / "acl").write_text("pattern readwrite orders/#\npattern read push/#\n")
-    broker = make_mosquitto(tmp_path, line.format(tmp_path))
-    broker.start()
-    bridged = Bridged(service, tmp_path, broker)
-    try:
+    with running(make_mosquitto(tmp_path, line.format(tmp_path))) as broker:
+        bridged = Bridged(service, tmp_path, broker)
         async with bridged.run(dead_topic="dead/letters") as bridge:
             await publish(broker, ("orders/ann/shipped", bad), *GOOD)
             seen: set[str] = set()
@@ -481,17 +474,17 @@ async def test_dead_letters_that_nobody_takes_do_not_stop_the_others(
                 seen.add(await bridged.next())
             await until(lambda: bridged.sample('holdfast_bridge_refused_total{reason="unburied"}') > 0)
             assert bridge.stats.connected
-    finally:
-        broker.stop()
 
 
 @needs_mosquitto
 async def test_messages_that_obey_no_window_do_not_fill_our_memory(
-    bridged: Bridged, mosquitto: ForeignBroker, monkeypatch: pytest.MonkeyPatch
+    bridged: Bridged, mosquitto: ForeignBroker, monkeypatch: pytest.MonkeyPatch, stack: ExitStack
 ) -> None:
     monkeypatch.setattr("broker.bridging.bridge.ARRIVED_BYTES", 50_000)
     store = AwayStore(bridged.service.store)
     sender = paho.Client(paho.CallbackAPIVersion.VERSION2, protocol=paho.MQTTv5)
+    stack.callback(sender.loop_stop)
+    stack.callback(sender.disconnect)
     async with bridged.run() as bridge:
         sender.connect(*mosquitto.address)
         sender.loop_start()
@@ -501,8 +494,6 @@ async def test_messages_that_obey_no_window_do_not_fill_our_memory(
         assert bridge.stats.received <= bridged.settings.window + 1
         store.away = False
         assert int(await bridged.next()) < 100
-    sender.disconnect()
-    sender.loop_stop()
 
 
 async def test_a_broker_that_answers_nonsense_is_asked_again(start: Start, tmp_path: Path) -> None:
@@ -529,12 +520,17 @@ async def test_a_broker_that_answers_nonsense_is_asked_again(start: Start, tmp_p
         Bridged(service, tmp_path, foreign).settings, service.apps, service.pushes, first_pause=0.01
     )
     await bridge.open()
-    await asyncio.wait_for(again.wait(), PATIENCE)
-    await bridge.close()
-    server.close()
+    try:
+        await asyncio.wait_for(again.wait(), PATIENCE)
+    finally:
+        await bridge.close()
+        server.close()
 
 
-async def test_a_stop_does_not_wait_for_a_broker_that_does_not_answer(start: Start, tmp_path: Path) -> None:
+async def test_a_stop_does_not_wait_for_a_broker_that_does_not_answer(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("broker.bridging.bridge.CLOSE_LIMIT", 3600.0)
     service = await start()
     asked, closed = asyncio.Event(), asyncio.Event()
 
@@ -550,11 +546,13 @@ async def test_a_stop_does_not_wait_for_a_broker_that_does_not_answer(start: Sta
     foreign.address = server.sockets[0].getsockname()
     bridge = Bridge(Bridged(service, tmp_path, foreign).settings, service.apps, service.pushes)
     await bridge.open()
-    await asyncio.wait_for(asked.wait(), PATIENCE)
-    await asyncio.wait_for(bridge.close(), CLOSE_LIMIT / 2)
-    closed.set()
-    server.close()
-    await server.wait_closed()
+    try:
+        await asyncio.wait_for(asked.wait(), PATIENCE)
+        await asyncio.wait_for(bridge.close(), PATIENCE)
+    finally:
+        closed.set()
+        server.close()
+        await server.wait_closed()
 
 
 async def test_a_letter_that_is_taken_does_not_hide_one_that_is_not(start: Start, tmp_path: Path) -> None:
@@ -644,21 +642,22 @@ async def test_a_broker_that_refuses_is_asked_again(
     broker = make_mosquitto(tmp_path, f"password_file {passwords}")
     conf = tmp_path / "mosquitto.conf"
     conf.write_text(conf.read_text().replace("allow_anonymous true", "allow_anonymous false"))
-    broker.start()
-    bridged = Bridged(service, tmp_path, broker)
-    wrong = Bridge(
-        replace(bridged.settings, username="bridge", password="wrong"),
-        service.apps,
-        service.pushes,
-        first_pause=0.01,
-    )
-    await wrong.open()
-    await until(lambda: "bridge not connected" in caplog.text)
-    await wrong.close()
-    assert "wrong" not in caplog.text
-    async with bridged.run(username="bridge", password="right"):
-        pass
-    broker.stop()
+    with running(broker):
+        bridged = Bridged(service, tmp_path, broker)
+        wrong = Bridge(
+            replace(bridged.settings, username="bridge", password="wrong"),
+            service.apps,
+            service.pushes,
+            first_pause=0.01,
+        )
+        await wrong.open()
+        try:
+            await until(lambda: "bridge not connected" in caplog.text)
+        finally:
+            await wrong.close()
+        assert "wrong" not in caplog.text
+        async with bridged.run(username="bridge", password="right"):
+            pass
 
 
 @needs_amqtt

@@ -25,6 +25,7 @@ from broker.tenants import quotas, tokens
 from tests.broker.redis_index import APP, open_sides
 from tests.broker.redis_rigs import Rig
 from tests.broker.store_contract import START, Clock
+from tests.patience import PATIENCE
 
 HELLO = orjson.dumps({"platform": "all", "audience": "all", "notification": {"alert": "hi"}})
 
@@ -84,7 +85,7 @@ async def test_equal_devices_written_over_the_same_reservation_have_one_owner(
             for side in sides:
                 side.engine.before = meet
             calls = [asyncio.create_task(side.registry.register_new(APP, new)) for side in sides]
-            made = await asyncio.wait_for(asyncio.gather(*calls), 10)
+            made = await asyncio.wait_for(asyncio.gather(*calls), PATIENCE)
             assert Counter(device is None for device in made) == {True: 1, False: 1}
 
 

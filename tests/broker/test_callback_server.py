@@ -16,8 +16,7 @@ from clients.local_server import AppKeys, LocalServer
 from gateway.mqtt import Puback, Publish
 from tests.conftest import StartServer
 from tests.gateway.peer import Peer, accounts, call, connect_packet, eventually, push_body
-
-PATIENCE = 15.0
+from tests.patience import PATIENCE
 
 
 class Receiver:

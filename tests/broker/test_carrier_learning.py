@@ -40,6 +40,7 @@ from broker.model import Record, RecordChange
 from broker.store import Conflict, Store, StoreUnavailable
 from broker.store_redis import RedisStore
 from broker.store_sqlite import SqliteStore
+from tests.patience import PATIENCE
 
 NOON = 1_800_000_000.0 - 1_800_000_000 % DAY + DAY / 2
 
@@ -289,7 +290,7 @@ async def test_it_saves_and_reads_by_itself(
     one, other = await node("n1"), await node("n2")
     monkeypatch.setattr(store.records, "list", listed)
     deadly(one)
-    await asyncio.wait_for(told.wait(), 10)
+    await asyncio.wait_for(told.wait(), PATIENCE)
     assert "not shared now: away" in caplog.text
 
 

@@ -12,6 +12,7 @@ from broker.errors import ApiError
 from broker.limits import Limits
 from broker.model import Claim
 from broker.tenants import tokens
+from tests.patience import PATIENCE
 
 
 async def _refused(call: Awaitable[object]) -> tuple[int, str]:
@@ -156,7 +157,7 @@ async def test_the_status_of_devices(service: Any) -> None:
     for device in (a, b):
         claimed: asyncio.Future[Claim] = asyncio.get_running_loop().create_future()
         service.store.claim_route(app_id, device.devno, "node", claimed.set_result)
-        epochs.append((await asyncio.wait_for(claimed, 5)).epoch)
+        epochs.append((await asyncio.wait_for(claimed, PATIENCE)).epoch)
     service.store.release_route(app_id, b.devno, epochs[1], 1_700_000_000.0)
     body = orjson.dumps({"registration_ids": ["a", "b", "c", "nobody"]})
     assert await service.devices.status(service.app, body) == {

@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 from base64 import urlsafe_b64decode
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,7 @@ from broker.store import StoreUnavailable
 from broker.store_redis import RedisStore
 from tests.broker.redis_rigs import Rig
 from tests.broker.store_contract import Clock as StoreClock
-
-LIMIT = 5.0  # seconds for one thing to happen
+from tests.patience import PATIENCE
 
 
 def _verify(answer: dict[str, Any], public: str) -> None:
@@ -891,24 +890,32 @@ def _question(service: Any, size: int = 450, **said: Any) -> bytes:
     return json.dumps({"app": service.app.key, **said}).encode().ljust(size)
 
 
-async def test_a_datagram_gets_the_same_answer(service: Any) -> None:
+@pytest.fixture
+async def stack() -> AsyncIterator[AsyncExitStack]:
+    async with AsyncExitStack() as stack:
+        yield stack
+
+
+async def test_a_datagram_gets_the_same_answer(service: Any, stack: AsyncExitStack) -> None:
     door = DispatchDoor(service.broker.dispatch)
+    stack.push_async_callback(door.close)
     where = await door.open("127.0.0.1", 0)
     transport, phone = await asyncio.get_running_loop().create_datagram_endpoint(_Phone, remote_addr=where)
     with _closing(transport):
         transport.sendto(b"{nonsense}" + b" " * 450)
         transport.sendto(_question(service, carrier="46000", link="cellular", v=1))
-        answer = await asyncio.wait_for(phone.heard.get(), LIMIT)
+        answer = await asyncio.wait_for(phone.heard.get(), PATIENCE)
     assert (
         answer == (await service.broker.dispatch.answer(Question(service.app.key, "46000", "cellular"))).raw
     )
     assert phone.heard.empty()
     assert (door.answered, door.unanswered) == (1, 1)
-    await door.close()
 
 
-async def test_processes_share_a_port(service: Any) -> None:
+async def test_processes_share_a_port(service: Any, stack: AsyncExitStack) -> None:
     doors = [DispatchDoor(service.broker.dispatch) for _ in range(2)]
+    for door in doors:
+        stack.push_async_callback(door.close)
     where = await doors[0].open("127.0.0.1", 0, shared=True)
     assert await doors[1].open(*where, shared=True) == where
     for _ in range(32):  # the kernel chooses by the sender's port
@@ -916,11 +923,9 @@ async def test_processes_share_a_port(service: Any) -> None:
         transport, phone = await loop.create_datagram_endpoint(_Phone, remote_addr=where)
         with _closing(transport):
             transport.sendto(_question(service))
-            await asyncio.wait_for(phone.heard.get(), LIMIT)
+            await asyncio.wait_for(phone.heard.get(), PATIENCE)
     assert doors[0].answered + doors[1].answered == 32
     assert min(door.answered for door in doors) > 0
-    for door in doors:
-        await door.close()
 
 
 UNANSWERED: list[dict[str, Any]] = [

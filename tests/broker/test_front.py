@@ -20,10 +20,10 @@ from broker.carriers.silences import LEAST, LEAST_DEATHS, bin_of
 from broker.store_redis import RedisStore
 from clients.local_server import LocalServer
 from tests.fleet_rig import Redis
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.xdist_group("supervisor")
 
-PATIENCE = 60.0  # seconds, on a machine that does much else
 HOME = "[recognise]\nnames = ['home']\n[[addresses]]\nhost = '{}.example.com'\nport = 1883\n"
 
 
@@ -75,7 +75,7 @@ def _ask(crew: LocalServer) -> dict[str, Any]:
         f"{crew.addresses.admin}/v1/dispatch?carrier=home&link=wifi",
         headers={"Authorization": f"Bearer {key}"},
     )
-    with urllib.request.urlopen(request, timeout=10) as response:
+    with urllib.request.urlopen(request, timeout=PATIENCE) as response:
         answer: dict[str, Any] = orjson.loads(response.read())
     return answer
 

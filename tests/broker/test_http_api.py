@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gzip
 import logging
-import time
 import zlib
 from typing import Any
 from urllib.parse import quote
@@ -15,6 +14,7 @@ import pytest
 
 from broker.limits import NO_LIMIT, Limits
 from broker.model import AppSettings
+from tests.patience import PATIENCE
 
 HELLO: dict[str, Any] = {"platform": "all", "audience": "all", "notification": {"alert": "hi"}}
 ITEM: dict[str, Any] = {"platform": "all", "target": "a", "notification": {"alert": "hi"}}
@@ -197,15 +197,14 @@ async def test_a_body_may_come_in_pieces_or_compressed_but_not_without_end(start
     assert answer.status == 200
 
 
-async def test_nothing_is_inflated_for_a_caller_who_is_refused(service: Any) -> None:
+async def test_nothing_is_inflated_for_a_caller_who_is_refused(service: Any, inflated: list[str]) -> None:
     """aiohttp reads the rest of a refused body, for up to ten seconds."""
     bomb = gzip.compress(b" " * (200 << 20), 9)
-    before = time.process_time()
     answer = await service.call("POST", "/v3/push", bomb, headers={"Content-Encoding": "gzip"}, auth=None)
     assert answer.status == 401
     again = await service.call("GET", "/v3/push/cid", auth=None)  # on the same connection
     assert again.status == 401
-    assert time.process_time() - before < 0.1
+    assert inflated == []
 
 
 @pytest.mark.parametrize(
@@ -230,7 +229,7 @@ async def test_a_chunked_body_is_cut_off_at_the_limit(start: Any) -> None:
     )
     for _ in range(11):
         writer.write(b"3e8\r\n" + b" " * 1000 + b"\r\n")
-    answer = await asyncio.wait_for(reader.readuntil(b"}}"), 5)
+    answer = await asyncio.wait_for(reader.readuntil(b"}}"), PATIENCE)
     assert answer.startswith(b"HTTP/1.1 413 ")
     writer.close()
 

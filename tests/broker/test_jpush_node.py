@@ -23,13 +23,13 @@ from aiohttp import web
 
 from broker.api.http import build_api
 from broker.model import Settled
+from tests.patience import PATIENCE
 
 ROOT: Final = Path(__file__).parents[2]
 DRIVER: Final = Path(__file__).parent / "jpush_node" / "driver.cjs"
 MODULES: Final = Path(os.environ.get("NODE_MODULES", ROOT / ".venv/node/node_modules"))
 PACKAGES: Final = ("jpush-sdk", "jpush-async")
 HOSTS: Final = ("api.jpush.cn", "device.jpush.cn", "report.jpush.cn")
-PATIENCE: Final = 20.0  # seconds for one answer
 ALL: Final = "all"
 
 pytestmark = [

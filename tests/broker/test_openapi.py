@@ -17,10 +17,11 @@ from broker.api.described import DESCRIBED
 from broker.api.http import api_endpoints, build_api
 from broker.errors import STATUS
 from broker.tenants.keys import SCOPES
+from tests.patience import PATIENCE
 
 EXAMPLES = int(os.environ.get("SCHEMATHESIS_EXAMPLES", "8"))  # for each endpoint, beside systematic ones
 SEED = int(os.environ.get("SCHEMATHESIS_SEED", "4"))
-TIME_LIMIT = 300.0
+TIME_LIMIT = 1200.0  # seconds, of a slow machine
 CHECKS = (
     "not_a_server_error",
     "status_code_conformance",
@@ -151,6 +152,7 @@ async def test_schemathesis_finds_no_disagreement(service: Any, tmp_path: Path) 
         "--exclude-tag=other addresses",
         "--suppress-health-check=all",
         "--warnings=off",
+        f"--request-timeout={PATIENCE}",
         "--no-color",
         cwd=tmp_path,
         stdout=asyncio.subprocess.PIPE,

@@ -20,6 +20,7 @@ from broker.redis.spreading import LEASE
 from broker.store import Conflict, StoreError, StoreFull, StoreUnavailable, UnknownMessage
 from tests.broker.redis_logs import APP, HOUR, START, Broker, World, id_of, lost, message, world
 from tests.broker.redis_rigs import Rig
+from tests.patience import PATIENCE
 
 
 @pytest.fixture
@@ -222,7 +223,7 @@ async def test_what_a_push_replaces_may_still_be_in_the_log(fleet: World) -> Non
     old = await other.push(1)
     replaces = asyncio.ensure_future(broker.push(1, replaces=old))
     awake.set()
-    assert await asyncio.wait_for(replaces, 20) > old > await first
+    assert await asyncio.wait_for(replaces, PATIENCE) > old > await first
 
 
 async def test_the_suppressed_of_a_push_with_a_callback_are_recorded(fleet: World) -> None:
@@ -387,7 +388,7 @@ async def test_a_holder_that_dies_at_any_step_leaves_nothing_undone(plain: Rig, 
             (before,) = await other.owed(1)
             dying.hold(gate := Stopping(step))
             try:
-                expected = await asyncio.wait_for(_pushes(dying), 60)
+                expected = await asyncio.wait_for(_pushes(dying), PATIENCE)
             except StoreUnavailable:
                 expected = []
             await dying.log.finish()
@@ -788,7 +789,7 @@ async def test_recovery_runs_by_itself(fleet: World, monkeypatch: pytest.MonkeyP
 
     other.hold(note)
     await other.log.open()
-    await asyncio.wait_for(taken.wait(), 20)
+    await asyncio.wait_for(taken.wait(), PATIENCE)
     await other.log.finish()
     assert await other.owed(1) == [msg_id]
 

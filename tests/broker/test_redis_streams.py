@@ -13,6 +13,7 @@ from broker.redis.keys import of_app
 from broker.redis.streams import RedisAudit, RedisEvents, first_id
 from broker.store import StoreError
 from tests.broker.redis_rigs import Rig, plain, plain_redis
+from tests.patience import PATIENCE
 
 __all__ = ["plain", "plain_redis"]
 
@@ -67,7 +68,7 @@ async def test_a_reader_who_pages_misses_nothing_that_is_written_meanwhile(engin
             seen.extend(event for _, event in page)
             after = page[-1][0] if page else after
 
-    await asyncio.wait_for(asyncio.gather(read(), *[write(n) for n in (0, 100, 200)]), 20)
+    await asyncio.wait_for(asyncio.gather(read(), *[write(n) for n in (0, 100, 200)]), PATIENCE)
     assert sorted(event.devno for event in seen) == [n + i for n in (0, 100, 200) for i in range(20)]
 
 

@@ -12,6 +12,7 @@ from broker.audiences.attributes import VALUES_AT_ONCE
 from broker.audiences.segment_rules import read_rule, resolve_rules
 from broker.limits import Limits
 from broker.model import Claim, Device, TermKey
+from tests.patience import PATIENCE
 
 PUSH = {"platform": "all", "notification": {"alert": "x"}}
 
@@ -29,7 +30,7 @@ async def _devices(service: Any) -> list[Device]:
 async def _connect(service: Any, device: Device) -> None:
     claimed: asyncio.Future[Claim] = asyncio.get_running_loop().create_future()
     service.store.claim_route(service.app.app_id, device.devno, "node", claimed.set_result)
-    await asyncio.wait_for(claimed, 5)
+    await asyncio.wait_for(claimed, PATIENCE)
 
 
 async def _targets(service: Any, audience: dict[str, Any]) -> set[str]:

@@ -12,21 +12,18 @@ from broker.bus import Doorbell, Targeted
 from broker.metrics import Metrics
 from broker.model import App, Claim, NewDevice, NodeInfo
 from broker.redis.nodes import LEASE
+from broker.redis.wire import pack
 from broker.store import Store, StoreUnavailable
 from broker.store_redis import RedisStore
 from tests.broker.activity_contract import ActivityContract
 from tests.broker.message_contract import MessageContract
-from tests.broker.redis_rigs import RedisServer, Rig, cluster_of_six, servers, until, with_replica
+from tests.broker.redis_rigs import RedisServer, Rig, cluster_of_six, servers, take_over, with_replica
 from tests.broker.store_contract import HOUR, START, Clock, MakeStore, StoreContract, claimed, owed, push
+from tests.patience import PATIENCE
 
 
 class OnRedis(StoreContract, MessageContract, ActivityContract):
     """The suites of every store, on the rig that a subclass names."""
-
-    @pytest.fixture(autouse=True)
-    def busy_machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Where tests run, a replica may have to wait for a processor."""
-        monkeypatch.setattr("broker.redis.engine.WAIT_TIMEOUT", 8.0)
 
     @pytest.fixture
     def rig(self) -> Rig:
@@ -200,7 +197,7 @@ async def test_s6_a_publisher_that_tries_again_through_a_failover_stores_once(
         asyncio.create_task(_append(store, app, n, patient=True)) for app in apps for n in range(10, 40)
     ]
     servers[1].stop()
-    await asyncio.to_thread(until, lambda: servers[4].command("ROLE")[0] == "master", "nobody took over")
+    take_over(frail_cluster, 1)
     servers[1].start()  # nothing is stored for good before the new master has a replica, too
     ids = await asyncio.gather(*appends)
     for number, app in enumerate(apps):
@@ -213,20 +210,21 @@ async def test_s6_a_publisher_that_tries_again_through_a_failover_stores_once(
 
 @pytest.fixture
 def frail_cluster() -> Iterator[Rig]:
-    with cluster_of_six(node_timeout=0.5) as rig:
+    with cluster_of_six() as rig:
         yield rig
 
 
 async def test_what_is_stored_can_be_read_where_the_replica_became_the_master(
-    frail: Rig, process: Process
+    frail: Rig, process: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has no replica itself, so nothing is stored; but what was answered is there."""
     store = await process(frail)
     app = await store.create_app("shop")
     msg_id = await _append(store, app, 0)
-    await store.engine.run("WAIT", 1, 1000)  # that it was spread
+    await store.engine.run("WAIT", 1, 0)  # that it was spread
     frail.servers[0].stop()
     frail.servers[1].command("REPLICAOF", "NO", "ONE")
+    monkeypatch.setattr(store.engine, "wait_command", pack(("WAIT", 1, 100)))
     assert await owed(store, app, 0) == [msg_id]
     with pytest.raises(StoreUnavailable, match="0 of 1 replicas"):
         await store.append([push(app, [1])])
@@ -247,7 +245,7 @@ async def test_claims_wait_for_a_redis_that_is_away(own: RedisServer, process: P
     store.claim_route(app.app_id, 0, "n1", future.set_result)
     own.start()
     own.wait()
-    assert (await asyncio.wait_for(future, 20)).epoch
+    assert (await asyncio.wait_for(future, PATIENCE)).epoch
     assert list(await store.online(app.app_id)) == [0]
 
 

@@ -11,6 +11,7 @@ import pytest
 from broker.bus import Broadcast, Recalled, Targeted
 from broker.limits import Limits
 from broker.model import OwedRequest, Settled
+from tests.patience import PATIENCE
 
 DAY = 86_400
 
@@ -44,7 +45,7 @@ async def _owed(service: Any, devno: int) -> list[dict[str, Any]]:
 
 
 async def _bell(service: Any, kind: type) -> Any:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while not isinstance(bell := await service.doorbell(), kind):
             pass
     return bell

@@ -11,8 +11,8 @@ import pytest
 from clients.device import Device, LinkSettings, Push
 from clients.local_server import AppKeys, LocalServer
 from clients.publisher import Publisher, PushReport
+from tests.patience import PATIENCE
 
-LIMIT = 10.0  # seconds for one thing to happen
 QUICK = LinkSettings(backoff_base=0.05, backoff_cap=0.2)
 
 
@@ -28,6 +28,14 @@ def silent_port() -> Iterator[int]:
             filler.setblocking(False)
             filler.connect_ex(listener.getsockname())
         yield listener.getsockname()[1]
+
+
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """Bound, so that nobody else gets it, and not listening."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 @pytest.fixture
@@ -64,7 +72,7 @@ def phone(server: LocalServer, app: AppKeys, publisher: Publisher) -> Phone:
             settings=QUICK,
         )
         async with device:
-            await asyncio.wait_for(device.connected(), LIMIT)
+            await asyncio.wait_for(device.connected(), PATIENCE)
             yield device, pushes
 
     return online
@@ -78,7 +86,7 @@ def until(publisher: Publisher) -> Until:
     """`await until(msg_id, true)`: the report once it is as wanted; acknowledgements are recorded in batches."""
 
     async def wait(msg_id: int, true: Callable[[PushReport], bool]) -> PushReport:
-        async with asyncio.timeout(LIMIT):
+        async with asyncio.timeout(PATIENCE):
             while True:
                 if true(report := await publisher.reports.push(msg_id)):
                     return report

@@ -23,6 +23,7 @@ from clients.command_push import push, status, withdraw
 from clients.command_shared import print_fields, print_table
 from clients.local_server import LocalServer
 from clients.publisher import Publisher
+from tests.patience import PATIENCE
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def pushed(result: Result) -> str:
 
 def once_delivered(environment: dict[str, str], msg_id: str, *devices: str) -> dict[str, Any]:
     """What `holdfast status` says when the acknowledgement is recorded."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         result = CliRunner().invoke(status, [msg_id, *devices, "--json"], env=environment)
         report: dict[str, Any] = json.loads(result.stdout)
@@ -86,7 +87,7 @@ def test_listen_prints_what_push_sends(server: LocalServer, environment: dict[st
         second = pushed(run_push(environment, "--all", "--message", "m", "--title", "t"))
         assert read(process) == {"msg_id": first, "notification": {"alert": "Hello"}}
         assert read(process) == {"msg_id": second, "message": {"msg_content": "m", "title": "t"}}
-        assert process.wait(10) == 0
+        assert process.wait(PATIENCE) == 0
     report = once_delivered(environment, first, "cli-1", "other")
     assert (report["msg_id"], report["pending"], report["shown"]) == (first, 0, 1)
     assert report["devices"] == {"cli-1": "delivered", "other": "not a device"}
@@ -118,7 +119,7 @@ def test_listen_is_a_device_of_a_platform(server: LocalServer, environment: dict
     assert run_push(environment, *words).exit_code == 1
     with listening(server, "--id", "cli-8", "--platform", "ios"):
         tell(environment, "cli-8", {"tags": ["listens"]})
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE
         while (result := run_push(environment, *words)).exit_code and time.monotonic() < deadline:
             time.sleep(0.02)
         assert json.loads(result.stdout) == {"valid": True, "registered": 1, "online": 1}
@@ -137,7 +138,7 @@ def tell(environment: dict[str, str], device: str, change: dict[str, Any]) -> No
 def test_listen_ends_clean_on_a_signal(server: LocalServer, number: signal.Signals) -> None:
     with listening(server, "--id", "cli-2") as process:
         process.send_signal(number)
-        assert process.wait(10) == 0
+        assert process.wait(PATIENCE) == 0
 
 
 def test_listen_killed_and_started_again_prints_each_push_once(
@@ -159,7 +160,7 @@ def test_listen_with_wrong_credentials_says_so(server: LocalServer) -> None:
     host, port = server.addresses.mqtt
     command = [sys.executable, "-m", "clients.command", "listen", "--app", server.app.app_key]
     command += ["--device-key", "wrong", "--host", host, "--port", str(port)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert ended.returncode == 1
     assert "the password does not fit" in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -224,10 +225,13 @@ def test_listen_registers_once_and_keeps_its_token(server: LocalServer, tmp_path
     for flags in (("--device-key", app.device_key, "--url", server.addresses.http, "--id", "kept"), ()):
         command = [sys.executable, "-m", "clients.command", "listen", *common, *flags]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stderr is not None
-            assert next(process.stderr).startswith("online as kept")
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(10) == 0
+            try:
+                assert process.stderr is not None
+                assert next(process.stderr).startswith("online as kept")
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(PATIENCE) == 0
+            finally:
+                process.kill()
 
 
 def test_listen_into_a_pipe_that_closes(server: LocalServer, environment: dict[str, str]) -> None:
@@ -235,7 +239,7 @@ def test_listen_into_a_pipe_that_closes(server: LocalServer, environment: dict[s
         assert process.stdout is not None
         process.stdout.close()
         run_push(environment, "--registration-id", "cli-4", "x")
-        assert process.wait(10) == 1
+        assert process.wait(PATIENCE) == 1
         assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
 

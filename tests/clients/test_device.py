@@ -18,9 +18,9 @@ from clients.local_server import AppKeys, LocalServer
 from clients.publisher import Audience, Notification, Options, Publisher, PushRequest
 from clients.session import MAX_PUSH, _inflated, _read_push
 from gateway.mqtt import Publish, Reason
+from tests.patience import PATIENCE
 
-QUICK = LinkSettings(backoff_base=0.05, backoff_cap=0.2, answer_timeout=5)
-LIMIT = 10.0
+QUICK = LinkSettings(backoff_base=0.05, backoff_cap=0.2, answer_timeout=PATIENCE)
 
 
 class Network:
@@ -91,7 +91,7 @@ class Inbox:
         self._arrived.put_nowait(push)
 
     async def next(self) -> Push:
-        return await asyncio.wait_for(self._arrived.get(), LIMIT)
+        return await asyncio.wait_for(self._arrived.get(), PATIENCE)
 
 
 def make_device(server: LocalServer, name: str, **more: object) -> Device:
@@ -103,7 +103,7 @@ def make_device(server: LocalServer, name: str, **more: object) -> Device:
 
 
 async def online(device: Device) -> None:
-    await asyncio.wait_for(device.connected(), LIMIT)
+    await asyncio.wait_for(device.connected(), PATIENCE)
 
 
 async def send(publisher: Publisher, name: str, text: str = "x") -> int:
@@ -112,7 +112,7 @@ async def send(publisher: Publisher, name: str, text: str = "x") -> int:
 
 async def delivered(publisher: Publisher, msg_id: int) -> None:
     """Returns when the server has recorded it."""
-    async with asyncio.timeout(LIMIT):
+    async with asyncio.timeout(PATIENCE):
         while (await publisher.received_detail([msg_id]))[0].delivered != 1:
             pass
 
@@ -232,7 +232,7 @@ async def test_close_lets_on_push_finish_and_acknowledges(server: LocalServer, p
     await device.start()
     await online(device)
     first, second = await send(publisher, "slow"), await send(publisher, "slow")
-    await asyncio.wait_for(begun.wait(), LIMIT)
+    await asyncio.wait_for(begun.wait(), PATIENCE)
     closing = asyncio.create_task(device.close())
     go_on.set()
     await closing
@@ -250,7 +250,7 @@ async def test_finish_from_on_push_ends_the_device(server: LocalServer, publishe
     async with make_device(server, "one-only", on_push=take_one) as device:
         await online(device)
         msg_ids = [await send(publisher, "one-only") for _ in range(3)]
-        await asyncio.wait_for(device.wait(), LIMIT)
+        await asyncio.wait_for(device.wait(), PATIENCE)
     assert inbox.pushes == msg_ids[:1]
 
 
@@ -271,7 +271,7 @@ async def test_a_device_survives_the_servers_death(start_server: Callable[..., L
         await asyncio.to_thread(server.kill)
         event = asyncio.create_task(device.event("made-offline"))
         await asyncio.to_thread(server.start)
-        await asyncio.wait_for(event, LIMIT)
+        await asyncio.wait_for(event, PATIENCE)
         second = await send(publisher, "survivor")
         assert (await inbox.next()).msg_id == second
     assert inbox.pushes == [first, second]
@@ -279,14 +279,14 @@ async def test_a_device_survives_the_servers_death(start_server: Callable[..., L
 
 async def test_a_dead_line_is_noticed_by_the_heartbeat(server: LocalServer, network: Network) -> None:
     host, port = await network.open()
-    settings = LinkSettings(keep_alive=1, answer_timeout=0.2, backoff_base=0.01)
+    settings = LinkSettings(keep_alive=1, answer_timeout=1, backoff_base=0.01)
     async with make_device(
         server, "dead-line", on_push=print, host=host, port=port, settings=settings
     ) as device:
         await online(device)
         network.deaf = network.mute = True
-        await asyncio.wait_for(device.event("back"), LIMIT)
-    assert network.connections == 2
+        await asyncio.wait_for(device.event("back"), PATIENCE)
+    assert network.connections > 1
 
 
 @pytest.mark.parametrize("chance", [0.01, 0.6])
@@ -390,7 +390,7 @@ async def test_a_revoked_token_is_renewed_by_the_hook(server: LocalServer, close
         async with closed_device(server, closed_app, "renewed", token=token, renew=renew) as device:
             await online(device)
             await publisher.revoke_tokens("renewed")
-            await asyncio.wait_for(device.event("after"), LIMIT)
+            await asyncio.wait_for(device.event("after"), PATIENCE)
         assert len(asked) == 2
 
 

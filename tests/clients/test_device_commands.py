@@ -15,6 +15,7 @@ from clients.command_devices import devices
 from clients.device import Device, DeviceStopped
 from clients.local_server import AppKeys, LocalServer
 from clients.publisher import Publisher
+from tests.patience import PATIENCE
 
 
 class Shell:
@@ -137,7 +138,7 @@ async def test_who_is_online(shell: Shell, server: LocalServer, app: AppKeys, pu
         ]
         assert await asyncio.to_thread(lambda: shell.text("revoke", "on")) == ""
         with pytest.raises(DeviceStopped):
-            await asyncio.wait_for(device.wait(), 10)
+            await asyncio.wait_for(device.wait(), PATIENCE)
 
 
 def test_status_of_more_than_one_call_takes(shell: Shell, three: None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import socket
 import time
 from base64 import urlsafe_b64encode
 from collections.abc import AsyncIterator
@@ -34,8 +33,7 @@ from clients.dispatch import (
     tell,
 )
 from gateway.server import Service
-
-LIMIT = 10.0
+from tests.patience import PATIENCE
 
 
 class Signer:
@@ -335,13 +333,9 @@ async def test_an_answer_that_still_holds_is_not_sent_again(installation: dict[s
     assert not dispatch.wants(1601.0)
 
 
-def _closed_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-async def test_doors_that_lie_or_are_shut_do_not_stop_the_next(installation: dict[str, str]) -> None:
+async def test_doors_that_lie_or_are_shut_do_not_stop_the_next(
+    installation: dict[str, str], closed_port: int
+) -> None:
     async def lie(_: web.Request) -> web.Response:
         return web.Response(body=Signer(7).sign())
 
@@ -352,24 +346,26 @@ async def test_doors_that_lie_or_are_shut_do_not_stop_the_next(installation: dic
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     doors = [
         "http://{}:{}".format(*runner.addresses[0][:2]),
-        f"http://127.0.0.1:{_closed_port()}",
-        f"udp://127.0.0.1:{_closed_port()}",
+        f"http://127.0.0.1:{closed_port}",
+        f"udp://127.0.0.1:{closed_port}",
         "udp://nonsense",
         installation["udp"],
     ]
     dispatch = _of(installation)
-    assert await ask(dispatch, doors[:2], lambda: 1000.0) is None
-    assert not dispatch.wants(1000.0)
-    told = await asyncio.wait_for(ask(dispatch, doors, lambda: 1000.0), LIMIT)
+    try:
+        assert await ask(dispatch, doors[:2], lambda: 1000.0) is None
+        assert not dispatch.wants(1000.0)
+        told = await asyncio.wait_for(ask(dispatch, doors, lambda: 1000.0), PATIENCE)
+    finally:
+        await runner.cleanup()
     assert told is not None
     assert list(map(str, told.addresses)) == [installation["mqtt"]]
-    await runner.cleanup()
 
 
-async def test_what_is_told_is_counted(installation: dict[str, str]) -> None:
+async def test_what_is_told_is_counted(installation: dict[str, str], closed_port: int) -> None:
     dispatch = _of(installation)
     outcomes = [(installation["mqtt"], 3, 1)]
-    shut = f"http://127.0.0.1:{_closed_port()}"
+    shut = f"http://127.0.0.1:{closed_port}"
     assert not await tell(dispatch, [shut, installation["udp"]], outcomes)
     assert await tell(dispatch, [shut, installation["http"]], outcomes)
     assert await tell(dispatch, [], [])
@@ -395,8 +391,10 @@ async def test_an_endless_answer_is_cut(installation: dict[str, str]) -> None:
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     door = "http://{}:{}".format(*runner.addresses[0][:2])
-    assert await asyncio.wait_for(ask(_of(installation), [door], time.time), LIMIT) is None
-    await runner.cleanup()
+    try:
+        assert await asyncio.wait_for(ask(_of(installation), [door], time.time), PATIENCE) is None
+    finally:
+        await runner.cleanup()
     assert poured < 32 << 20  # what sockets hold, and not what a server gives in DOOR_PATIENCE
 
 

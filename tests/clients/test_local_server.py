@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,15 +7,19 @@ import pytest
 from clients.local_server import LocalServer, ServerFailed
 
 
-def test_a_restart_keeps_addresses_and_app(start_server: Callable[..., LocalServer]) -> None:
-    server = start_server()
-    before = server.addresses, server.app, server.pid
-    server.restart()
-    assert (server.addresses, server.app) == before[:2]
-    assert server.pid != before[2]
-    assert server.running
-    assert server.terminate() == 0
-    assert not server.running
+def test_a_restart_keeps_addresses_and_app(tmp_path: Path) -> None:
+    server = LocalServer(tmp_path)
+    server.start()
+    try:
+        before = server.addresses, server.app, server.pid
+        server.restart()
+        assert (server.addresses, server.app) == before[:2]
+        assert server.pid != before[2]
+        assert server.running
+        assert server.terminate() == 0
+        assert not server.running
+    finally:
+        server.kill()
 
 
 def test_apps_and_metrics_come_from_the_admin_listener(server: LocalServer) -> None:

@@ -30,9 +30,9 @@ from clients.publisher import (
     verify_signature,
 )
 from tests.conftest import StartServer
+from tests.patience import PATIENCE
 
 HELLO = Notification("Hello")
-LIMIT = 10.0
 
 
 async def test_a_key_opens_what_its_scopes_say(
@@ -86,7 +86,7 @@ async def test_the_audit_log_names_what_was_done(publisher: Publisher) -> None:
 
 async def parked(publisher: Publisher) -> None:
     """Wait until something was given up."""
-    async with asyncio.timeout(LIMIT):
+    async with asyncio.timeout(PATIENCE):
         while True:
             if (await publisher.callbacks.counts()).parked:
                 return
@@ -140,7 +140,7 @@ async def test_a_callback_arrives_and_is_signed(
         told = CallbackTo(url, ["recalled"], {"order": 17})
         msg_id = (await publisher.push(PushRequest("all", HELLO, callback=told))).msg_id
         await publisher.withdraw(msg_id)
-        header, body = await asyncio.wait_for(desk.came.get(), LIMIT)
+        header, body = await asyncio.wait_for(desk.came.get(), PATIENCE)
         secret = (await publisher.callbacks.counts()).signing_secret
     callback = read_callback(secret, header, body, time.time())
     [event] = callback.events

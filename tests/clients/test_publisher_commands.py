@@ -9,7 +9,8 @@ import pty
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,13 @@ from clients.command_app import start_of_last
 from clients.command_pushes import Lines, _within, is_over
 from clients.local_server import AppKeys, LocalServer
 from clients.publisher import RECEIPTS, STATES, Progress, PushReport, TraceStep
+from tests.patience import PATIENCE
 
 SOON = (datetime.now(UTC) + timedelta(days=2)).strftime("%Y-%m-%d %H:%M:%S")
 LATER = (datetime.now(UTC) + timedelta(days=90)).strftime("%Y-%m-%d %H:%M:%S")
-PATIENCE = 10.0  # seconds
+
+Act = Callable[[], object]
+Process = subprocess.Popen[bytes]
 
 
 class Shell:
@@ -55,27 +59,47 @@ class Shell:
         assert (result.exit_code, result.stdout) == (status, ""), result.output
         return result.stderr
 
-    def on_a_terminal(self, *words: str, columns: int = 200) -> str:
-        """What a person sees; standard output and error are a terminal."""
+    def on_a_terminal(self, *words: str, columns: int = 200, at: str = "", then: Act = lambda: None) -> str:
+        """What a person sees; standard output and error are a terminal. `then` is done once `at` is there."""
         front, back = pty.openpty()
-        environment = (
-            os.environ | self.environment | {"TERM": "xterm", "COLUMNS": f"{columns}", "NO_COLOR": "1"}
-        )
-        command = [sys.executable, "-m", "clients.command", *words]
-        with subprocess.Popen(command, stdin=back, stdout=back, stderr=back, env=environment) as process:
-            os.close(back)
-            seen = b"".join(_read_all(front))
+        size = {"TERM": "xterm", "COLUMNS": f"{columns}", "NO_COLOR": "1"}
+        try:
+            with self._process(*words, stdin=back, stdout=back, stderr=back, more=size) as process:
+                os.close(back)
+                seen = _read_all(front, at, then)
+                assert process.wait(PATIENCE) == 0, seen
+        finally:
+            os.close(front)
+        return seen
+
+    def in_a_pipe(self, *words: str, at: str, then: Act) -> str:
+        """What a program reads. `then` is done once `at` is there."""
+        with self._process(*words, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            seen = _read_all(process.stdout.fileno(), at, then)
             assert process.wait(PATIENCE) == 0, seen
-        os.close(front)
-        return seen.decode()
+        return seen
+
+    @contextmanager
+    def _process(self, *words: str, more: Mapping[str, str] | None = None, **files: int) -> Iterator[Process]:
+        command = [sys.executable, "-m", "clients.command", *words]
+        environment = os.environ | self.environment | dict(more or {})
+        with subprocess.Popen(command, env=environment, **files) as process:  # type: ignore[call-overload]
+            try:
+                yield process
+            finally:
+                process.kill()
 
 
-def _read_all(descriptor: int) -> Iterator[bytes]:
-    try:
+def _read_all(descriptor: int, at: str, then: Act) -> str:
+    seen, waits = b"", bool(at)
+    with suppress(OSError):  # Linux says so at the end of a terminal
         while block := os.read(descriptor, 65_536):
-            yield block
-    except OSError:  # Linux says so at the end of a terminal
-        return
+            seen += block
+            if waits and at.encode() in seen:
+                waits = False
+                then()
+    return seen.decode()
 
 
 @pytest.fixture
@@ -184,13 +208,14 @@ def test_the_account_of_a_push_for_people(shell: Shell) -> None:
 
 
 def test_watch_ends_when_nobody_is_to_get_it(shell: Shell) -> None:
-    msg_id = push_to(shell, "--all", "--ttl", "1")
-    seen = shell.text("pushes", "watch", msg_id, "--every", "0.1")
-    assert "expired     3" in seen
+    msg_id = push_to(shell, "--all")
+    words = ("pushes", "watch", msg_id, "--every", "0.1")
+    seen = shell.in_a_pipe(*words, at="sending", then=lambda: shell.text("withdraw", msg_id))
+    assert "recalled    3" in seen
     at_first, at_last, account = seen.split("\n", 2)
     assert at_first[22:] == "sending: 0 delivered, 3 pending, of 3"
-    assert at_last[22:] == "done: 0 delivered, 0 pending, of 3"
-    assert account.startswith("state       done\n")
+    assert at_last[22:] == "withdrawn: 0 delivered, 0 pending, of 3"
+    assert account.startswith("state       withdrawn\n")
 
 
 def test_watch_ends_when_all_was_let_go_where_one_wants_that(shell: Shell) -> None:
@@ -517,8 +542,10 @@ def test_people_see_the_progress_of_an_upload(shell: Shell, tmp_path: Path) -> N
 
 
 def test_people_see_how_far_a_push_is(shell: Shell) -> None:
-    msg_id = push_to(shell, "--all", "--ttl", "1")
-    seen = shell.on_a_terminal("pushes", "watch", msg_id, "--every", "0.1")
-    assert "sending: 0 delivered" in seen
+    msg_id = push_to(shell, "--all")
+    words = ("pushes", "watch", msg_id, "--every", "0.1")
+    at = "sending: 0 delivered"
+    seen = shell.on_a_terminal(*words, at=at, then=lambda: shell.text("withdraw", msg_id))
+    assert at in seen
     assert "3/3" in seen
     assert seen.rstrip().endswith("dismissed   0")

@@ -24,9 +24,9 @@ from clients.publisher import (
     PushError,
     PushRequest,
 )
+from tests.patience import PATIENCE
 
 HELLO = Notification("Hello")
-LIMIT = 10.0
 
 
 def test_what_is_new_in_a_request_is_the_apis_json() -> None:
@@ -107,7 +107,7 @@ async def test_the_account_of_one_push(publisher: Publisher, phone: Any, until: 
     await three_devices(publisher)
     async with phone("d") as (device, pushes):
         msg_id = (await publisher.push(PushRequest("all", HELLO, options=Options(sendno=9)))).msg_id
-        push = await asyncio.wait_for(pushes.get(), LIMIT)
+        push = await asyncio.wait_for(pushes.get(), PATIENCE)
         await device.receipt(push, "clicked")
         report = await until(msg_id, lambda report: report.delivered and report.clicked)
     assert (report.target, report.online, report.sent, report.pending) == (4, 1, 1, 3)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,8 @@ from clients.addresses import Address, Hints, Race
 from clients.reach import Line, News, Unreachable, connect, open_first
 from clients.websocket import PATH
 from gateway.websocket import decide
+from tests.patience import PATIENCE
 
-LIMIT = 10.0
 HINTS = Hints(stagger=0.05, parallel=3, attempt=0.2)
 
 
@@ -47,10 +47,10 @@ class Told(Line):
 
     async def end(self) -> None:
         self.discard()
-        await asyncio.wait_for(self.ended.wait(), LIMIT)
+        await asyncio.wait_for(self.ended.wait(), PATIENCE)
 
     async def hear(self, size: int) -> bytes:
-        async with asyncio.timeout(LIMIT):
+        async with asyncio.timeout(PATIENCE):
             while len(self.heard) < size:
                 self.news.clear()
                 await self.news.wait()
@@ -71,22 +71,16 @@ async def listening(
         writer.transport.abort()
 
     server = await asyncio.start_server(echo, host, 0, **more)
-    yield server.sockets[0].getsockname()[1]
-    server.close()
-    await server.wait_closed()
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        await server.wait_closed()
 
 
 async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     while data := await reader.read(65_536):
         writer.write(data)
-
-
-@pytest.fixture
-def closed_port() -> Iterator[int]:
-    """Bound, so that nobody else gets it, and not listening."""
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        yield holder.getsockname()[1]
 
 
 def at(port: int) -> Address:
@@ -97,7 +91,7 @@ async def race_for(
     *addresses: Address, hints: Hints = HINTS, news: News | None = None, tls: ssl.SSLContext | None = None
 ) -> tuple[Address, Race, Told]:
     race = Race(addresses, hints, asyncio.get_running_loop().time())
-    async with asyncio.timeout(LIMIT):
+    async with asyncio.timeout(PATIENCE):
         address, line = await open_first(
             race, lambda address: connect(address, Told, tls if address.secret else None), news
         )
@@ -160,9 +154,9 @@ async def test_those_that_lose_are_closed() -> None:
 
     async with listening() as one, listening() as other:
         race = Race([at(one), at(other)], Hints(stagger=0), asyncio.get_running_loop().time())
-        _address, won = await asyncio.wait_for(open_first(race, together), LIMIT)
+        _address, won = await asyncio.wait_for(open_first(race, together), PATIENCE)
         (lost,) = [line for line in lines if line is not won]
-        await asyncio.wait_for(lost.ended.wait(), LIMIT)
+        await asyncio.wait_for(lost.ended.wait(), PATIENCE)
         assert not won.ended.is_set()
         await won.end()
 
@@ -212,7 +206,7 @@ async def test_a_host_is_tried_at_all_its_addresses(
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "x" * 64 + ".example", ".."])
 async def test_a_name_that_leads_nowhere_is_a_failure(host: str) -> None:
     async with listening() as port:
-        address, race, line = await race_for(Address(host, 1), at(port), hints=Hints(stagger=LIMIT))
+        address, race, line = await race_for(Address(host, 1), at(port), hints=Hints(stagger=2 * PATIENCE))
         assert (address, race.failures.keys()) == (at(port), {Address(host, 1)})
         await line.end()
 
@@ -274,13 +268,13 @@ async def test_a_websocket_carries_what_tcp_would() -> None:
         line.transport.write(b"hello")
         assert await line.hear(5) == b"hello"  # in two frames, after a ping
         line.transport.close()
-        await asyncio.wait_for(line.ended.wait(), LIMIT)
+        await asyncio.wait_for(line.ended.wait(), PATIENCE)
 
 
 async def test_a_websocket_is_closed_by_the_server() -> None:
     async with listening(upgrading(lambda request: switch(request) + b"\x88\x02\x03\xe8")) as port:
         _address, _race, line = await race_for(Address("127.0.0.1", port, "ws"))
-        await asyncio.wait_for(line.ended.wait(), LIMIT)
+        await asyncio.wait_for(line.ended.wait(), PATIENCE)
 
 
 @pytest.mark.parametrize(

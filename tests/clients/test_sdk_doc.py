@@ -18,9 +18,9 @@ from broker.telling.callbacks import sign
 from clients.device import Device
 from clients.local_server import AppKeys, LocalServer
 from clients.publisher import Audience, Notification, Options, Publisher, PushRequest
+from tests.patience import PATIENCE
 
 PAGE = (Path(__file__).parents[2] / "docs" / "sdk.md").read_text()
-LIMIT = 10.0  # seconds for one thing to happen
 
 
 def examples(title: str) -> list[str]:
@@ -59,7 +59,7 @@ class Page:
         compiled = compile(code, "docs/sdk.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
         running = eval(compiled, self.names)  # our own page
         if inspect.iscoroutine(running):
-            await asyncio.wait_for(running, LIMIT)
+            await asyncio.wait_for(running, PATIENCE)
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ async def send(publisher: Publisher, options: Options | None = None) -> int:
 
 
 async def happens(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(LIMIT):
+    async with asyncio.timeout(PATIENCE):
         while True:
             if true():
                 return

@@ -47,6 +47,7 @@ from gateway.mqtt import (
 )
 from tests.clients import session_story
 from tests.clients.session_story import packets_of
+from tests.patience import PATIENCE
 
 LEARNS = LinkSettings()
 
@@ -480,7 +481,7 @@ async def test_a_device_that_says_where_it_is_learns_within_the_bounds_of_its_ca
             settings=LinkSettings(heartbeat=own),
         )
         async with device:
-            await asyncio.wait_for(device.connected(), 10)
+            await asyncio.wait_for(device.connected(), PATIENCE)
             bounds = device._session._heartbeat.bounds
         assert (bounds != own) is told
         assert bounds.least >= 10
@@ -497,7 +498,7 @@ async def test_a_device_knows_whether_there_is_another_way_and_whether_it_sleeps
         app.app_key, "phone", on_push=lambda _: None, token=registered.token, servers=servers, ordered=True
     )
     async with device:
-        await asyncio.wait_for(device.connected(), 10)
+        await asyncio.wait_for(device.connected(), PATIENCE)
         assert device._session.alternatives is (known > 1)
         for state in ("doze", "background"):
             device.app_state(state)

@@ -21,6 +21,7 @@ from loadtest.peers.tables import LIMITED, MISSING, as_markdown
 from loadtest.peers.work import KINDS, RATES, Findings, Pace, Ways, Work, kind, take_turn
 from loadtest.scenarios.ceiling import ceiling
 from loadtest.stage import QUICK, Stage
+from tests.patience import PATIENCE
 
 DEVICES = 40
 SMALL = replace(QUICK, devices=DEVICES, subscribers=DEVICES, warm_devices=10, seconds=0.1, runs=1)
@@ -114,7 +115,7 @@ def test_what_a_peer_started_ends_with_it(stage: Stage, tmp_path: Path) -> None:
     with peer.open(stage) as arena:
         pids = [arena.pid, int(helper.read_text())]
         assert all(map(_lives, pids))
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while any(map(_lives, pids)):
         assert time.monotonic() < deadline, pids
 

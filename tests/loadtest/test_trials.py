@@ -220,7 +220,7 @@ def test_a_trial_goes_on_without_its_server_and_ends(start_server: StartServer) 
             killed.append(view.arrived)
             server.kill()
 
-    plan = small_plan("broadcast", rate=30.0, seconds=2.0, patience=3.0)
+    plan = small_plan("broadcast", rate=30.0, seconds=5.0, patience=3.0)
     result = play(plan, target_of(server), act)
     assert killed
     assert result.ended == "complete"

@@ -19,6 +19,8 @@ from loadtest.trial.run import run_trial
 from loadtest.trial.scenarios import SCENARIOS
 from loadtest.trial.target import Login, Target, read_http
 from tests.gateway.peer import eventually
+from tests.patience import PATIENCE
+from tests.ports import free_port
 
 DEVICES = 30
 
@@ -78,12 +80,6 @@ def check_complete(result: Result, devices: int = DEVICES) -> None:
     assert sum(window.due for window in result.windows) == pushes.sent
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def running_mosquitto(folder: Path, *lines: str) -> Iterator[Target]:
     """Which lets everybody in, unless `lines` say otherwise."""
@@ -95,7 +91,7 @@ def running_mosquitto(folder: Path, *lines: str) -> Iterator[Target]:
     with (folder / "mosquitto.log").open("wb") as log:
         process = subprocess.Popen([program, "-c", str(folder / "mosquitto.conf")], stderr=log)
     try:
-        eventually(lambda: _listens(address))
+        eventually(lambda: _listens(address), PATIENCE)
         yield Target("mqtt", address, pid=process.pid)
     finally:
         process.kill()
