@@ -42,7 +42,7 @@ from gateway.hubs import HUB_REST
 from gateway.membership import Membership
 from gateway.mqtt import Connect, Puback, Reason
 from gateway.node import Node, NodeSettings
-from tests.gateway.world import DAY, START, Phone, World
+from tests.gateway.world import DAY, START, Phone, World, start_node
 
 DELIVERED, PENDING, EVICTED = DeliveryState.DELIVERED, DeliveryState.PENDING, DeliveryState.EVICTED
 Start = Callable[..., Awaitable[World]]
@@ -206,7 +206,7 @@ async def test_rows_from_before_the_start_wait_for_no_doorbell(start: Start) -> 
     world.wall += 1
     await world.node.close()
     world.node = world.new_node()
-    world.node.start()
+    start_node(world.node)
     assert (await world.online(0)).got == [msg_id]
 
 

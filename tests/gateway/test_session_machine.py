@@ -47,7 +47,7 @@ from gateway.mqtt import (
     Will,
 )
 from gateway.node import NodeSettings
-from tests.gateway.world import DAY, Phone, World
+from tests.gateway.world import DAY, Phone, World, start_node
 
 WINDOW: Final = 8  # ids in flight to a peer that sets no Receive Maximum
 LAST_ID: Final = 30  # instead of 65,535, so that ids come round: three windows, and some
@@ -561,7 +561,7 @@ class Sessions(RuleBasedStateMachine):
                 client.outlive(crash=crash)
             self.world.wall += 1.0  # pushes of before are older than the new node
             self.world.node = self.world.new_node()
-            self.world.node.start()
+            start_node(self.world.node)
 
         self.run(asyncio.sleep(0), moment)
         self.run(story())
