@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from random import SystemRandom
+from typing import Final
 
 import pytest
 from hypothesis import settings
@@ -17,6 +18,9 @@ from hypothesis import settings
 from clients.local_server import LocalServer
 
 StartServer = Callable[..., LocalServer]
+
+# A test that stood still between dialling and CONNECT is not refused.
+PATIENT: Final = ("--mqtt-connect-timeout", "60")
 
 # Examples have no time limit: a machine that stood still for a moment says nothing of the code.
 settings.register_profile("holdfast", deadline=None)
@@ -28,7 +32,7 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartServ
     servers: list[LocalServer] = []
 
     def start(*flags: str) -> LocalServer:
-        servers.append(LocalServer(tmp_path_factory.mktemp("server"), *flags))
+        servers.append(LocalServer(tmp_path_factory.mktemp("server"), *PATIENT, *flags))
         servers[-1].start()
         return servers[-1]
 
