@@ -13,7 +13,7 @@ from random import SystemRandom
 from typing import Final
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from clients.local_server import LocalServer
 
@@ -22,8 +22,8 @@ StartServer = Callable[..., LocalServer]
 # A test that stood still between dialling and CONNECT is not refused.
 PATIENT: Final = ("--mqtt-connect-timeout", "60")
 
-# Examples have no time limit: a machine that stood still for a moment says nothing of the code.
-settings.register_profile("holdfast", deadline=None)
+# Examples have no time limit, nor has making them: a machine that stood still for a moment says nothing of the code.
+settings.register_profile("holdfast", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("holdfast")
 
 

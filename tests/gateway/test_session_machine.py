@@ -430,7 +430,7 @@ class Sessions(RuleBasedStateMachine):
 
     def run(self, story: Coroutine[Any, Any, None], pause: str = "calm") -> None:
         async def bounded() -> None:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await story
                 if pause == "turns":
                     await self.world.turns(3)
