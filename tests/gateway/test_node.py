@@ -798,7 +798,11 @@ def slice_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     return int(request.param)
 
 
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None,
+    max_examples=200,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @example(  # a doorbell of a broadcast without time to live, once more after the app was loaded
     steps=[
         (0, ("push_and_ring", 1, 0)),
@@ -815,7 +819,11 @@ def test_everything_owed_is_sent_in_order_and_once_on_a_connection(
     run(steps)
 
 
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None,
+    max_examples=100,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @example(  # the sweep finds a row while the window is full
     steps=[
         (0, ("push_and_ring", 1, 0)),
