@@ -185,8 +185,12 @@ async def test_a_push_committed_during_a_fetch_comes_with_the_next_one(start: St
     assert phone.got == [first, second, third]
 
 
-async def test_a_fetch_that_is_faster_than_an_older_broadcasts_doorbell_waits_for_it(world: World) -> None:
+async def test_a_fetch_that_is_faster_than_an_older_broadcasts_doorbell_waits_for_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The reader may see a commit before the loop is told of it (found by test_crash.py)."""
+    for hold in ("HOLD", "HOLD_KNOWN"):
+        monkeypatch.setattr(gateway.fetcher, hold, 3600)
     await world.online(1)
     broadcast = await world.append(0, 1)
     targeted = await world.append(0)
