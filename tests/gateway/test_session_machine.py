@@ -341,8 +341,6 @@ async def abandon(world: World) -> None:
     """The server is killed: what the store has not been given is lost."""
     node = world.node
     node._unsubscribe()
-    assert node._tick_timer is not None
-    node._tick_timer.cancel()
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()

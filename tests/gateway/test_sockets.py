@@ -316,13 +316,12 @@ async def test_what_went_to_nobody_is_not_repeated_for_long(world: World, label:
 
 def test_also_on_the_loop_of_a_server(tmp_path: Path, carriers: Path) -> None:
     async def story() -> None:
-        world = await World(tmp_path).open()
-        world.node.carriers = Carriers(carriers)
-        async with connected(world, "127.0.0.2") as connection:
-            assert timeout_of(connection) == 40_000
-        async with connected(world, "127.0.0.2", ("carrier", "Mobile")) as connection:
-            assert timeout_of(connection) == 70_000
-        await world.close()
+        async with await World(tmp_path).open() as world:
+            world.node.carriers = Carriers(carriers)
+            async with connected(world, "127.0.0.2") as connection:
+                assert timeout_of(connection) == 40_000
+            async with connected(world, "127.0.0.2", ("carrier", "Mobile")) as connection:
+                assert timeout_of(connection) == 70_000
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(story())

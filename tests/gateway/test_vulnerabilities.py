@@ -981,18 +981,19 @@ async def test_a_connect_that_breaks_does_not_stop_those_that_wait_with_it(
 
 
 async def test_wills_that_wait_are_as_many_as_sessions_that_are_kept(tmp_path: Path) -> None:
-    world = await World(tmp_path, settings=NodeSettings("node-1", max_sessions=3)).open(open=True)
-    listener = await connected(world, "listener")
-    await asked(world, listener, Subscribe(1, (Subscription("will", 1),)))
-    will = Will("will", b"bye", 1, properties={"will_delay_interval": 1000})
-    properties: Properties = {"session_expiry_interval": 1000}
-    for number in range(10):
-        phone = await connected(world, f"leaver-{number}", version=5, will=will, properties=properties)
-        phone.leave()
-    await world.calm()
-    assert len(world.hub.wills) == len(world.hub.mailboxes) == 3
-    assert payloads(listener.packets) == [b"bye"] * 7  # their sessions ended at once, and so did the wait
-    await world.close()
+    async with await World(tmp_path, settings=NodeSettings("node-1", max_sessions=3)).open(
+        open=True
+    ) as world:
+        listener = await connected(world, "listener")
+        await asked(world, listener, Subscribe(1, (Subscription("will", 1),)))
+        will = Will("will", b"bye", 1, properties={"will_delay_interval": 1000})
+        properties: Properties = {"session_expiry_interval": 1000}
+        for number in range(10):
+            phone = await connected(world, f"leaver-{number}", version=5, will=will, properties=properties)
+            phone.leave()
+        await world.calm()
+        assert len(world.hub.wills) == len(world.hub.mailboxes) == 3
+        assert payloads(listener.packets) == [b"bye"] * 7  # their sessions ended at once, and so did the wait
 
 
 async def test_a_client_id_is_not_longer_than_a_name(world: World) -> None:

@@ -167,7 +167,7 @@ def start_node(node: Node) -> None:
 
 
 class World:
-    """`async with`, or `open` and `close`. Devices have the devnos 0, 1, 2 …"""
+    """`async with await World(…).open()`, or `open` and `close`. Devices have the devnos 0, 1, 2 …"""
 
     def __init__(
         self,
@@ -230,6 +230,12 @@ class World:
             membership=Membership(store.nodes, lambda: info, self.metrics),
             wall=self.clock,
         )
+
+    async def __aenter__(self) -> World:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
     async def close(self) -> None:
         await self.node.drain(0.0)
