@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from random import SystemRandom
 from typing import Final
 
@@ -32,11 +33,11 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartServ
     servers: list[LocalServer] = []
 
     def start(*flags: str) -> LocalServer:
-        servers.append(LocalServer(tmp_path_factory.mktemp("server"), *PATIENT, *flags))
+        servers.append(LocalServer(tmp_path_factory.mktemp("server"), *flags))
         servers[-1].start()
         return servers[-1]
 
-    yield start
+    yield partial(start, *PATIENT)
     for server in servers:
         server.kill()
     for server in servers:
