@@ -32,9 +32,7 @@ from gateway.mqtt import (
     encode,
 )
 
-PATIENCE: Final = (
-    60.0  # seconds until something that must happen has not happened, on a machine that stood still
-)
+PATIENCE: Final = 60.0  # seconds until what must happen has not happened, whatever held this machine up
 SHORT_PATIENCE: Final = 0.3  # seconds in which something that must not happen would have happened
 POLL: Final = 0.02
 TICK: Final = 0.3  # seconds: the clock of a server that has its turns is not further behind
