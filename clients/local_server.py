@@ -18,7 +18,7 @@ import orjson
 
 ANY_PORT: Final = ("--mqtt-port", "0", "--ws-port", "0", "--http-port", "0", "--admin-port", "0")
 START_LIMIT: Final = (
-    60.0  # seconds until the server says that it listens; one that was killed waits for its lease
+    180.0  # seconds until the server says that it listens; one that was killed waits for its lease
 )
 STOP_LIMIT: Final = 30.0
 ANSWER_LIMIT: Final = 60.0  # seconds for one of its administrator's calls

@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from random import SystemRandom
+from typing import Final
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from clients.local_server import LocalServer
 from tests.ports import listeners
 
 StartServer = Callable[..., LocalServer]
 
-# Examples have no time limit: a machine that stood still for a moment says nothing of the code.
-settings.register_profile("holdfast", deadline=None)
+# A test that stood still between dialling and CONNECT is not refused.
+PATIENT: Final = ("--mqtt-connect-timeout", "60")
+
+# Examples have no time limit, nor has making them: a machine that stood still for a moment says nothing of the code.
+settings.register_profile("holdfast", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("holdfast")
 
 
@@ -33,7 +38,7 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartServ
         servers[-1].start()
         return servers[-1]
 
-    yield start
+    yield partial(start, *PATIENT)
     for server in servers:
         server.kill()
     for server in servers:

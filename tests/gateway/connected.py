@@ -8,10 +8,12 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tests.gateway.world import PATIENCE
+
 
 async def until(condition: Callable[[], object]) -> None:
     """With what the kernel and timers bring."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while not condition():  # noqa: ASYNC110 - a counter tells nobody
             await asyncio.sleep(0)
 

@@ -24,7 +24,7 @@ from broker.telling.reports import Reports
 from gateway.hub import Hub
 from gateway.membership import Membership
 from gateway.node import Node, NodeSettings
-from tests.gateway.world import Phone, World
+from tests.gateway.world import Phone, World, start_node
 
 LEASE = 10.0
 
@@ -247,7 +247,7 @@ class FleetWorld(World):
         ]
         for member in self.nodes:
             await member.membership.join()
-            member.node.start()
+            start_node(member.node)
         self.node = self.nodes[0].node
         self.bus = cast("Any", self.nodes[0].bus)
         return self

@@ -113,14 +113,13 @@ async def test_a_delayed_will_is_under_the_rules_of_the_time_it_is_due(world: Wo
 
 @pytest.mark.parametrize("name", ["+", "#", "a/b", "+/x"])
 async def test_a_registration_id_with_wildcards_widens_no_rule(tmp_path: Path, name: str) -> None:
-    world = await World(tmp_path).open(devices=1)
-    world.names[0] = name
-    await rules(world, {"allow": "all", "topic": "up/{registration_id}/#"})
-    phone = await world.online(0)
-    refused = Reason.NOT_AUTHORIZED
-    assert await subscribe(phone, f"up/{name.rstrip('#')}/#", "up/+/#", "up/#") == (refused,) * 3
-    assert await publish(phone, "up/a/b") is refused
-    await world.close()
+    async with await World(tmp_path).open(devices=1) as world:
+        world.names[0] = name
+        await rules(world, {"allow": "all", "topic": "up/{registration_id}/#"})
+        phone = await world.online(0)
+        refused = Reason.NOT_AUTHORIZED
+        assert await subscribe(phone, f"up/{name.rstrip('#')}/#", "up/+/#", "up/#") == (refused,) * 3
+        assert await publish(phone, "up/a/b") is refused
 
 
 async def test_sys_topics_go_only_where_a_rule_names_them(world: World) -> None:

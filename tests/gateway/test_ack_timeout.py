@@ -218,14 +218,11 @@ def test_no_measured_time_is_longer_than_an_acknowledgement_took(
 
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
-    """Its clock moves only when a story says so."""
     folder = tmp_path / "carriers"
     folder.mkdir()
     (folder / "default.toml").write_text('name = "default"\n[acks]\nfirst = 30\nleast = 2\nmost = 60\n')
     (folder / "patient.toml").write_text("[acks]\nfirst = 75\nmost = 85\n")
     world = await World(tmp_path, carriers=Carriers(folder)).open()
-    assert world.node._tick_timer is not None
-    world.node._tick_timer.cancel()
     yield world
     await world.close()
 

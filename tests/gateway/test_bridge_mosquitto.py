@@ -26,6 +26,7 @@ from gateway.mqtt import (
     Subscription,
 )
 from tests.conftest import StartServer
+from tests.fleet_rig import free_port
 from tests.gateway.peer import PATIENCE, Peer, connect_packet, eventually
 
 pytestmark = pytest.mark.skipif(not shutil.which("mosquitto"), reason="mosquitto: apt-get install mosquitto")
@@ -39,7 +40,7 @@ class Mosquitto:
     """A mosquitto with one bridge to the server. It keeps its data in `folder`, over a restart too."""
 
     def __init__(self, server: LocalServer, folder: Path, name: str, version: str, *lines: str) -> None:
-        self.address = ("127.0.0.1", _free_port())
+        self.address = ("127.0.0.1", free_port())
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
         host, port = server.addresses.mqtt
@@ -72,18 +73,12 @@ class Mosquitto:
             self._process = None
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def bridge(server: LocalServer, folder: Path, name: str, version: str, *topics: str) -> Iterator[Mosquitto]:
     """Runs until the block ends; returns once the bridge has subscribed."""
     made = Mosquitto(server, folder, name, version, *(f"topic {topic}" for topic in topics))
-    made.start()
     try:
+        made.start()
         with ours(server, f"{name}-witness") as witness:
             wait_for_bridge(witness, made)
         yield made
@@ -96,16 +91,21 @@ def wait_for_bridge(witness: Peer, mosquitto: Mosquitto) -> None:
     with theirs(mosquitto, "witness") as local:
         subscribe(local, "down/probe")
         subscribe(witness, "up/probe")
-        eventually(lambda: _passes(witness, local, "down/probe"), 20.0)
-        eventually(lambda: _passes(local, witness, "up/probe"), 20.0)
+        probes = itertools.count(1)
+        eventually(lambda: _passes(witness, local, "down/probe", next(probes)))
+        eventually(lambda: _passes(local, witness, "up/probe", next(probes)))
 
 
-def _passes(sender: Peer, receiver: Peer, topic: str) -> bool:
-    sender.send(Publish(topic, b"?"))
+def _passes(sender: Peer, receiver: Peer, topic: str, number: int) -> bool:
+    """Whether this very probe comes out: then none that was sent before it is under way any more."""
+    probe = Publish(topic, b"%d" % number)
+    sender.send(probe)
     try:
-        return isinstance(receiver.receive(0.1), Publish)
+        while receiver.receive(0.1) != probe:
+            pass
     except TimeoutError:
         return False
+    return True
 
 
 @contextmanager

@@ -50,10 +50,7 @@ def _write(path: Path) -> Carriers:
 
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
-    """Its clock moves only when a story says so."""
     world = await World(tmp_path, carriers=_write(tmp_path)).open()
-    assert world.node._tick_timer is not None
-    world.node._tick_timer.cancel()
     yield world
     await world.close()
 
@@ -187,16 +184,17 @@ async def test_times_to_acknowledge_are_those_of_pushes_that_went_out_at_once(wo
 
 
 async def test_of_a_push_to_many_some_times_are_looked_at(tmp_path: Path) -> None:
-    world = await World(tmp_path, carriers=_write(tmp_path), fanout_limit=100).open(devices=SAMPLE + 3)
-    phones = [await online(world, devno) for devno in range(SAMPLE + 3)]
-    await world.push(*range(SAMPLE + 3))
-    for phone in phones:
-        await phone.pushed(1)
-    for phone in phones:
-        phone.ack()
-    world.node.settler.fold()
-    assert sum(learned(world).acks) == SAMPLE
-    await world.close()
+    async with await World(tmp_path, carriers=_write(tmp_path), fanout_limit=100).open(
+        devices=SAMPLE + 3
+    ) as world:
+        phones = [await online(world, devno) for devno in range(SAMPLE + 3)]
+        await world.push(*range(SAMPLE + 3))
+        for phone in phones:
+            await phone.pushed(1)
+        for phone in phones:
+            phone.ack()
+        world.node.settler.fold()
+        assert sum(learned(world).acks) == SAMPLE
 
 
 # Silences that were survived
@@ -412,20 +410,16 @@ async def test_a_device_that_is_at_another_node_now_is_taken_to_be_in_the_same_n
 ) -> None:
     world = FleetWorld(tmp_path, carriers=_write(tmp_path))
     await world.open()
-    await world.build()
-    for member in world.nodes:
-        assert member.node._tick_timer is not None
-        member.node._tick_timer.cancel()
-    phone = await world.online_at(0, 0, **wifi())
-    passes(world, 240.0 + NOTICED, phone)
-    await world.online_at(1, 0, **wifi())
-    world.hear()
-    assert phone.closed
-    assert sum(_fresh(world, 0).died) == 0
-    passes(world, ELSEWHERE + SWEEP_EVERY + LOOK)
-    assert sum(_fresh(world, 0).died) == 1
-    assert sum(_fresh(world, 1).died) == 0
-    await world.close()
+    async with await world.build():
+        phone = await world.online_at(0, 0, **wifi())
+        passes(world, 240.0 + NOTICED, phone)
+        await world.online_at(1, 0, **wifi())
+        world.hear()
+        assert phone.closed
+        assert sum(_fresh(world, 0).died) == 0
+        passes(world, ELSEWHERE + SWEEP_EVERY + LOOK)
+        assert sum(_fresh(world, 0).died) == 1
+        assert sum(_fresh(world, 1).died) == 0
 
 
 def _fresh(world: FleetWorld, number: int) -> Tally:
@@ -534,13 +528,21 @@ async def test_the_command_asks_the_running_server_and_it_remembers(service: Ser
     reader, writer = await asyncio.open_connection(host, int(port))
     declared = {"user_properties": (("carrier", "46000"), ("link", "cellular"))}
     login = {"username": app.key, "password": app.device_key.encode()}
-    writer.write(encode(Connect("phone-1", True, keep_alive=60, properties=declared, **login), 5))
+    try:
+        writer.write(encode(Connect("phone-1", True, keep_alive=60, properties=declared, **login), 5))
+        await _is_learned_of(reader, writer, tmp_path / "data")
+    finally:
+        writer.close()
+    done = await asyncio.to_thread(_show, tmp_path / "data")
+    assert done.stdout.splitlines()[1].split()[:4] == ["china-mobile", "cellular", "0", "1"]
+
+
+async def _is_learned_of(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, data_dir: Path) -> None:
     profile = Carriers().catalog.profiles["china-mobile"]
     assert profile.recognise.operators
     bounds = profile.heartbeat
     wanted = ("heartbeat", f"{bounds.start} {bounds.least} {bounds.most}")
     assert wanted in (await _welcome(reader)).properties["user_properties"]
-    data_dir = tmp_path / "data"
     done = await asyncio.to_thread(_show, data_dir, "--json")
     assert done.exit_code == 0, done.output
     [network] = orjson.loads(done.stdout)
@@ -549,10 +551,6 @@ async def test_the_command_asks_the_running_server_and_it_remembers(service: Ser
     assert refused.exit_code == 2
     writer.write(encode(Disconnect(), 5))
     await reader.read()
-    writer.close()
-    await writer.wait_closed()
-    done = await asyncio.to_thread(_show, data_dir)
-    assert done.stdout.splitlines()[1].split()[:4] == ["china-mobile", "cellular", "0", "1"]
 
 
 async def test_a_server_that_stops_leaves_what_it_learned(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from clients.local_server import LocalServer
 from gateway.doorkeeper import BURST, ROUNDING, Doorkeeper, DoorLimits, TurnedAway, source_of
 from tests.conftest import StartServer
-from tests.gateway.peer import Closed, Peer, counted, device, eventually, works
+from tests.gateway.peer import TICK, Closed, Peer, clock_of, counted, device, eventually, works
 
 NOW = 1_000_000.0  # a machine that is up for some days: what is left of a float's digits
 
@@ -192,6 +193,7 @@ def test_a_server_lets_in_so_many_of_one_address(start_server: StartServer, list
         with counted(server, refused(TurnedAway.ADDRESS), by=7), crowd(address, 10) as peers:
             eventually(lambda: closed(peers) == 7)
             assert not other.is_closed()
+        eventually(lambda: server.metrics()["holdfast_connections_opening"] == 1)
         with crowd(address, 3) as peers:  # the first three have gone
             eventually(lambda: server.metrics()["holdfast_connections_opening"] == 4)
             assert closed(peers) == 0
@@ -200,10 +202,17 @@ def test_a_server_lets_in_so_many_of_one_address(start_server: StartServer, list
 
 def test_a_server_lets_in_so_many_in_a_second(start_server: StartServer) -> None:
     server = start_server("--mqtt-connect-rate", "5")
+    began = clock_of(server)
     with crowd(server.addresses.mqtt, 100) as peers:
-        eventually(lambda: server.metrics().get(f"holdfast_{refused(TurnedAway.RATE)}", 0) >= 80)
-        assert 80 <= closed(peers) <= 95
+        eventually(lambda: server.metrics()["holdfast_connections_opening"] + turned_away(server) == 100)
+        let_in = 100 - turned_away(server)
+        assert 5 <= let_in <= 5 * (time.monotonic() - began + TICK + BURST) + 1
+        eventually(lambda: closed(peers) == 100 - let_in)
     eventually(lambda: lets_in(server))
+
+
+def turned_away(server: LocalServer) -> float:
+    return server.metrics().get(f"holdfast_{refused(TurnedAway.RATE)}", 0)
 
 
 def lets_in(server: LocalServer) -> bool:

@@ -240,7 +240,7 @@ def test_waiting_for_a_core_is_not_sleeping() -> None:
             os.sched_setaffinity(other.pid, {core})
             os.sched_setaffinity(0, {core})
             load.begin()
-            until = time.perf_counter() + 10
+            until = time.perf_counter() + 60
             waited = 0.0
             while waited < 0.02 and time.perf_counter() < until:
                 waited += load.waited()
@@ -248,8 +248,10 @@ def test_waiting_for_a_core_is_not_sleeping() -> None:
         finally:
             os.sched_setaffinity(0, allowed)
             other.kill()
+    began = time.perf_counter()
+    load.waited()
     time.sleep(0.3)
-    assert load.waited() < 0.2
+    assert load.waited() <= time.perf_counter() - began - 0.3  # for a core, once it was to wake up
     load.close()
 
 

@@ -339,7 +339,7 @@ async def test_aiomqtt_is_a_device(server: LocalServer, authority: str, transpor
     client = aiomqtt.Client(
         host, port, username=server.app.app_key, password=server.app.device_key, identifier=name,
         protocol=aiomqtt.ProtocolVersion(version), tls_context=trusted,
-        transport="websockets" if transport == "ws" else "tcp", websocket_path="/mqtt", **options,
+        transport="websockets" if transport == "ws" else "tcp", websocket_path="/mqtt", timeout=PATIENCE, **options,
     )  # fmt: skip
     sent: list[str] = []
     for _ in range(2):  # online, and after being away
@@ -357,7 +357,8 @@ async def test_aiomqtt_is_a_device(server: LocalServer, authority: str, transpor
 
 async def test_aiomqtt_is_told_why_it_is_refused(server: LocalServer) -> None:
     host, port = address(server, "tcp")
-    client = aiomqtt.Client(host, port, username=server.app.app_key, password="wrong", identifier="aiomqtt")
+    login = {"username": server.app.app_key, "password": "wrong"}
+    client = aiomqtt.Client(host, port, identifier="aiomqtt", timeout=PATIENCE, **login)
     with pytest.raises(aiomqtt.MqttError, match="Bad user name or password"):
         async with client:
             pass
@@ -374,12 +375,14 @@ async def test_amqtt_is_a_device(server: LocalServer, transport: str) -> None:
     url = f"{scheme}://{server.app.app_key}:{server.app.device_key}@{host}:{port}{path}"
     client = AmqttClient(client_id=name, config={"auto_reconnect": False})
     await client.connect(url, cleansession=False)
-    msg_id = await asyncio.to_thread(push, server, server.app, name)
-    message = await client.deliver_message(timeout_duration=PATIENCE)
-    assert message is not None
-    assert orjson.loads(bytes(message.publish_packet.data or b""))["msg_id"] == msg_id
-    await asyncio.to_thread(eventually, lambda: accounts(server, server.app, msg_id)["delivered"] == 1)
-    await client.disconnect()
+    try:
+        msg_id = await asyncio.to_thread(push, server, server.app, name)
+        message = await client.deliver_message(timeout_duration=PATIENCE)
+        assert message is not None
+        assert orjson.loads(bytes(message.publish_packet.data or b""))["msg_id"] == msg_id
+        await asyncio.to_thread(eventually, lambda: accounts(server, server.app, msg_id)["delivered"] == 1)
+    finally:
+        await client.disconnect()
 
 
 # mosquitto
@@ -399,7 +402,7 @@ def mosquitto_sub(
 ) -> list[str]:
     """For one message."""
     command = mosquitto(server, "sub", name, server.app.device_key, ca=ca, version=version)
-    return [*command, "-t", topic, "-q", "1", "-C", "1", "-W", "10"]
+    return [*command, "-t", topic, "-q", "1", "-C", "1", "-W", f"{PATIENCE:.0f}"]
 
 
 @needs_mosquitto
@@ -410,14 +413,14 @@ def test_mosquitto_sub_is_a_device(server: LocalServer, authority: str, tls: boo
     command = mosquitto_sub(server, name, ca=authority if tls else "", version=version)
     register(server, server.app, name)
     waiting = push(server, server.app, name, "waiting")
-    done = subprocess.run(command, capture_output=True, check=True, timeout=30)
+    done = subprocess.run(command, capture_output=True, check=True, timeout=PATIENCE)
     assert orjson.loads(done.stdout) == {"msg_id": waiting, "notification": {"alert": "waiting"}}
     eventually(lambda: accounts(server, server.app, waiting)["delivered"] == 1)
     with subprocess.Popen([*command, "-c"], stdout=subprocess.PIPE) as online:
         status = ("POST", "/v3/devices/status", {"registration_ids": [name]})
         eventually(lambda: call(server, server.app, *status)[1][name]["online"])
         msg_id = push(server, server.app, name, "online")
-        assert orjson.loads(online.communicate(timeout=30)[0])["msg_id"] == msg_id
+        assert orjson.loads(online.communicate(timeout=PATIENCE)[0])["msg_id"] == msg_id
 
 
 @needs_mosquitto
@@ -429,8 +432,8 @@ def test_mosquitto_pub_is_a_publisher(server: LocalServer, version: int, qos: st
     body = orjson.dumps(push_body([name], "from the shell")).decode()
     command = mosquitto(server, "pub", "shell", server.app.master_secret, version=version)
     # At QoS 0 it leaves at once.
-    subprocess.run([*command, "-q", qos, "-t", "push", "-m", body], check=True, timeout=30)
-    done = subprocess.run(mosquitto_sub(server, name), capture_output=True, check=True, timeout=30)
+    subprocess.run([*command, "-q", qos, "-t", "push", "-m", body], check=True, timeout=PATIENCE)
+    done = subprocess.run(mosquitto_sub(server, name), capture_output=True, check=True, timeout=PATIENCE)
     assert orjson.loads(done.stdout)["notification"]["alert"] == "from the shell"
 
 
@@ -439,13 +442,15 @@ def test_mosquitto_clients_talk(server: LocalServer) -> None:
     listener = mosquitto_sub(server, "listener", "talk")
     with counted(server, 'publishes_received_total{kind="topic"}'):
         teller = mosquitto(server, "pub", "teller", server.app.device_key)
-        subprocess.run([*teller, "-t", "talk", "-m", "hi", "-r"], check=True, timeout=30)
-    done = subprocess.run(listener, capture_output=True, check=True, timeout=30)
+        subprocess.run([*teller, "-t", "talk", "-m", "hi", "-r"], check=True, timeout=PATIENCE)
+    done = subprocess.run(listener, capture_output=True, check=True, timeout=PATIENCE)
     assert done.stdout == b"hi\n"
 
 
 @needs_mosquitto
 def test_mosquitto_is_told_why_it_is_refused(server: LocalServer) -> None:
     command = mosquitto(server, "sub", "x", "wrong")
-    done = subprocess.run([*command, "-t", "push"], capture_output=True, text=True, check=False, timeout=30)
+    done = subprocess.run(
+        [*command, "-t", "push"], capture_output=True, text=True, check=False, timeout=PATIENCE
+    )
     assert done.returncode == 0x86

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import replace
 
@@ -29,13 +30,18 @@ from gateway.mqtt import (
 )
 from tests.conftest import StartServer
 from tests.gateway.peer import (
+    PATIENCE,
+    TICK,
     Peer,
     accounts,
+    acknowledged_within,
     call,
+    clock_of,
     connect_packet,
     counted,
     device,
     eventually,
+    let_pass,
     publisher,
     push,
     push_body,
@@ -187,12 +193,13 @@ def test_session_present(server: LocalServer) -> None:
 
 
 def test_a_session_expires(server: LocalServer) -> None:
-    with device(server, "expiring", expiry=1) as peer:
+    with device(server, "expiring") as peer:
         assert isinstance(peer.subscribe("expiring/#"), Suback)
-    left = time.monotonic()
     with Peer(server.addresses.mqtt) as peer:
         assert peer.connect(connect_packet(server.app, "expiring", expiry=1)).session_present
-    eventually(lambda: time.monotonic() > left + 2.2)  # a whole second, rounded up
+        peer.send(Disconnect())
+        assert peer.rest() == []
+    let_pass(server, 2.0)  # a whole second, rounded up
     with Peer(server.addresses.mqtt) as peer:
         assert not peer.connect(connect_packet(server.app, "expiring", expiry=1)).session_present
 
@@ -274,15 +281,11 @@ def test_an_inbound_qos_2_message_is_taken_once_across_connections(server: Local
 
 @BOTH
 def test_silence_of_one_and_a_half_keep_alives_ends_the_connection(server: LocalServer, version: int) -> None:
-    with (
-        counted(server, 'disconnects_total{reason="keep-alive timeout"}'),
-        device(server, f"silent-{version}", version=version, keep_alive=1) as peer,
-    ):
-        peer.send(Pingreq())
-        peer.expect(Pingresp)
-        began = time.monotonic()
-        assert peer.rest() == ([Disconnect(Reason.KEEP_ALIVE_TIMEOUT)] if version == 5 else [])
-        assert 1.2 < time.monotonic() - began < 2.6  # the server's clock ticks four times a second
+    with counted(server, 'disconnects_total{reason="keep-alive timeout"}'):
+        began = clock_of(server)
+        with device(server, f"silent-{version}", version=version, keep_alive=1) as peer:
+            assert peer.rest() == ([Disconnect(Reason.KEEP_ALIVE_TIMEOUT)] if version == 5 else [])
+        assert time.monotonic() - began >= 1.5 - TICK
 
 
 def test_a_server_lowers_what_is_too_long_and_says_so(start_server: StartServer) -> None:
@@ -319,11 +322,9 @@ def test_without_an_acknowledgement_the_connection_ends(
     ):
         msg_id = push(server, server.app, "mute")
         first = peer.push(ack=False)
-        began = time.monotonic()
         peer.send(Pingreq())
         told = [Disconnect(Reason.UNSPECIFIED_ERROR)] if version == 5 else []
-        assert peer.rest() == [Pingresp(), *told]
-        assert time.monotonic() - began < 2.5  # of 1 second
+        assert [packet for packet in peer.rest() if packet != Pingresp()] == told
     assert accounts(server, server.app, msg_id)["pending"] == 1
     with device(server, "mute", version=version) as peer:
         assert peer.push() == replace(first, dup=True)
@@ -332,9 +333,7 @@ def test_without_an_acknowledgement_the_connection_ends(
 @pytest.fixture
 def quick(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Carrier profiles that lose patience after a second."""
-    folder = tmp_path_factory.mktemp("carriers")
-    (folder / "default.toml").write_text("[acks]\nfirst = 1\nleast = 1\nmost = 1\n")
-    return str(folder)
+    return str(acknowledged_within(1, tmp_path_factory.mktemp("carriers")))
 
 
 # Wills
@@ -365,14 +364,17 @@ def test_disconnect_with_will_message_sends_it(server: LocalServer) -> None:
 def test_a_delayed_will_is_sent_unless_the_session_is_taken_up(server: LocalServer) -> None:
     with device(server, "heir-d") as heir:
         heir.subscribe("late")
-        will = Will("late", b"gone", properties={"will_delay_interval": 1})
-        with device(server, "sleeper", will=will):
-            pass
-        with device(server, "sleeper", will=will):
-            heir.expect_nothing(1.3)
-        left = time.monotonic()
+        for word, delay in ((b"not yet", 3600), (b"gone", 1)):
+            will = Will("late", word, properties={"will_delay_interval": delay})
+            with device(server, "sleeper", will=will) as peer:
+                peer.send(Pingreq())
+                peer.expect(Pingresp)
+                heir.expect_nothing()
+                left = clock_of(server)
         assert heir.expect(Publish).payload == b"gone"
-        assert time.monotonic() - left > 0.8
+        assert time.monotonic() - left >= 1 - TICK
+        with device(server, "sleeper", clean=True):  # a will that still waited would go with its session
+            heir.expect_nothing()
 
 
 def test_a_retained_will_survives_a_restart(start_server: StartServer) -> None:
@@ -575,24 +577,32 @@ def test_a_revoked_token_closes_the_connection_and_opens_no_other(server: LocalS
         pass
 
 
+EXPIRED = 'refusals_total{reason="token expired"}'
+
+
 def test_an_expired_token_opens_no_connection_but_does_not_end_one(start_server: StartServer) -> None:
     server = start_server("--push-token-lifetime", "3")
     app = server.create_app("hasty")
-    first = register(server, app, "early")
-    later = register(server, app, "late")
-    with device(server, "early", app=app, password=first) as peer:
+    with contextlib.ExitStack() as stack:
+
+        def early() -> Peer | None:
+            """Lives while its token does, which is not long on a machine that is slow."""
+            peer, token = stack.enter_context(Peer(server.addresses.mqtt)), register(server, app, "early")
+            return None if peer.connect(connect_packet(app, "early", password=token)).reason else peer
+
+        peer, token = eventually(early), register(server, app, "late")
 
         def refused() -> Connack | None:
             with Peer(server.addresses.mqtt) as late:
-                connack = late.connect(connect_packet(app, "late", password=later, version=4))
+                connack = late.connect(connect_packet(app, "late", password=token, version=4))
                 return connack if connack.reason else None
 
+        before = server.metrics().get(f"holdfast_{EXPIRED}", 0)
         connack = eventually(refused)
-        assert connack is not None
         assert connack.reason is Reason.NOT_AUTHORIZED
+        assert server.metrics()[f"holdfast_{EXPIRED}"] == before + 1
         peer.send(Pingreq())
         peer.expect(Pingresp)
-    assert server.metrics()['holdfast_refusals_total{reason="token expired"}'] == 1
 
 
 def test_a_rotated_secret_ends_publishers_and_a_deleted_app_everybody(server: LocalServer) -> None:
@@ -620,7 +630,7 @@ def server_admin(server: LocalServer, path: str) -> None:
 
     key = orjson.loads((server.data_dir / "admin.json").read_bytes())["key"]
     url, headers = server.addresses.admin + path, {"Authorization": f"Bearer {key}"}
-    with urllib.request.urlopen(urllib.request.Request(url, b"", headers), timeout=10) as response:
+    with urllib.request.urlopen(urllib.request.Request(url, b"", headers), timeout=PATIENCE) as response:
         assert response.status == 200
 
 

@@ -27,7 +27,7 @@ from tests.gateway.peer import PATIENCE, eventually, push
 ROOT: Final = Path(__file__).parents[2]
 SCRIPTS: Final = Path(__file__).parent / "mqttjs"
 PACKAGE: Final = Path(os.environ.get("NODE_MODULES", ROOT / ".venv/node/node_modules")) / "mqtt"
-START_PATIENCE: Final = 30.0  # seconds: a browser's first start on a busy machine
+START_PATIENCE: Final = 180.0  # seconds: a browser's first start on a busy machine
 CHROMIUM: Final = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -157,7 +157,7 @@ def test_mqttjs(
         if version == 5:
             for message in talk:
                 expiry = message["properties"].pop("messageExpiryInterval")
-                assert 55 <= expiry <= 60
+                assert 80_000 <= expiry <= 86_400
                 assert message["properties"] == {
                     "userProperties": {"a": ["1", "2"], "b": "3"}, "contentType": "text/plain",
                     "responseTopic": "answers", "correlationData": "id", "payloadFormatIndicator": True,

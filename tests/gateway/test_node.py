@@ -42,7 +42,7 @@ from gateway.hubs import HUB_REST
 from gateway.membership import Membership
 from gateway.mqtt import Connect, Puback, Reason
 from gateway.node import Node, NodeSettings
-from tests.gateway.world import DAY, START, Phone, World
+from tests.gateway.world import DAY, START, Phone, World, start_node
 
 DELIVERED, PENDING, EVICTED = DeliveryState.DELIVERED, DeliveryState.PENDING, DeliveryState.EVICTED
 Start = Callable[..., Awaitable[World]]
@@ -185,8 +185,12 @@ async def test_a_push_committed_during_a_fetch_comes_with_the_next_one(start: St
     assert phone.got == [first, second, third]
 
 
-async def test_a_fetch_that_is_faster_than_an_older_broadcasts_doorbell_waits_for_it(world: World) -> None:
+async def test_a_fetch_that_is_faster_than_an_older_broadcasts_doorbell_waits_for_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The reader may see a commit before the loop is told of it (found by test_crash.py)."""
+    for hold in ("HOLD", "HOLD_KNOWN"):
+        monkeypatch.setattr(gateway.fetcher, hold, 3600)
     await world.online(1)
     broadcast = await world.append(0, 1)
     targeted = await world.append(0)
@@ -206,7 +210,7 @@ async def test_rows_from_before_the_start_wait_for_no_doorbell(start: Start) -> 
     world.wall += 1
     await world.node.close()
     world.node = world.new_node()
-    world.node.start()
+    start_node(world.node)
     assert (await world.online(0)).got == [msg_id]
 
 
@@ -798,7 +802,11 @@ def slice_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     return int(request.param)
 
 
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None,
+    max_examples=200,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @example(  # a doorbell of a broadcast without time to live, once more after the app was loaded
     steps=[
         (0, ("push_and_ring", 1, 0)),
@@ -815,7 +823,11 @@ def test_everything_owed_is_sent_in_order_and_once_on_a_connection(
     run(steps)
 
 
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None,
+    max_examples=100,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @example(  # the sweep finds a row while the window is full
     steps=[
         (0, ("push_and_ring", 1, 0)),

@@ -13,10 +13,11 @@ from clients.device import Device, LinkSettings, Push
 from clients.local_server import LocalServer
 from clients.publisher import Audience, Notification, Publisher, PushRequest
 from tests.broker.redis_rigs import servers
+from tests.gateway.peer import eventually
 from tests.gateway.world import World
 
-PATIENCE = 30.0
-QUICK = LinkSettings(backoff_base=0.05, backoff_cap=0.5)
+PATIENCE = 60.0  # seconds until something that must happen has not happened
+QUICK = LinkSettings(backoff_base=0.05, backoff_cap=0.5, answer_timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -57,4 +58,4 @@ async def test_a_device_goes_to_the_other_node_when_its_own_stops(nodes: list[Lo
         assert (await asyncio.wait_for(pushes.get(), PATIENCE)).msg_id == second
     samples = nodes[1].metrics()
     assert sum(value for name, value in samples.items() if name.startswith("holdfast_connects_total")) == 1
-    assert "moved" in nodes[0].log_text()
+    await asyncio.to_thread(eventually, lambda: "moved" in nodes[0].log_text())

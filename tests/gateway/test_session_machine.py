@@ -47,7 +47,7 @@ from gateway.mqtt import (
     Will,
 )
 from gateway.node import NodeSettings
-from tests.gateway.world import DAY, Phone, World
+from tests.gateway.world import DAY, Phone, World, start_node
 
 WINDOW: Final = 8  # ids in flight to a peer that sets no Receive Maximum
 LAST_ID: Final = 30  # instead of 65,535, so that ids come round: three windows, and some
@@ -341,8 +341,6 @@ async def abandon(world: World) -> None:
     """The server is killed: what the store has not been given is lost."""
     node = world.node
     node._unsubscribe()
-    assert node._tick_timer is not None
-    node._tick_timer.cancel()
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()
@@ -430,7 +428,7 @@ class Sessions(RuleBasedStateMachine):
 
     def run(self, story: Coroutine[Any, Any, None], pause: str = "calm") -> None:
         async def bounded() -> None:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await story
                 if pause == "turns":
                     await self.world.turns(3)
@@ -561,7 +559,7 @@ class Sessions(RuleBasedStateMachine):
                 client.outlive(crash=crash)
             self.world.wall += 1.0  # pushes of before are older than the new node
             self.world.node = self.world.new_node()
-            self.world.node.start()
+            start_node(self.world.node)
 
         self.run(asyncio.sleep(0), moment)
         self.run(story())

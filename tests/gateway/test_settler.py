@@ -42,7 +42,7 @@ class Bench:
         self.settler = Settler(cast("Any", self.store), self.metrics, lambda: NOW, "n1")
 
     async def recorded(self) -> list[Settled]:
-        return await asyncio.wait_for(self.store.calls.get(), 5)
+        return await asyncio.wait_for(self.store.calls.get(), 60)
 
 
 @pytest.fixture

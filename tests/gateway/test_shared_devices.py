@@ -23,11 +23,16 @@ DELIVERED, PENDING, EVICTED = DeliveryState.DELIVERED, DeliveryState.PENDING, De
 Build = Callable[..., Awaitable[FleetWorld]]
 
 
+async def nothing(*_: object) -> None:
+    pass
+
+
 @pytest.fixture
 async def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Build]:
     """`await build(devices=3, offline_limit=100)`"""
     monkeypatch.setattr(gateway.membership, "BEAT", 3600)
-    monkeypatch.setattr(gateway.settler, "FOLD_AFTER", 3600)  # `recorded` does it
+    monkeypatch.setattr(gateway.settler, "FOLD_AFTER", 3600)  # `recorded` does it,
+    monkeypatch.setattr(gateway.settler.Settler, "_record_forever", nothing)  # and nobody else
     for rest in ("RESTS", "REST_MIN"):
         monkeypatch.setattr(gateway.sweeper, rest, 0)
     worlds: list[FleetWorld] = []

@@ -352,7 +352,11 @@ def tight(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("tight")
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None,
+    max_examples=200,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @example(steps=[(0, ("push_and_ring", 1, 0))] * 9)
 @given(steps=courses((*STEPS, *MORE)))
 def test_everything_owed_is_sent_once_on_a_connection(
@@ -362,7 +366,11 @@ def test_everything_owed_is_sent_once_on_a_connection(
 
 
 @pytest.mark.usefixtures("tight")
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None,
+    max_examples=100,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(steps=courses((*LOSSY_STEPS, *MORE)))
 def test_the_same_where_doorbells_are_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[tuple[int, tuple[Any, ...]]]

@@ -112,7 +112,7 @@ class Listening:
     """A server on a free port. `echoes` holds the protocols it made, `refusals` what it refused."""
 
     make_protocol: Callable[[], Echo] = Echo
-    close_timeout: float = 5.0
+    close_timeout: float = 60.0
     origins: str = SAME_ORIGIN
     tls: ssl.SSLContext | None = None
     echoes: list[Echo] = field(default_factory=list)
@@ -176,7 +176,7 @@ def run(request: pytest.FixtureRequest) -> Iterator[Callable[[Awaitable[None]], 
 
         def run_story(story: Awaitable[None]) -> None:
             async def bounded() -> None:
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(60):
                     await story
 
             runner.run(bounded())

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 import pytest
 
 from clients.local_server import LocalServer
+from tests.conftest import PATIENT
 
 _numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    shared = LocalServer(tmp_path_factory.mktemp("conformance"))
+    shared = LocalServer(tmp_path_factory.mktemp("conformance"), *PATIENT)
     shared.start()
     yield shared
     shared.kill()
