@@ -142,6 +142,7 @@ async def test_what_a_broker_takes_a_gateway_delivers(gateway: Process, broker: 
     find = (url, "device", "find", "phone-1", "--app", app["app_key"])
     async with publisher, asyncio.timeout(PATIENCE):
         async with device:
+            await device.connected()  # before that there may be no such device
             while not (found := await asyncio.to_thread(_command, *find))["online"]:
                 pass
             assert (found["node"], found["waiting"]) == ("gate", 0)
