@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tests.gateway.world import PATIENCE
+from tests.patience import PATIENCE
 
 
 async def until(condition: Callable[[], object]) -> None:

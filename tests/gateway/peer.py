@@ -31,8 +31,8 @@ from gateway.mqtt import (
     decode,
     encode,
 )
+from tests.patience import PATIENCE
 
-PATIENCE: Final = 60.0  # seconds until what must happen has not happened, whatever held this machine up
 SHORT_PATIENCE: Final = 0.3  # seconds in which something that must not happen would have happened
 POLL: Final = 0.02
 TICK: Final = 0.3  # seconds: the clock of a server that has its turns is not further behind

@@ -38,7 +38,6 @@ from gateway.mqtt import (
 )
 from tests.conftest import StartServer
 from tests.gateway.peer import (
-    PATIENCE,
     Peer,
     accounts,
     acknowledged_within,
@@ -54,6 +53,7 @@ from tests.gateway.peer import (
     sooner_or_later,
     works,
 )
+from tests.patience import PATIENCE
 
 PUBLISH_5: Final = b"\x30\x04\x00\x01a\x00"
 SMALL, LARGE = 4096, 1 << 20  # bytes of a socket's buffers

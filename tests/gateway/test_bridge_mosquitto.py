@@ -26,8 +26,9 @@ from gateway.mqtt import (
     Subscription,
 )
 from tests.conftest import StartServer
-from tests.fleet_rig import free_port
-from tests.gateway.peer import PATIENCE, Peer, connect_packet, eventually
+from tests.gateway.peer import Peer, connect_packet, eventually
+from tests.patience import PATIENCE
+from tests.ports import free_port
 
 pytestmark = pytest.mark.skipif(not shutil.which("mosquitto"), reason="mosquitto: apt-get install mosquitto")
 

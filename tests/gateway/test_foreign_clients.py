@@ -23,7 +23,8 @@ from paho.mqtt.properties import Properties
 
 from clients.local_server import AppKeys, LocalServer
 from tests.conftest import StartServer
-from tests.gateway.peer import PATIENCE, accounts, call, counted, eventually, push, push_body, register
+from tests.gateway.peer import accounts, call, counted, eventually, push, push_body, register
+from tests.patience import PATIENCE
 
 TRANSPORTS: Final = ("tcp", "tls", "ws")
 VERSIONS: Final = (4, 5)

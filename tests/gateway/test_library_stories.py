@@ -24,7 +24,8 @@ from paho.mqtt.properties import Properties
 
 from clients.local_server import LocalServer
 from tests.conftest import StartServer
-from tests.gateway.peer import PATIENCE, SHORT_PATIENCE
+from tests.gateway.peer import SHORT_PATIENCE
+from tests.patience import PATIENCE
 
 EXPIRY: Final = 3600  # seconds for which a session that is not clean outlives its connection
 

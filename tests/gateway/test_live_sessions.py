@@ -30,7 +30,6 @@ from gateway.mqtt import (
 )
 from tests.conftest import StartServer
 from tests.gateway.peer import (
-    PATIENCE,
     TICK,
     Peer,
     accounts,
@@ -47,6 +46,7 @@ from tests.gateway.peer import (
     push_body,
     register,
 )
+from tests.patience import PATIENCE
 
 BOTH = pytest.mark.parametrize("version", [4, 5])
 

@@ -22,7 +22,8 @@ import pytest
 
 from clients.local_server import LocalServer
 from tests.conftest import StartServer
-from tests.gateway.peer import PATIENCE, eventually, push
+from tests.gateway.peer import eventually, push
+from tests.patience import PATIENCE
 
 ROOT: Final = Path(__file__).parents[2]
 SCRIPTS: Final = Path(__file__).parent / "mqttjs"

@@ -32,11 +32,11 @@ from tests.gateway.topic_world import (
     topic_world,
 )
 from tests.gateway.world import Phone, World
+from tests.patience import PATIENCE
 
 MANY: Final = 10_000
 SENDER: Final = 3
 FLEETING: Final[Any] = {"clean_start": True, "properties": {}}
-PATIENCE: Final = 30.0  # seconds
 
 
 class Ear:

@@ -38,18 +38,9 @@ from gateway.proxy_protocol import MAX_HEADER, MAX_LINE, SIGNATURE, Header, Prox
 from gateway.websocket import SUBPROTOCOLS
 from tests.conftest import StartServer
 from tests.gateway.connected import until
-from tests.gateway.peer import (
-    PATIENCE,
-    Closed,
-    Peer,
-    connect_packet,
-    counted,
-    eventually,
-    push,
-    sooner_or_later,
-    works,
-)
+from tests.gateway.peer import Closed, Peer, connect_packet, counted, eventually, push, sooner_or_later, works
 from tests.gateway.world import World
+from tests.patience import PATIENCE
 
 PHONE, EDGE = ("192.0.2.7", 40_000), ("198.51.100.1", 1883)
 PHONE6, EDGE6 = ("2001:db8::7", 40_000), ("2001:db8:1::1", 8883)

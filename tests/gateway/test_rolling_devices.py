@@ -15,8 +15,8 @@ from clients.publisher import Audience, Notification, Publisher, PushRequest
 from tests.broker.redis_rigs import servers
 from tests.gateway.peer import eventually
 from tests.gateway.world import World
+from tests.patience import PATIENCE
 
-PATIENCE = 60.0  # seconds until something that must happen has not happened
 QUICK = LinkSettings(backoff_base=0.05, backoff_cap=0.5, answer_timeout=PATIENCE)
 
 

@@ -34,8 +34,9 @@ from gateway.sockets import BUFFERS, IP_PMTUDISC_DONT, OPTIONS, changes, clamp, 
 from gateway.tcp_info import parse_tcp_info
 from tests.conftest import StartServer
 from tests.gateway.connected import Held, pair
-from tests.gateway.peer import PATIENCE, eventually
+from tests.gateway.peer import eventually
 from tests.gateway.world import World
+from tests.patience import PATIENCE
 
 TCP = socket.IPPROTO_TCP
 ALL = Tcp(

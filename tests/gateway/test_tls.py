@@ -17,17 +17,8 @@ from cryptography import x509
 from clients.local_server import LocalServer
 from gateway.mqtt import Disconnect, Pingreq, Pingresp, Reason
 from tests.conftest import StartServer
-from tests.gateway.peer import (
-    PATIENCE,
-    Peer,
-    connect_packet,
-    counted,
-    device,
-    eventually,
-    push,
-    sooner_or_later,
-    works,
-)
+from tests.gateway.peer import Peer, connect_packet, counted, device, eventually, push, sooner_or_later, works
+from tests.patience import PATIENCE
 
 HALF_A_HELLO: Final = bytes.fromhex("16030102000100")  # a record of 512 bytes, of which two have come
 

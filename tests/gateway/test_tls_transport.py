@@ -22,8 +22,8 @@ from gateway.listeners import Certificate
 from gateway.tls import MAX_RECORD, Refusal, TlsFactory, TlsTransport
 from tests.gateway.echo import Echo
 from tests.gateway.world import FakeTransport
+from tests.patience import PATIENCE
 
-PATIENCE = 60.0  # seconds until something that must happen has not happened
 MANY = 4 << 20  # bytes, more than the sockets of a connection hold
 NOT_TLS = b"\x10\x10\x00\x04MQTT\x05\x02\x00\x3c\x00\x00\x03foo"
 VERSIONS = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]

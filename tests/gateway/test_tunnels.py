@@ -10,9 +10,9 @@ import pytest
 
 from gateway.listeners import address_of
 from gateway.tunnels import Tunnels
+from tests.patience import PATIENCE
 
 MEGABYTES = 64  # more than the kernel takes
-PATIENCE = 60.0  # seconds until something that must happen has not happened
 
 
 class Home(asyncio.Protocol):

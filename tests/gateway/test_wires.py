@@ -12,8 +12,8 @@ import pytest
 
 from gateway.wires import READ_SIZE, Wires
 from tests.gateway.connected import pair, until
+from tests.patience import PATIENCE
 
-PATIENCE = 60.0
 RESET = struct.pack("ii", 1, 0)  # linger for no time: close sends a reset
 
 

@@ -33,10 +33,10 @@ from gateway.membership import Membership
 from gateway.mqtt import Connack, Connect, Disconnect, Packet, Puback, Publish, decode, encode
 from gateway.node import Node, NodeSettings
 from gateway.session import Session
+from tests.patience import PATIENCE
 
 START: Final = 1_800_000_000.0
 DAY: Final = 86_400.0
-PATIENCE: Final = 60.0  # seconds until a story that waits has failed: nobody waits so long but in a failure
 MAX_PACKET: Final = 1 << 20
 
 
