@@ -66,6 +66,7 @@ class Fresh:
 
     def __init__(self) -> None:
         self._generations = [_Generation()]
+        self._moved = 0  # of these, how many of the oldest are in `inbox`
         self._reading = 0
         self._lock = threading.Lock()
 
@@ -80,8 +81,13 @@ class Fresh:
     def moved(self) -> None:
         """What was there at the last turn is in `inbox`."""
         with self._lock:
-            if not self._reading:
-                del self._generations[:-1]
+            self._moved = len(self._generations) - 1
+            self._forget()
+
+    def _forget(self) -> None:
+        if not self._reading:
+            del self._generations[: self._moved]
+            self._moved = 0
 
     @contextmanager
     def reading(self) -> Iterator[Find]:
@@ -94,6 +100,7 @@ class Fresh:
         finally:
             with self._lock:
                 self._reading -= 1
+                self._forget()
 
     def _find(self, device: DeviceKey, after: int) -> list[int]:
         with self._lock:  # two readers may index one generation

@@ -35,7 +35,7 @@ def connects(stage: Stage) -> list[Row]:
             cast_.fleet.disconnect(range(plan.devices))
             cast_.wait_for_offline()
     return [
-        Row(f"connects: {plan.devices:,} devices", "/s", rates, at_least=10_000, loads=loads),
+        Row(f"connects: {plan.devices:,} devices", "/s", rates, at_least=20_000, loads=loads),
         Row("connects: server CPU for each", "µs", costs),
         Row("connects: generator CPU for each", "µs", own_costs),
     ]

@@ -247,6 +247,8 @@ def test_whoever_reads_an_older_snapshot_still_finds_what_was_moved_since(tables
         tables.put(4, move=True)
         assert tables.owed() == [1]
         tables.reader.execute("COMMIT")
+    with tables.fresh.reading() as find:
+        assert find((1, 0), 0) == [4]  # moved, and not known to be committed
     tables.put(5, move=True)
     tables.put(6)
     assert tables.owed() == [1, 2, 3, 4, 5, 6]
