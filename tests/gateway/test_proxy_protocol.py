@@ -592,7 +592,7 @@ def test_without_the_setting_a_header_is_a_broken_packet(start_server: StartServ
 
 HAPROXY = """
 global
-    maxconn 100
+    maxconn 4000  # it serves no descriptor that is above twice as many
 defaults
     mode tcp
     timeout connect 60s
