@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import socket
+import ssl
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import trustme
 
 from clients.local_server import LocalServer
 from loadtest.roster import Listed, Strangers
@@ -17,7 +23,9 @@ from loadtest.trial.plan import Plan
 from loadtest.trial.results import Result
 from loadtest.trial.run import run_trial
 from loadtest.trial.scenarios import SCENARIOS
+from loadtest.server import Address
 from loadtest.trial.target import Login, Target, read_http
+from loadtest.wires import Endpoint
 from tests.gateway.peer import eventually
 
 DEVICES = 30
@@ -51,7 +59,8 @@ def target_of(server: LocalServer, **changes: Any) -> Target:
     http, _ = read_http(server.addresses.http)
     app = server.create_app("loadtest")
     login = Login(app.app_key, app.master_secret)
-    return Target("holdfast", server.addresses.mqtt, http, login, **{"pid": server.pid, **changes})
+    settings = {"mqtt": Endpoint(server.addresses.mqtt), "http": http, "pid": server.pid, **changes}
+    return Target("holdfast", login=login, **settings)
 
 
 def play(
@@ -78,6 +87,75 @@ def check_complete(result: Result, devices: int = DEVICES) -> None:
     assert sum(window.due for window in result.windows) == pushes.sent
 
 
+@dataclass(frozen=True, slots=True)
+class Certified:
+    """Files in PEM: of a server, and of whoever is to trust it."""
+
+    certificate: Path
+    key: Path
+    cafile: Path
+
+    @property
+    def of_holdfast(self) -> tuple[str, ...]:
+        """Flags of a server with a TLS listener."""
+        return (
+            *("--mqtts-port", "0", "--mqtt-certificate", str(self.certificate)),
+            *("--mqtt-private-key", str(self.key)),
+        )
+
+    @property
+    def of_mosquitto(self) -> tuple[str, ...]:
+        return (f"certfile {self.certificate}", f"keyfile {self.key}", "allow_anonymous true")
+
+    def context(self) -> ssl.SSLContext:
+        """Of a server."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.certificate, self.key)
+        return context
+
+
+def certify(folder: Path, *names: str) -> Certified:
+    """By an authority of its own."""
+    authority = trustme.CA()
+    issued = authority.issue_cert(*names)
+    certified = Certified(folder / "certificate.pem", folder / "key.pem", folder / "authority.pem")
+    certified.certificate.write_bytes(b"".join(one.bytes() for one in issued.cert_chain_pems))
+    issued.private_key_pem.write_to_path(certified.key)
+    authority.cert_pem.write_to_path(certified.cafile)
+    return certified
+
+
+@contextmanager
+def tls_before(address: Address, context: ssl.SSLContext) -> Iterator[Address]:
+    """A proxy that ends TLS, in a thread of its own."""
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65_536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        back_reader, back_writer = await asyncio.open_connection(*address)
+        await asyncio.gather(pump(reader, back_writer), pump(back_reader, writer))
+
+    loop = asyncio.new_event_loop()
+    front = loop.run_until_complete(asyncio.start_server(relay, "127.0.0.1", 0, ssl=context))
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield front.sockets[0].getsockname()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        front.close()
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -96,7 +174,7 @@ def running_mosquitto(folder: Path, *lines: str) -> Iterator[Target]:
         process = subprocess.Popen([program, "-c", str(folder / "mosquitto.conf")], stderr=log)
     try:
         eventually(lambda: _listens(address))
-        yield Target("mqtt", address, pid=process.pid)
+        yield Target("mqtt", Endpoint(address), pid=process.pid)
     finally:
         process.kill()
         process.wait()
