@@ -14,6 +14,7 @@ import os
 import socket
 import ssl
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -143,7 +144,8 @@ class TlsWires:
             self._full.add(fd)
             raise BlockingIOError from None
         except ssl.SSLError:
-            secured.shutdown(socket.SHUT_RDWR)  # for those who wait until reading ends it
+            with suppress(OSError):  # the server may have done it
+                secured.shutdown(socket.SHUT_RDWR)  # for those who wait until reading ends it
             raise
 
     def waits_to_write(self, fd: int, /) -> bool:

@@ -18,12 +18,12 @@ import trustme
 
 from clients.local_server import LocalServer
 from loadtest.roster import Listed, Strangers
+from loadtest.server import Address
 from loadtest.trial.conductor import View
 from loadtest.trial.plan import Plan
 from loadtest.trial.results import Result
 from loadtest.trial.run import run_trial
 from loadtest.trial.scenarios import SCENARIOS
-from loadtest.server import Address
 from loadtest.trial.target import Login, Target, read_http
 from loadtest.wires import Endpoint
 from tests.gateway.peer import eventually
