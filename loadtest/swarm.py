@@ -30,7 +30,7 @@ from loadtest.tally import Tally
 from loadtest.wires import Tls, is_hopeless, why_of, wires_of
 
 AWAY, WAITING, OPENING, GREETING, ONLINE, REFUSED = range(6)
-"""Not wanted online; its pause runs; SYN sent, perhaps in a handshake; CONNECT sent; CONNACK came; told to stay away."""
+"""Not wanted online; its pause runs; SYN sent, perhaps a handshake; CONNECT sent; CONNACK came; told to stay away."""
 
 CONNACK, PUBACK, SUBACK, PINGRESP, DISCONNECT = 0x20, 0x40, 0x90, 0xD0, 0xE0
 OPENING_AT_ONCE: Final = 64  # between SYN and CONNACK, in one process

@@ -24,6 +24,8 @@ from loadtest.fleet import open_socket
 from loadtest.server import Address
 
 HANDSHAKE_LIMIT: Final = 10.0  # seconds for one that somebody waits for
+RECORD: Final = 16_384  # bytes: with more TLS says nothing until the last of them is written
+CLOSED: Final = "closed in the TLS handshake"
 NOT_TLS: Final = "WRONG_VERSION_NUMBER"
 
 HOPELESS: Final = frozenset(
@@ -115,6 +117,7 @@ class TlsWires:
         self._homes = frozenset(homes)
         self._names: dict[int, str] = {}
         self._secured: dict[int, ssl.SSLSocket] = {}
+        self._shaking: set[int] = set()  # of `_secured`: none of their writes has succeeded yet
         self._full: set[int] = set()  # what they have to write, the system does not take
 
     def open(self, address: Address, source: str | None, /) -> int:
@@ -126,6 +129,8 @@ class TlsWires:
         secured = self._secured.get(fd)
         if secured is None:
             return os.read(fd, size)  # there is nothing but why it was not connected
+        if fd in self._shaking:
+            raise BlockingIOError  # else it might read what a write waits for
         try:
             data = secured.recv(size)
             pending = secured.pending()  # of the same record: it has left the socket
@@ -136,22 +141,26 @@ class TlsWires:
     def write(self, fd: int, data: bytes | bytearray | memoryview, /) -> int:
         secured = self._secured.get(fd) or self._secure(fd)
         try:
-            return secured.send(data)
+            sent = secured.send(data[:RECORD])
         except ssl.SSLWantReadError:
             self._full.discard(fd)
             raise BlockingIOError from None
         except ssl.SSLWantWriteError:
             self._full.add(fd)
             raise BlockingIOError from None
-        except ssl.SSLError:
+        except OSError:
+            self._shaking.discard(fd)
             with suppress(OSError):  # the server may have done it
                 secured.shutdown(socket.SHUT_RDWR)  # for those who wait until reading ends it
             raise
+        self._shaking.discard(fd)
+        return sent
 
     def waits_to_write(self, fd: int, /) -> bool:
         return fd in self._names or fd in self._full
 
     def close(self, fd: int, /) -> None:
+        self._shaking.discard(fd)
         self._full.discard(fd)
         if self._names.pop(fd, None):
             os.close(fd)
@@ -174,6 +183,7 @@ class TlsWires:
             plain, server_hostname=self._names.pop(fd), do_handshake_on_connect=False
         )
         self._secured[fd] = secured
+        self._shaking.add(fd)
         return secured
 
 
@@ -204,7 +214,7 @@ def why_of(error: OSError) -> str:
         case ssl.SSLCertVerificationError():
             return f"certificate refused: {error.verify_message}"
         case ssl.SSLEOFError():
-            return "closed in the TLS handshake"
+            return CLOSED
         case ssl.SSLError(reason=str(reason)):
             return "an answer that is not TLS" if reason == NOT_TLS else f"TLS: {reason}"
     return error.strerror or type(error).__name__
@@ -213,16 +223,16 @@ def why_of(error: OSError) -> str:
 def check_tls(endpoint: Endpoint) -> str:
     """Why a TLS connection cannot be made; nothing if it can. Waits for it."""
     assert endpoint.tls is not None
+    connected = False
     try:
-        with (
-            socket.create_connection(endpoint.address, HANDSHAKE_LIMIT) as plain,
-            endpoint.tls.context().wrap_socket(plain, server_hostname=endpoint.tls.server_name),
-        ):
-            return ""
+        with socket.create_connection(endpoint.address, HANDSHAKE_LIMIT) as plain:
+            connected = True
+            with endpoint.tls.context().wrap_socket(plain, server_hostname=endpoint.tls.server_name):
+                return ""
     except TimeoutError:
         return f"no answer within {HANDSHAKE_LIMIT:g} s"
     except OSError as error:
-        return why_of(error)
+        return CLOSED if connected and isinstance(error, ConnectionError) else why_of(error)
 
 
 def suspect_tls(endpoint: Endpoint) -> str:

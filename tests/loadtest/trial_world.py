@@ -9,6 +9,7 @@ import ssl
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +130,14 @@ def certify(folder: Path, *names: str) -> Certified:
 def tls_before(address: Address, context: ssl.SSLContext) -> Iterator[Address]:
     """A proxy that ends TLS, in a thread of its own."""
 
+    loop = asyncio.new_event_loop()
+    ready: Future[Address] = Future()
+    stop = asyncio.Event()
+    relays: set[asyncio.Task[None]] = set()
+    writers: set[asyncio.StreamWriter] = set()
+
     async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.add(writer)
         with suppress(OSError):
             while data := await reader.read(65_536):
                 writer.write(data)
@@ -140,19 +148,24 @@ def tls_before(address: Address, context: ssl.SSLContext) -> Iterator[Address]:
         back_reader, back_writer = await asyncio.open_connection(*address)
         await asyncio.gather(pump(reader, back_writer), pump(back_reader, writer))
 
-    loop = asyncio.new_event_loop()
-    front = loop.run_until_complete(asyncio.start_server(relay, "127.0.0.1", 0, ssl=context))
-    thread = threading.Thread(target=loop.run_forever)
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        relays.add(loop.create_task(relay(reader, writer)))
+
+    async def serve() -> None:
+        async with await asyncio.start_server(accept, "127.0.0.1", 0, ssl=context) as front:
+            ready.set_result(front.sockets[0].getsockname())
+            await stop.wait()
+            for writer in writers:
+                writer.transport.abort()
+            await asyncio.gather(*relays)
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
     thread.start()
     try:
-        yield front.sockets[0].getsockname()
+        yield ready.result()
     finally:
-        loop.call_soon_threadsafe(loop.stop)
+        loop.call_soon_threadsafe(stop.set)
         thread.join()
-        front.close()
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))
         loop.close()
 
 
