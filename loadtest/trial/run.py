@@ -17,7 +17,7 @@ from loadtest.roster import Listed, Strangers, Who
 from loadtest.swarms import SwarmError, Swarms
 from loadtest.trial.account import Account
 from loadtest.trial.conductor import Conductor, Display, processes_of
-from loadtest.trial.limits import check_files, check_ports, check_sources, raise_file_limit
+from loadtest.trial.limits import check_files, check_memory, check_ports, check_sources, raise_file_limit
 from loadtest.trial.plan import Plan, TrialError
 from loadtest.trial.results import Result, make_result
 from loadtest.trial.sampler import Sampler
@@ -58,6 +58,8 @@ def run_trial(
     check_files(plan.devices, plan.processes, raise_file_limit(), embedded=target is None)
     with ExitStack() as stack:
         target = stack.enter_context(started(target, say))
+        if target.mqtt.tls is not None:
+            check_memory(plan.devices)
         check_handshakes(target)
         near = target.is_local and not sources
         check_ports(plan.devices, plan.processes, None if near else len(sources))

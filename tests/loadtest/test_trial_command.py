@@ -19,15 +19,16 @@ import pytest
 from click.testing import CliRunner, Result
 
 from clients.local_server import AppKeys, LocalServer
+from loadtest.server import Address
 from loadtest.trial import results
 from loadtest.trial.command import main, run
-from loadtest.trial.limits import check_files, check_ports, check_sources, choose_processes
+from loadtest.trial.limits import check_files, check_memory, check_ports, check_sources, choose_processes
 from loadtest.trial.plan import TrialError
 from loadtest.trial.scenarios import SCENARIOS
 from loadtest.trial.target import Target, read_http, read_mqtt, read_tokens
 from loadtest.trial.thresholds import THRESHOLDS
 from loadtest.wires import Endpoint, Tls
-from tests.loadtest.trial_world import running_mosquitto
+from tests.loadtest.trial_world import certify, running_mosquitto, tls_before
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/loadtest.md").read_text()
@@ -173,6 +174,12 @@ def test_files_are_looked_at() -> None:
         check_files(19_501, 2, 20_000, embedded=True)
 
 
+def test_memory_is_looked_at() -> None:
+    check_memory(10)
+    with pytest.raises(TrialError, match=r"1,000,000,000 devices over TLS need 22351\.7 GB here"):
+        check_memory(1_000_000_000)
+
+
 def test_ports_are_looked_at() -> None:
     check_ports(100_000, 1, None)  # loopback
     with pytest.raises(TrialError, match=r"to one address need .* addresses of their own.* --source"):
@@ -283,8 +290,12 @@ def test_ctrl_c_on_a_terminal_ends_the_trial_and_not_its_server() -> None:
 class Words:
     """What the examples' words stand for."""
 
-    def __init__(self, server: LocalServer, app: AppKeys, broker: Target) -> None:
+    def __init__(
+        self, server: LocalServer, app: AppKeys, broker: Target, mqtts: Address, https: Address
+    ) -> None:
         self._words = {
+            "MQTTS_ADDRESS": f"localhost:{mqtts[1]}",
+            "HTTPS_ADDRESS": f"localhost:{https[1]}",
             "MQTT_ADDRESS": "{}:{}".format(*server.addresses.mqtt),
             "HTTP_ADDRESS": server.addresses.http.removeprefix("http://"),
             "BROKER_ADDRESS": "{}:{}".format(*broker.mqtt.address),
@@ -302,8 +313,14 @@ class Words:
 def words(server: LocalServer, app: AppKeys, tmp_path: Path) -> Iterator[Words]:
     if not shutil.which("mosquitto"):
         pytest.skip("mosquitto: apt-get install mosquitto")
-    with running_mosquitto(tmp_path) as broker:
-        yield Words(server, app, broker)
+    certified = certify(tmp_path, "localhost")
+    context, api = certified.context(), read_http(server.addresses.http)[0].address
+    with (
+        running_mosquitto(tmp_path) as broker,
+        tls_before(server.addresses.mqtt, context) as mqtts,
+        tls_before(api, context) as https,
+    ):
+        yield Words(server, app, broker, mqtts, https)
 
 
 def test_the_examples_work_in_order(words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +329,7 @@ def test_the_examples_work_in_order(words: Words, tmp_path: Path, monkeypatch: p
     sample = (ROOT / "configs/loadtest/thresholds.toml").read_text()
     kept = [line for line in sample.splitlines() if not re.match("latency|accept|bottlenecks", line)]
     Path("thresholds.toml").write_text("\n".join(kept))  # those of a machine that is as quick as it may be
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 6
     for example in EXAMPLES:
         line = example.replace("--duration 2", "--duration 0.2").replace("--devices 200", "--devices 20")
         name, *arguments = words.fill(line)
