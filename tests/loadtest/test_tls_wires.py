@@ -26,7 +26,7 @@ class Sleeper:
         self.address = self._listening.getsockname()
         self.awake = threading.Event()
         self.received = bytearray()
-        self._thread = threading.Thread(target=self._serve)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
     def _serve(self) -> None:
