@@ -243,7 +243,8 @@ def test_a_server_that_says_nothing_is_given_up(
         server = play.peer.accept()
         play.peer.read(server, 4)
     else:
-        play.peer.accept_plainly()
+        accepted = play.peer.accept_plainly()
+        play.peer.turn_until(lambda: _unread(accepted.fileno()))
     for place in play.swarm._deadlines:
         play.swarm._deadlines[place] = 0.0
     play.failed(why)
