@@ -5,7 +5,6 @@ A general client costs more than the server under test; this one makes no object
 
 from __future__ import annotations
 
-import os
 import socket
 from base64 import b64encode
 from collections import deque
@@ -14,9 +13,9 @@ from typing import Any, Final
 
 import orjson
 
-from loadtest.fleet import open_socket
 from loadtest.reactor import Reactor
 from loadtest.server import Address
+from loadtest.wires import Tls, why_of, wires_of
 
 READ_SIZE: Final = 262_144
 CONTENT_LENGTH: Final = b"content-length:"
@@ -36,17 +35,21 @@ class HttpPool:
         address: Address,
         connections: int,
         *,
+        tls: Tls | None = None,
         user: str = "",
         password: str = "",
         again: bool = False,
         bears_loss: bool = False,
     ) -> None:
         """`again`: a request whose connection breaks is sent once more, instead of being an error. `bears_loss`: one
-        that breaks, or cannot be made, is answered with the status NO_ANSWER and the reason."""
+        that breaks, or cannot be made, is answered with the status NO_ANSWER and the reason; `tls` asks for that."""
+        assert bears_loss or tls is None
         self.again = again
         self.bears_loss = bears_loss
         self.reactor = reactor
         self.address = address
+        self.wires = wires_of(tls, [address])
+        self._host = tls.server_name if tls else address[0]
         self._authorization = b64encode(f"{user}:{password}".encode()).decode()
         self._idle = [_HttpConnection(self) for _ in range(connections)]
         self._all = list(self._idle)
@@ -59,7 +62,7 @@ class HttpPool:
     def build(self, method: str, path: str, body: bytes = b"") -> bytes:
         """The bytes of one request."""
         head = (
-            f"{method} {path} HTTP/1.1\r\nHost: {self.address[0]}\r\nAuthorization: Basic {self._authorization}\r\n"
+            f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\nAuthorization: Basic {self._authorization}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         return head.encode() + body
@@ -120,25 +123,25 @@ class _HttpConnection:
             except OSError as error:
                 if not self._pool.bears_loss:
                     raise
-                done(NO_ANSWER, (error.strerror or type(error).__name__).encode())
+                done(NO_ANSWER, why_of(error).encode())
                 return False
         self._done = done
         self._request = request
         self._unsent = memoryview(request)
         self._flush()
         if self._unsent:
-            self._pool.reactor.rewatch(self._fd, self._ready, writable=True, urgent=True)
+            self._watch()
         return True
 
     def close(self) -> None:
         if self._fd >= 0:
             self._pool.reactor.forget(self._fd)
-            os.close(self._fd)
+            self._pool.wires.close(self._fd)
             self._fd = -1
 
     def _open(self) -> None:
         if self._pool.bears_loss:
-            self._fd = open_socket(self._pool.address, None)  # a host that is gone holds nobody up
+            self._fd = self._pool.wires.open(self._pool.address, None)  # a host that is gone holds nobody up
         else:
             opened = socket.create_connection(self._pool.address)
             opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -149,23 +152,27 @@ class _HttpConnection:
     def _flush(self) -> None:
         try:
             while self._unsent:
-                self._unsent = self._unsent[os.write(self._fd, self._unsent) :]
+                self._unsent = self._unsent[self._pool.wires.write(self._fd, self._unsent) :]
         except BlockingIOError:
             return
-        except ConnectionError as error:
-            self._trouble = self._trouble or error.strerror or type(error).__name__  # reading ends it
+        except OSError as error:
+            self._trouble = self._trouble or why_of(error)  # reading ends it
+
+    def _watch(self) -> None:
+        """Until it can be read, or the rest of the request can be written."""
+        writable = bool(self._unsent) and self._pool.wires.waits_to_write(self._fd)
+        self._pool.reactor.rewatch(self._fd, self._ready, writable=writable, urgent=True)
 
     def _ready(self, fd: int) -> None:
         if self._unsent:
             self._flush()
-            if not self._unsent:
-                self._pool.reactor.rewatch(fd, self._ready, urgent=True)
+            self._watch()
         try:
-            data = os.read(fd, READ_SIZE)
+            data = self._pool.wires.read(fd, READ_SIZE)
         except BlockingIOError:
             return
         except OSError as error:
-            self._trouble = self._trouble or error.strerror or type(error).__name__
+            self._trouble = self._trouble or why_of(error)
             data = b""
         if not data:
             self._lost()

@@ -47,9 +47,9 @@ class Reactor:
         """For `otherwise`; closing the fd ends it."""
         self._bulk.register(fd, select.EPOLLIN | select.EPOLLOUT if writable else select.EPOLLIN)
 
-    def rewatch_plainly(self, fd: int) -> None:
-        """While readable only."""
-        self._bulk.modify(fd, select.EPOLLIN)
+    def rewatch_plainly(self, fd: int, *, writable: bool = False) -> None:
+        """Another wish."""
+        self._bulk.modify(fd, select.EPOLLIN | select.EPOLLOUT if writable else select.EPOLLIN)
 
     def rewatch(self, fd: int, handler: Handler, *, writable: bool = False, urgent: bool = False) -> None:
         """Another handler, another wish."""

@@ -9,7 +9,6 @@ doubles (full jitter), as phones must, or the server that comes back meets all o
 from __future__ import annotations
 
 import heapq
-import os
 import random
 import re
 import resource
@@ -22,15 +21,16 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 from gateway.mqtt import Connack, Disconnect, MQTTError, Pingreq, Publish, Reason, Suback, decode, encode
-from loadtest.fleet import READ_SIZE, SOURCES, open_socket, take_pushes
+from loadtest.fleet import READ_SIZE, SOURCES, take_pushes
 from loadtest.histogram import Timeline
 from loadtest.reactor import Reactor
 from loadtest.roster import Connects
 from loadtest.server import Address
 from loadtest.tally import Tally
+from loadtest.wires import Tls, is_hopeless, why_of, wires_of
 
 AWAY, WAITING, OPENING, GREETING, ONLINE, REFUSED = range(6)
-"""Not wanted online; its pause runs; SYN sent; CONNECT sent; CONNACK came; told not to come back."""
+"""Not wanted online; its pause runs; SYN sent, perhaps a handshake; CONNECT sent; CONNACK came; told to stay away."""
 
 CONNACK, PUBACK, SUBACK, PINGRESP, DISCONNECT = 0x20, 0x40, 0x90, 0xD0, 0xE0
 OPENING_AT_ONCE: Final = 64  # between SYN and CONNACK, in one process
@@ -93,6 +93,7 @@ class Swarm:
         tally: Tally,
         addresses: Sequence[Address],
         *,
+        tls: Tls | None = None,
         number: int = 0,
         ping_interval: float = 180.0,
         pause: float = PAUSE,
@@ -110,6 +111,8 @@ class Swarm:
         self._connects = connects
         self.tally = tally
         self._addresses = addresses
+        self._wires = wires_of(tls, addresses)
+        self._read, self._write = self._wires.read, self._wires.write
         self._ping_interval = ping_interval
         self._pause = pause
         self._pause_max = pause_max
@@ -220,29 +223,30 @@ class Swarm:
         tries = self._tries[place]
         address = self._referred.pop(place, None) or self._addresses[(place + tries) % len(self._addresses)]
         try:
-            fd = open_socket(address, self._sources[place % len(self._sources)] if self._sources else None)
+            source = self._sources[place % len(self._sources)] if self._sources else None
+            fd = self._wires.open(address, source)
         except OSError as error:
-            self._fail(place, error.strerror or type(error).__name__)
+            self._fail(place, why_of(error))
             return
         self._fd[place], self._place[fd] = fd, place
         self._state[place] = OPENING
         self._deadlines[place] = now + PATIENCE
         # Over loopback the handshake is mostly done by now.
-        greeted = self._greet(place, fd)
-        if greeted is not None:
-            self.reactor.watch_plainly(fd, writable=not greeted)
+        writable = self._greet(place, fd)
+        if writable is not None:
+            self.reactor.watch_plainly(fd, writable=writable)
 
     def _greet(self, place: int, fd: int) -> bool | None:
-        """Send CONNECT. False: the connection is still being made; None: it came to nothing."""
+        """Send CONNECT. Whether that waits for the socket to take bytes; None: it came to nothing."""
         try:
-            os.write(fd, self._connects.packet(self.tally.first + place))
+            self._write(fd, self._connects.packet(self.tally.first + place))
         except BlockingIOError:
-            return False
+            return self._wires.waits_to_write(fd)
         except OSError as error:
-            self._drop(place, error.strerror or type(error).__name__)
+            self._break(place, error)
             return None
         self._state[place] = GREETING
-        return True
+        return False
 
     def _give_up_due(self, now: float) -> None:
         late = []
@@ -251,7 +255,22 @@ class Swarm:
                 break
             late.append(place)
         for place in late:
-            self._drop(place, "no CONNACK")
+            self._drop(place, self._missing(place))
+
+    def _missing(self, place: int) -> str:
+        """What has not come in time."""
+        if self._state[place] == GREETING:
+            return "no CONNACK"
+        return (
+            "no connection" if self._wires.waits_to_write(self._fd[place]) else "no end of the TLS handshake"
+        )
+
+    def _break(self, place: int, error: OSError) -> None:
+        """The connection is broken; the device comes back unless that would be for nothing."""
+        if self._state[place] != ONLINE and is_hopeless(error):
+            self._refuse(place, why_of(error))
+        else:
+            self._drop(place, why_of(error))
 
     def _drop(self, place: int, why: str, wait: float | None = None) -> None:
         """The connection is over; the device comes back after a pause, or after the `wait` it was told."""
@@ -293,11 +312,11 @@ class Swarm:
         self._pinged[place] = 0
         self._partial.pop(place, None)
         self._deadlines.pop(place, None)
-        os.close(fd)
+        self._wires.close(fd)
 
     def _farewell(self, place: int, fd: int) -> None:
         with suppress(OSError):  # it is gone already
-            os.write(fd, _DISCONNECT)
+            self._write(fd, _DISCONNECT)
         self._close(place)
 
     # Churn
@@ -342,15 +361,16 @@ class Swarm:
         if place < 0:
             return  # closed in this slice
         if self._state[place] == OPENING:
-            if self._greet(place, fd):
-                self.reactor.rewatch_plainly(fd)
+            writable = self._greet(place, fd)
+            if writable is not None:
+                self.reactor.rewatch_plainly(fd, writable=writable)
             return
         try:
-            data = os.read(fd, READ_SIZE)
+            data = self._read(fd, READ_SIZE)
         except BlockingIOError:
             return
         except OSError as error:
-            self._drop(place, error.strerror or type(error).__name__)
+            self._break(place, error)
             return
         if not data:
             self._drop(place, "closed")
@@ -383,7 +403,7 @@ class Swarm:
 
     def _send(self, place: int, data: bytes) -> None:
         try:
-            sent = os.write(self._fd[place], data)
+            sent = self._write(self._fd[place], data)
         except OSError:
             sent = 0
         if sent < len(data):

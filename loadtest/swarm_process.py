@@ -20,6 +20,7 @@ from loadtest.roster import Who, connects_of
 from loadtest.server import Address
 from loadtest.swarm import OPENING_AT_ONCE, PAUSE, PAUSE_MAX, Swarm
 from loadtest.tally import Collected, Tally
+from loadtest.wires import Tls
 
 FAILED: Final = 70  # exit status; sysexits.h
 
@@ -38,6 +39,7 @@ class Order(msgspec.Struct, frozen=True):
     who: Who
     addresses: list[Address]
     shares: list[Share]
+    tls: Tls | None = None
     versions: tuple[int, ...] = (4, 5)
     keep_alive: int = 240
     ping_interval: float = 180.0
@@ -85,6 +87,7 @@ def _play(order: Order, number: int) -> None:
         connects_of(order.who, order.keep_alive, order.versions),
         Tally(mine.first, mine.count, order.window),
         order.addresses,
+        tls=order.tls,
         number=number,
         ping_interval=order.ping_interval,
         pause=order.pause,

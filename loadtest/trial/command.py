@@ -15,7 +15,6 @@ import click
 import msgspec
 
 from loadtest.roster import Listed, Strangers
-from loadtest.server import Address
 from loadtest.trial.limits import choose_processes, cores, raise_file_limit
 from loadtest.trial.page import make_page
 from loadtest.trial.plan import Plan, TrialError
@@ -25,8 +24,9 @@ from loadtest.trial.run import COMPLETE, STOPPED, run_trial
 from loadtest.trial.sampler import check_metrics
 from loadtest.trial.scenarios import SCENARIOS
 from loadtest.trial.summary import summarize
-from loadtest.trial.target import Login, Target, read_http, read_mqtt, read_tokens
+from loadtest.trial.target import Login, Target, read_http, read_mqtt, read_tokens, trusting
 from loadtest.trial.thresholds import judge, read_thresholds
+from loadtest.wires import Endpoint, Tls, why_of
 
 MISSED, CANNOT, INTERRUPTED = 1, 3, 130
 PAYLOAD_LEAST: Final = 80  # bytes: a msg_id, the frame and a serial
@@ -55,11 +55,11 @@ def _reads(read: Callable[[str], _T]) -> Callable[[click.Context, click.Paramete
     return callback
 
 
-def _read_api(text: str) -> Address:
-    address, path = read_http(text)
+def _read_api(text: str) -> Endpoint:
+    endpoint, path = read_http(text)
     if path != "/":
         raise ValueError(f"{text}: the API has no path")
-    return address
+    return endpoint
 
 
 @click.group()
@@ -82,10 +82,14 @@ def scenarios() -> None:
     "--target",
     "mqtt",
     callback=_reads(read_mqtt),
-    metavar="mqtt://HOST:PORT",
+    metavar="mqtt[s]://HOST:PORT",
     help="Where devices connect. Without it a server is started for the trial, and removed.",
 )
-@click.option("--http", callback=_reads(_read_api), metavar="http://HOST:PORT", help="Holdfast's API.")
+@click.option("--http", callback=_reads(_read_api), metavar="http[s]://HOST:PORT", help="Holdfast's API.")
+@click.option(
+    "--cafile", type=EXISTING, help="Authorities that certificates are of, in PEM, instead of the system's."
+)
+@click.option("--insecure", is_flag=True, help="Check no certificate.")
 @click.option("--app", "app_key", envvar="HOLDFAST_APP_KEY", show_envvar=True, help="App key.")
 @click.option("--secret", envvar="HOLDFAST_MASTER_SECRET", show_envvar=True, help="Master secret of the app.")
 @click.option("--foreign", is_flag=True, help="The target is another MQTT broker than Holdfast.")
@@ -171,7 +175,7 @@ def scenarios() -> None:
 @click.option(
     "--metrics",
     callback=_reads(read_http),
-    metavar="http://HOST:PORT/metrics",
+    metavar="http[s]://HOST:PORT/metrics",
     help="Of the server, to watch it.",
 )
 @click.option("--clean-up", is_flag=True, help="Revoke tokens and delete tags afterwards.")
@@ -290,19 +294,22 @@ def _read_target(flags: dict[str, Any]) -> tuple[Target | None, Listed | Strange
     if flags["mqtt"] is None:
         _refuse_with("without --target a server is started, which needs none of", flags, _OF_A_TARGET)
         return None, None
+    flags = {**flags, **_read_trust(flags)}
     watched = {"pid": _read_pid(flags["pid"]), "metrics": flags["metrics"]}
     if flags["foreign"]:
         target = Target("mqtt", flags["mqtt"], **watched)
         who: Listed | Strangers | None = _read_strangers(flags)
     else:
         target, who = _read_holdfast(flags, watched)
-    if target.metrics is not None and (why := check_metrics(target)):
+    if target.metrics is not None and (why := check_metrics(*target.metrics)):
         raise CannotRun(f"--metrics: {why}")
     return target, who
 
 
 _OF_A_TARGET: Final = (
     "http",
+    "cafile",
+    "insecure",
     "foreign",
     "username",
     "password",
@@ -321,6 +328,33 @@ def _refuse_with(why: str, flags: dict[str, Any], names: tuple[str, ...]) -> Non
     given = [_NAMES.get(name, "--" + name.replace("_", "-")) for name in names if flags[name]]
     if given:
         raise click.UsageError(f"{', '.join(given)}: {why} these")
+
+
+def _read_trust(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that are addresses, with what is to be thought of certificates there."""
+    cafile, insecure = flags["cafile"], flags["insecure"]
+    if cafile and insecure:
+        raise click.UsageError("--cafile: --insecure checks no certificate")
+    if cafile is not None:
+        try:
+            Tls("", str(cafile)).context()
+        except OSError as error:
+            raise click.UsageError(
+                f"--cafile {cafile}: has no certificates in PEM: {why_of(error)}"
+            ) from error
+
+    def trust(endpoint: Endpoint) -> Endpoint:
+        return trusting(endpoint, cafile, insecure=insecure)
+
+    http, metrics = flags["http"], flags["metrics"]
+    told = {
+        "mqtt": trust(flags["mqtt"]),
+        "http": http and trust(http),
+        "metrics": metrics and (trust(metrics[0]), metrics[1]),
+    }
+    if (cafile or insecure) and told == {name: flags[name] for name in told}:
+        raise click.UsageError("--cafile, --insecure: no address is one of TLS, such as mqtts://HOST")
+    return told
 
 
 def _read_pid(pid: int | None) -> int | None:

@@ -26,12 +26,14 @@ from loadtest.trial.plan import Plan, TrialError
 from loadtest.trial.sampler import Process, Sampler
 from loadtest.trial.senders import Sender
 from loadtest.trial.target import TAGS, Target
+from loadtest.wires import suspect_tls
 
 LOOK: Final = 0.25  # seconds between two looks at the processes
 AHEAD: Final = 0.05  # seconds
 LEAD: Final = 0.5  # seconds before it is due, a push to many is announced to the processes
 JUST_BEFORE: Final = 1e-6  # seconds: what is due at the end of a phase is not due in it
 HURRY: Final = 1.0  # seconds for what is under way when somebody stops the trial
+SHUT_OUT: Final = {"closed", "Connection reset by peer"}  # what a CONNECT gets where TLS is spoken
 SHOWN: Final = 5  # windows of which the display has the latencies
 Rate = Callable[[float], float]  # gets seconds since the phase began
 
@@ -99,6 +101,8 @@ class Conductor:
     given_up: str = ""  # what was not reached
     _phase: str = ""
     _until: float | None = None
+    _suspected: bool = False  # of wanting TLS
+    _wants_tls: bool = False
     _collecting: bool = False
     _next_look: float = 0.0
     _windows: int = 0  # that were sampled
@@ -114,11 +118,11 @@ class Conductor:
             # All processes have one time to begin from, which is none that has passed.
             begin = time.perf_counter() + AHEAD
             self.swarms.request("connect", rate / self.swarms.processes, begin, done=_ignore)
-            self.turn_until(self._all_decided, limit)
+            self.turn_until(lambda: self._all_decided() or self._is_hopeless(), limit)
         self._look_and_wait()
         status = self.swarms.status
         if not status.online and not self.stopped:
-            raise TrialError(f"no device came online: {status.line()}")
+            raise TrialError(f"no device came online: {status.line()}{suspect_tls(self.target.mqtt)}")
         if status.online < count and not self.stopped:
             self.given_up = (
                 f"{count - status.online:,} of {count:,} devices did not come online: {status.line()}"
@@ -165,6 +169,14 @@ class Conductor:
     def _all_decided(self) -> bool:
         status = self.swarms.status
         return status.online + sum(status.refused.values()) >= self.swarms.devices
+
+    def _is_hopeless(self) -> bool:
+        """Nobody is let in, because the server wants TLS: it is asked once."""
+        status = self.swarms.status
+        if not self._suspected and not status.online and SHUT_OUT & status.failed.keys():
+            self._suspected = True
+            self._wants_tls = bool(suspect_tls(self.target.mqtt))
+        return self._wants_tls
 
     # Flows
 

@@ -1,4 +1,4 @@
-"""What this machine allows, looked at before anything begins: open files, ports, addresses."""
+"""What this machine allows, looked at before anything begins: open files, memory, ports, addresses."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from loadtest.fleet import SOURCES
+from loadtest.machine import GB, read_memory
 from loadtest.swarms import MOST_PROCESSES
 from loadtest.trial.plan import TrialError
 
@@ -17,6 +18,7 @@ SPARE_FILES: Final = 500  # of a process, for what is no device
 SERVER_FILES: Final = 1000  # of a server that we start
 EACH: Final = 5000  # devices of a process, if nobody says how many processes
 FEW: Final = 500  # devices for which another process is not worth it
+TLS_DEVICE: Final = 24_000  # bytes of its SSL object here, with a short chain of certificates
 PORT_USE: Final = 0.9  # share of the ports of an address: with more Linux searches long for a free one
 
 
@@ -46,6 +48,16 @@ def check_files(devices: int, processes: int, files: int, *, embedded: bool) -> 
         raise TrialError(
             f"a server of our own may have {files:,} files open, too few for {devices:,} devices: "
             "raise the limit (ulimit -n), or name a --target"
+        )
+
+
+def check_memory(devices: int) -> None:
+    """Of devices over TLS. Raises TrialError."""
+    need, available = devices * TLS_DEVICE, read_memory().available
+    if need > available:
+        raise TrialError(
+            f"{devices:,} devices over TLS need {need / GB:.1f} GB here, and {available / GB:.1f} GB are left: "
+            "share them among several machines, with --first-device"
         )
 
 

@@ -236,8 +236,12 @@ def latency_of(histogram: Histogram) -> Latency:
 
 def describe_target(target: Target) -> dict[str, Any]:
     """Without what is secret."""
-    http = None if target.http is None else "http://{}:{}".format(*target.http)
-    return {"kind": target.kind, "mqtt": "mqtt://{}:{}".format(*target.mqtt), "http": http}
+    return {
+        "kind": target.kind,
+        "mqtt": target.mqtt.url("mqtt"),
+        "http": None if target.http is None else target.http.url("http"),
+        "insecure": target.insecure,
+    }
 
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
@@ -253,6 +257,8 @@ def _process(use: Use) -> Process:
 
 def _notes(conductor: Conductor) -> list[str]:
     notes = [conductor.given_up] if conductor.given_up else []
+    if conductor.target.insecure:
+        notes.append("no certificate was checked (--insecure)")
     if conductor.queued:
         notes.append(
             f"up to {conductor.queued:,} pushes waited for one of {conductor.plan.connections} HTTP connections: "

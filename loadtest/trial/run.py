@@ -17,13 +17,22 @@ from loadtest.roster import Listed, Strangers, Who
 from loadtest.swarms import SwarmError, Swarms
 from loadtest.trial.account import Account
 from loadtest.trial.conductor import Conductor, Display, processes_of
-from loadtest.trial.limits import check_files, check_ports, check_sources, raise_file_limit
+from loadtest.trial.limits import check_files, check_memory, check_ports, check_sources, raise_file_limit
 from loadtest.trial.plan import Plan, TrialError
 from loadtest.trial.results import Result, make_result
 from loadtest.trial.sampler import Sampler
 from loadtest.trial.scenarios import SCENARIOS
 from loadtest.trial.senders import HttpSender, Sender, TopicSender
-from loadtest.trial.target import Enrolled, Say, Target, app_pool, clean_up, enroll_devices, started
+from loadtest.trial.target import (
+    Enrolled,
+    Say,
+    Target,
+    app_pool,
+    check_handshakes,
+    clean_up,
+    enroll_devices,
+    started,
+)
 
 OPENING_AT_ONCE: Final = 1024  # of a process: what is beyond waits, and its latency counts
 PING_SHARE: Final = 0.75  # of the keep-alive
@@ -49,6 +58,9 @@ def run_trial(
     check_files(plan.devices, plan.processes, raise_file_limit(), embedded=target is None)
     with ExitStack() as stack:
         target = stack.enter_context(started(target, say))
+        if target.mqtt.tls is not None:
+            check_memory(plan.devices)
+        check_handshakes(target)
         near = target.is_local and not sources
         check_ports(plan.devices, plan.processes, None if near else len(sources))
         home = Path(stack.enter_context(TemporaryDirectory(prefix="holdfast-loadtest-")))
@@ -84,6 +96,7 @@ def _swarms(
     reactor: Reactor, who: Who, target: Target, plan: Plan, sources: list[str] | None, home: Path
 ) -> Swarms:
     settings: dict[str, Any] = {
+        "tls": target.mqtt.tls,
         "sources": sources,
         "keep_alive": plan.keep_alive,
         "ping_interval": plan.keep_alive * PING_SHARE,
@@ -93,7 +106,8 @@ def _swarms(
         "versions": (4,) if isinstance(who, Strangers) else BOTH_VERSIONS,
     }
     log = home / "devices.log"
-    return Swarms(reactor, who, plan.devices, [target.mqtt], processes=plan.processes, log=log, **settings)
+    addresses = [target.mqtt.address]
+    return Swarms(reactor, who, plan.devices, addresses, processes=plan.processes, log=log, **settings)
 
 
 def _play(plan: Plan, target: Target, enrolled: Enrolled, swarms: Swarms, display: Display) -> Result:

@@ -18,6 +18,7 @@ from loadtest.machine import PAGE, family, pss
 from loadtest.reactor import Reactor
 from loadtest.server import read_machine_usage, read_usage, sum_metric
 from loadtest.trial.target import Target
+from loadtest.wires import Endpoint
 
 NANOSECONDS: Final = 1e9
 MEMORY_METRIC: Final = "process_resident_memory_bytes"
@@ -82,7 +83,7 @@ class Sampler:
         self.samples: list[Sample] = []
         self._pool: HttpPool | None = None
         if target.metrics is not None:
-            self._pool = HttpPool(reactor, target.metrics[0], 1, bears_loss=True)
+            self._pool = _metrics_pool(reactor, target.metrics[0])
         self._asked = False
         self.trouble = ""  # why there is nothing about the server
         self._read_processes(lambda *_: None)
@@ -147,25 +148,28 @@ class Sampler:
         pool.send(pool.build("GET", self._target.metrics[1]), take)
 
 
-def check_metrics(target: Target) -> str:
+def check_metrics(endpoint: Endpoint, path: str) -> str:
     """Why /metrics cannot be used; nothing if it can."""
-    assert target.metrics is not None
-    address, path = target.metrics
     reactor = Reactor()
-    pool = HttpPool(reactor, address, 1)
+    pool = _metrics_pool(reactor, endpoint)
     answers: list[tuple[int, bytes]] = []
     try:
         pool.send(pool.build("GET", path), lambda status, body: answers.append((status, body)))
         reactor.run_until(lambda: bool(answers), "an answer", 10.0)
-    except (OSError, HttpError) as error:
+    except (TimeoutError, HttpError) as error:
         return str(error)
     finally:
         pool.close()
         reactor.close()
     status, body = answers[0]
+    text = body.decode(errors="replace")
     if status != 200:
-        return f"it answers {status}"
-    return "" if sum_metric(body.decode(errors="replace"), MEMORY_METRIC) else f"it has no {MEMORY_METRIC}"
+        return f"it answers {status}" if status else text
+    return "" if sum_metric(text, MEMORY_METRIC) else f"it has no {MEMORY_METRIC}"
+
+
+def _metrics_pool(reactor: Reactor, endpoint: Endpoint) -> HttpPool:
+    return HttpPool(reactor, endpoint.address, 1, tls=endpoint.tls, bears_loss=True)
 
 
 def _rss(pid: int) -> int:

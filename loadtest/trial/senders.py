@@ -11,17 +11,16 @@ import orjson
 
 from gateway.mqtt import Connack, Connect, MQTTError, Puback, Publish, decode, encode
 from loadtest import http_pool
-from loadtest.fleet import open_socket
 from loadtest.http_pool import HttpPool
 from loadtest.ledger import alert
 from loadtest.publishing import push_body
 from loadtest.reactor import Reactor
 from loadtest.roster import Strangers
-from loadtest.server import Address
 from loadtest.topic_publisher import payload
 from loadtest.trial.account import NO_ANSWER
 from loadtest.trial.plan import TrialError
 from loadtest.trial.target import Enrolled
+from loadtest.wires import Endpoint, suspect_tls, why_of, wires_of
 
 MSG_ID_DIGITS: Final = 16
 READ_SIZE: Final = 65_536
@@ -102,10 +101,11 @@ def refusal_of(status: int, body: bytes) -> str:
 class TopicSender:
     """One MQTT 3.1.1 connection that publishes at QoS 1; made anew when it broke and something is to be sent."""
 
-    def __init__(self, reactor: Reactor, address: Address, strangers: Strangers, size: int) -> None:
+    def __init__(self, reactor: Reactor, endpoint: Endpoint, strangers: Strangers, size: int) -> None:
         """Raises TrialError if the broker does not take it."""
         self._reactor = reactor
-        self._address = address
+        self._address = endpoint.address
+        self._wires = wires_of(endpoint.tls, [endpoint.address])
         self._strangers = strangers
         self._size = size
         self._fd = -1
@@ -119,7 +119,8 @@ class TopicSender:
         self._connect()
         reactor.run_until(lambda: self._welcome or self._fd < 0, "the publisher's CONNACK")
         if not self._welcome:
-            raise TrialError(f"the publisher was not let in: {self._refused or 'the connection was closed'}")
+            why = self._refused or "the connection was closed"
+            raise TrialError(f"the publisher was not let in: {why}{suspect_tls(endpoint)}")
 
     @property
     def waiting(self) -> int:
@@ -128,7 +129,7 @@ class TopicSender:
     def close(self) -> None:
         if self._fd >= 0:
             self._reactor.forget(self._fd)
-            os.close(self._fd)
+            self._wires.close(self._fd)
             self._fd = -1
 
     def to_device(self, serial: int, device: int, done: Done) -> None:
@@ -160,9 +161,9 @@ class TopicSender:
         password = None if who.password is None else who.password.encode()
         packet = Connect(name, username=who.username, password=password, version=VERSION)
         try:
-            self._fd = open_socket(self._address, None)
+            self._fd = self._wires.open(self._address, None)
         except OSError as error:
-            self._refused = error.strerror or type(error).__name__
+            self._refused = why_of(error)
             return False
         self._welcome = False
         self._watches_writing = False
@@ -179,25 +180,26 @@ class TopicSender:
     def _flush(self) -> None:
         try:
             while self._unsent:
-                del self._unsent[: os.write(self._fd, self._unsent)]
+                del self._unsent[: self._wires.write(self._fd, self._unsent)]
         except BlockingIOError:
             pass
         except OSError as error:
-            self._refused = self._refused or error.strerror or type(error).__name__
+            self._refused = self._refused or why_of(error)
             return  # reading ends it
-        if self._watches_writing != bool(self._unsent):
-            self._watches_writing = bool(self._unsent)
-            self._reactor.rewatch(self._fd, self._ready, writable=self._watches_writing, urgent=True)
+        writable = bool(self._unsent) and self._wires.waits_to_write(self._fd)
+        if self._watches_writing != writable:
+            self._watches_writing = writable
+            self._reactor.rewatch(self._fd, self._ready, writable=writable, urgent=True)
 
     def _ready(self, _: int) -> None:
         if self._unsent:
             self._flush()
         try:
-            data = os.read(self._fd, READ_SIZE)
+            data = self._wires.read(self._fd, READ_SIZE)
         except BlockingIOError:
             return
         except OSError as error:
-            self._refused = self._refused or error.strerror or type(error).__name__
+            self._refused = self._refused or why_of(error)
             data = b""
         if not data:
             self._lose()

@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
+import msgspec
+
 from clients.local_server import LocalServer, ServerFailed
 from loadtest.http_pool import HttpError, HttpPool
 from loadtest.publishing import PushRefused, keep_in_flight
 from loadtest.reactor import Reactor
 from loadtest.roster import Listed, Roster, Who, enroll
-from loadtest.server import Address
 from loadtest.trial.plan import Plan, TrialError
+from loadtest.wires import Endpoint, Tls, check_tls
 
 TAGS: Final = 10  # groups of devices, for pushes to tags
-MQTT_PORT: Final = 1883
+PORTS: Final = {"mqtt": 1883, "mqtts": 8883, "http": 80, "https": 443}
 TOKENS_IN_FLIGHT: Final = 16
 
 Kind = Literal["embedded", "holdfast", "mqtt"]
@@ -40,50 +42,81 @@ class Login:
 @dataclass(frozen=True, slots=True)
 class Target:
     kind: Kind
-    mqtt: Address
-    http: Address | None = None
+    mqtt: Endpoint
+    http: Endpoint | None = None
     login: Login | None = None
     everyone: bool = False  # a broadcast is for all devices of the app, and not only for those of the trial
     pid: int | None = None  # of the server, where it is on this machine
-    metrics: tuple[Address, str] | None = None  # and the path
+    metrics: tuple[Endpoint, str] | None = None  # and the path
 
     @property
     def is_local(self) -> bool:
         """Connections to it may come from any loopback address."""
-        return ipaddress.ip_address(self.mqtt[0]).is_loopback and ":" not in self.mqtt[0]
+        host = self.mqtt.address[0]
+        return ipaddress.ip_address(host).is_loopback and ":" not in host
+
+    @property
+    def secured(self) -> dict[str, Endpoint]:
+        """What is spoken to over TLS, by its address."""
+        listeners = [("mqtt", self.mqtt), ("http", self.http), ("http", self.metrics and self.metrics[0])]
+        return {one.url(scheme): one for scheme, one in listeners if one is not None and one.tls}
+
+    @property
+    def insecure(self) -> bool:
+        """Certificates are not looked at."""
+        return any(one.tls.insecure for one in self.secured.values() if one.tls)
 
 
-def read_mqtt(text: str) -> Address:
-    """`mqtt://host:port`, `host:port` or `host`, resolved. Raises ValueError."""
+def read_mqtt(text: str) -> Endpoint:
+    """`mqtt://host:port`, `mqtts://host:port`, `host:port` or `host`, resolved. Raises ValueError."""
     scheme, _, rest = text.rpartition("://")
-    if scheme not in ("", "mqtt"):
-        told = " (TLS is not supported)" if scheme in ("mqtts", "wss") else ""
-        raise ValueError(f"{text}: must be an address such as mqtt://127.0.0.1:1883{told}")
-    return resolve(f"mqtt://{rest}", MQTT_PORT)
+    if scheme not in ("", "mqtt", "mqtts"):
+        raise ValueError(
+            f"{text}: must be an address such as mqtt://127.0.0.1:1883 or mqtts://push.example.com:8883"
+        )
+    return resolve(f"{scheme or 'mqtt'}://{rest}")
 
 
-def read_http(text: str) -> tuple[Address, str]:
-    """`http://host:port/path`: the address and the path. Raises ValueError."""
-    if not text.startswith("http://"):
-        told = " (TLS is not supported)" if text.startswith("https:") else ""
-        raise ValueError(f"{text}: must be an address such as http://127.0.0.1:8080{told}")
-    return resolve(text, 80), urlsplit(text).path or "/"
+def read_http(text: str) -> tuple[Endpoint, str]:
+    """`http://host:port/path`, or with https: where it is, and the path. Raises ValueError."""
+    if not text.startswith(("http://", "https://")):
+        raise ValueError(
+            f"{text}: must be an address such as http://127.0.0.1:8080 or https://api.example.com"
+        )
+    return resolve(text), urlsplit(text).path or "/"
 
 
-def resolve(url: str, port: int) -> Address:
+def resolve(url: str) -> Endpoint:
     """IPv4 if there is a choice. Raises ValueError."""
     try:
         parts = urlsplit(url)
-        host, chosen = parts.hostname, parts.port or port
+        host, port = parts.hostname, parts.port or PORTS[parts.scheme]
     except ValueError as error:
         raise ValueError(f"{url}: {error}") from None
     if not host or parts.username or parts.query or parts.fragment:
         raise ValueError(f"{url}: must name a host, and perhaps a port")
     try:
-        found = socket.getaddrinfo(host, chosen, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise ValueError(f"{host}: {error.strerror}") from None
-    return min(found, key=lambda one: one[0] != socket.AF_INET)[4][:2]  # type: ignore[return-value]
+    address = min(found, key=lambda one: one[0] != socket.AF_INET)[4][:2]
+    return Endpoint(address, Tls(host) if parts.scheme.endswith("s") else None)  # type: ignore[arg-type]
+
+
+def trusting(endpoint: Endpoint, cafile: Path | None, *, insecure: bool) -> Endpoint:
+    """The same, where certificates are of the authority in `cafile`, None: of one that the system trusts; or whatever
+    they are."""
+    if endpoint.tls is None:
+        return endpoint
+    tls = msgspec.structs.replace(endpoint.tls, cafile=cafile and str(cafile), insecure=insecure)
+    return replace(endpoint, tls=tls)
+
+
+def check_handshakes(target: Target) -> None:
+    """One with each listener, so that what can never succeed ends before anything begins. Raises TrialError."""
+    for url, endpoint in target.secured.items():
+        if why := check_tls(endpoint):
+            raise TrialError(f"no TLS with {url}: {why}")
 
 
 @contextmanager
@@ -102,7 +135,8 @@ def started(target: Target | None, say: Say) -> Iterator[Target]:
         login = Login(server.app.app_key, server.app.master_secret)
         http, _ = read_http(server.addresses.http)
         try:
-            yield Target("embedded", server.addresses.mqtt, http, login, everyone=True, pid=server.pid)
+            mqtt = Endpoint(server.addresses.mqtt)
+            yield Target("embedded", mqtt, http, login, everyone=True, pid=server.pid)
         finally:
             server.kill()
 
@@ -147,7 +181,13 @@ def app_pool(reactor: Reactor, target: Target, connections: int) -> HttpPool:
     assert target.login is not None
     login = target.login
     return HttpPool(
-        reactor, target.http, connections, user=login.app_key, password=login.secret, bears_loss=True
+        reactor,
+        target.http.address,
+        connections,
+        tls=target.http.tls,
+        user=login.app_key,
+        password=login.secret,
+        bears_loss=True,
     )
 
 

@@ -2,143 +2,26 @@
 
 from __future__ import annotations
 
-import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.mqtt import (
-    Connack,
-    Connect,
-    Disconnect,
-    Packet,
-    Pingreq,
-    Pingresp,
-    Puback,
-    Publish,
-    Reason,
-    decode,
-    encode,
-)
+from gateway.mqtt import Connack, Connect, Disconnect, Pingreq, Pingresp, Puback, Reason, decode, encode
 from loadtest.fleet import take_pushes
-from loadtest.ledger import alert
-from loadtest.roster import TOKEN_SIZE, Roster, RosterConnects, name_of
+from loadtest.roster import Roster, RosterConnects, name_of
 from loadtest.server import Address
-from loadtest.swarm import Swarm, read_reference
-from loadtest.tally import Tally
+from loadtest.swarm import read_reference
+from tests.loadtest.swarm_world import TOKENS, Play, make_roster, push_packet
 from tests.patience import PATIENCE
-
-TOKENS = ("a" * TOKEN_SIZE, "b" * TOKEN_SIZE, "c" * TOKEN_SIZE)
-
-
-def _push(serial: int, packet_id: int, version: int = 4) -> bytes:
-    payload = f'{{"msg_id":"1","notification":{{"alert":"{alert(serial, 1)}"}}}}'.encode()
-    return encode(Publish("push", payload, qos=1, packet_id=packet_id), version)
-
-
-class Peer:
-    """A server that says what the test says, on one address."""
-
-    def __init__(self, swarm: Callable[[], Swarm]) -> None:
-        self._swarm = swarm
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self._listening.setblocking(False)
-        self.address: Address = self._listening.getsockname()
-        self._accepted: list[socket.socket] = []
-
-    def close(self) -> None:
-        for accepted in [*self._accepted, self._listening]:
-            accepted.close()
-
-    def accept(self) -> socket.socket:
-        """The next connection; the swarm turns meanwhile."""
-        accepted = self.wait(self._try_accept)
-        accepted.setblocking(False)
-        self._accepted.append(accepted)
-        return accepted
-
-    def _try_accept(self) -> socket.socket | None:
-        try:
-            return self._listening.accept()[0]
-        except BlockingIOError:
-            return None
-
-    def read(self, accepted: socket.socket, version: int) -> Packet:
-        """The next packet; what is behind it must wait for another call."""
-
-        def look() -> Packet | None:
-            try:
-                data = accepted.recv(4096, socket.MSG_PEEK)
-            except BlockingIOError:
-                return None
-            found = decode(data, 0, version, 4096)
-            if found is None:
-                return None
-            packet, end = found
-            accepted.recv(end)
-            return packet
-
-        packet: Packet = self.wait(look)
-        return packet
-
-    def welcome(self, version: int) -> tuple[socket.socket, Connect]:
-        accepted = self.accept()
-        connect = self.read(accepted, version)
-        assert isinstance(connect, Connect)
-        accepted.sendall(encode(Connack(), version))
-        return accepted, connect
-
-    def wait(self, look: Callable[[], Any]) -> Any:
-        deadline = time.perf_counter() + PATIENCE
-        while (found := look()) is None:
-            assert time.perf_counter() < deadline
-            self._swarm().turn()
-        return found
-
-    def turn_until(self, done: Callable[[], bool]) -> None:
-        self.wait(lambda: done() or None)
-
-
-class Play:
-    """One swarm of three devices and two addresses that a device may meet."""
-
-    def __init__(self, roster: Roster) -> None:
-        self._roster = roster
-        self._swarm: Swarm | None = None
-        self.peer, self.other = Peer(lambda: self.swarm), Peer(lambda: self.swarm)
-
-    @property
-    def swarm(self) -> Swarm:
-        assert self._swarm is not None
-        return self._swarm
-
-    def begin(self, count: int = 1, version: int = 4, rate: float = 1e4, **settings: float) -> None:
-        """Connect `count` devices; pauses are short where the test does not say."""
-        self._swarm = Swarm(
-            RosterConnects(self._roster, 60, [version]),
-            Tally(0, count),
-            [self.peer.address],
-            **{"pause": 0.01, "pause_max": 0.02, **settings},  # type: ignore[arg-type]
-        )
-        self.swarm.connect(rate)
-
-    def close(self) -> None:
-        self.peer.close()
-        self.other.close()
-        if self._swarm is not None:
-            self._swarm.close()
 
 
 @pytest.fixture
 def roster(tmp_path: Path) -> Roster:
-    tokens = tmp_path / "tokens"
-    tokens.write_text("".join(TOKENS))
-    return Roster("some-app", len(TOKENS), tokens)
+    return make_roster(tmp_path)
 
 
 @pytest.fixture
@@ -180,7 +63,7 @@ def test_each_push_is_acknowledged_and_counted(play: Play, version: int) -> None
     play.begin(version=version)
     server, _ = play.peer.welcome(version)
     play.swarm.tally.expect(1)
-    for byte in _push(1, 300, version) + _push(2, 301, version) + _push(1, 302, version):
+    for byte in push_packet(1, 300, version) + push_packet(2, 301, version) + push_packet(1, 302, version):
         server.sendall(bytes([byte]))
         play.swarm.turn()
     answers = [play.peer.read(server, version) for _ in range(3)]
@@ -193,7 +76,7 @@ def test_what_comes_with_the_connack_is_not_lost(play: Play) -> None:
     play.begin()
     server = play.peer.accept()
     play.peer.read(server, 4)
-    server.sendall(encode(Connack(), 4) + _push(1, 9))
+    server.sendall(encode(Connack(), 4) + push_packet(1, 9))
     answer = play.peer.read(server, 4)
     assert isinstance(answer, Puback)
     assert (play.swarm.online, answer.packet_id) == (1, 9)
@@ -382,7 +265,7 @@ def test_the_first_place_of_a_reference_is_taken(reference: str, address: Addres
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 65_535)), max_size=6), st.integers(0, 2000))
 def test_packets_may_come_in_any_pieces(pushes: list[tuple[int, int]], where: int) -> None:
-    whole = b"".join(_push(serial, packet_id) for serial, packet_id in pushes) + encode(Pingresp(), 4)
+    whole = b"".join(push_packet(serial, packet_id) for serial, packet_id in pushes) + encode(Pingresp(), 4)
     cut = where % (len(whole) + 1)
     taken: list[int] = []
     others: list[bytes] = []

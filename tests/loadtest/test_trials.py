@@ -19,6 +19,7 @@ from loadtest.roster import Listed, Strangers, name_of
 from loadtest.trial.conductor import View
 from loadtest.trial.plan import TrialError
 from loadtest.trial.target import TAGS, Target, app_pool
+from loadtest.wires import Endpoint
 from tests.conftest import StartServer
 from tests.loadtest.trial_world import DEVICES, check_complete, play, running_mosquitto, small_plan, target_of
 
@@ -166,7 +167,7 @@ def test_a_trial_without_a_target_has_its_own_server() -> None:
 
 def test_the_server_may_be_watched_over_http(server: LocalServer) -> None:
     host, port = server.addresses.admin.removeprefix("http://").split(":")
-    target = target_of(server, pid=None, metrics=((host, int(port)), "/metrics"))
+    target = target_of(server, pid=None, metrics=(Endpoint((host, int(port))), "/metrics"))
     result = play(small_plan("idle", window=0.2), target)
     assert result.server.memory_first is not None
     assert any(window.server_memory for window in result.windows)
