@@ -129,7 +129,8 @@ def set_up_logs(
 
 def as_text(created: float, level: int, name: str, event: str, values: Mapping[str, object]) -> str:
     """`2026-01-31T12:00:00.000Z INFO gateway.node device connected app=…`; tracebacks are indented."""
-    head = f"{_time(created)} {_told(level, name, event)}"
+    told = _told if len(event) <= VALUE_LIMIT else _told.__wrapped__  # a long one is not kept
+    head = f"{_time(created)} {told(level, name, event)}"
     pairs = " ".join([f"{key}={value!s}" for key, value in values.items()])
     if (
         len(pairs) <= VALUE_LIMIT

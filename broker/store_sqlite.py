@@ -295,7 +295,7 @@ class SqliteStore:
 
     def _load(self, connection: sqlite3.Connection) -> None:
         greatest = connection.execute(
-            "SELECT max(id, coalesce((SELECT max(msg_id) FROM messages), 0),"
+            "SELECT max(id, moved, coalesce((SELECT max(msg_id) FROM messages), 0),"
             " coalesce((SELECT max(id) FROM events), 0),"
             " coalesce((SELECT max(id) FROM callback_events), 0)) FROM high_water"
         ).fetchone()[0]

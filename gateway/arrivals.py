@@ -626,5 +626,6 @@ def _is_of_sys(will: Will | None) -> bool:
 def _has_left(connection: Connection) -> bool:
     """Whether the peer had closed its side when its CONNECT was read. On a node that is late by seconds CONNECTs wait
     unread, and their peers, tired of it, may be connected elsewhere by now: an old one must not take the device from
-    there. Of who leaves later, while the CONNECT stands in line, the epoll tells the end."""
+    there. Of who leaves later, while the CONNECT stands in line, the epoll tells the end; unless there is more to be
+    read, then it is looked up."""
     return bool(connection.transport.get_extra_info("left"))

@@ -143,7 +143,7 @@ class Wire(asyncio.Transport):
                 case "sockname":
                     return self.socket.getsockname()
                 case "left":
-                    return self.left
+                    return self.left or (not self.is_reading() and _has_left(self.socket))
         except OSError:  # it is not connected any more
             pass
         return default
@@ -298,3 +298,10 @@ class Wire(asyncio.Transport):
         finally:
             self._wires.remove(self)
             self.socket.close()
+
+
+def _has_left(connected: Socket) -> bool:
+    """Whether the peer has closed its side by now: while nothing is read, the epoll does not tell."""
+    look = select.poll()
+    look.register(connected.fileno(), select.POLLRDHUP)
+    return bool(look.poll(0))

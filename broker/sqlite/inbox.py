@@ -4,11 +4,13 @@ Pushes to devices at random change a page of `inbox` each, which the log then ho
 push to one device is found by its own row of `messages`, which says whom it is for and whether it still waits, while
 it is *fresh*: later than `high_water.moved`. For the time being memory knows the fresh pushes of each device
 (`Fresh`); a device that is online takes its push long before MOVE_AFTER others have come. What waits then is moved
-into `inbox`, in one sorted statement. Pushes with several targets, or with wishes of their own, go there at once.
+into `inbox`, in one sorted statement. Pushes with several targets, or wishes of their own, are put there at once.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import sqlite3
 import threading
 from array import array
@@ -21,16 +23,24 @@ from pyroaring import BitMap
 from broker.sqlite.engine import Row, delete_rows, read_rows, write_rows
 from broker.sqlite.routes import AppStates
 
-MOVE_AFTER: Final = 8_192  # fresh pushes: some milliseconds for the writer, about 2 MB of memory
+MOVE_AFTER: Final = 8_192  # messages: some milliseconds for the writer, about 2 MB of memory
 
 # A push for one device waits until its own row says what became of it.
 WAITS: Final = "m.delivered IS NULL AND m.evicted IS NULL AND m.recalled IS NULL AND m.body IS NOT NULL"
-MOVE: Final = f"""
-INSERT OR IGNORE INTO inbox
-    SELECT m.app, m.target, m.msg_id FROM messages m
-    WHERE m.msg_id > ? AND typeof(m.target) = 'integer' AND NOT m.broadcast AND NOT m.paced
-        AND m.expires_at > m.created_at AND {WAITS}
-    ORDER BY m.app, m.target, m.msg_id
+FRESH: Final = f"""
+SELECT m.app, m.target, m.msg_id FROM messages m
+WHERE m.msg_id > ? AND typeof(m.target) = 'integer' AND NOT m.broadcast AND NOT m.paced
+    AND m.expires_at > m.created_at AND {WAITS}
+ORDER BY m.app, m.target, m.msg_id
+"""  # and those for one device that were put into `inbox` at once
+STILL_WAITING: Final = f"""
+SELECT json_group_array(m.msg_id) FROM ({{values}}) v CROSS JOIN messages m ON m.msg_id = v.column1
+WHERE m.expires_at > ? AND {WAITS}
+"""
+IN_INBOX: Final = """
+SELECT json_group_array(json((
+    SELECT json_group_array(i.msg_id) FROM inbox i WHERE i.app = v.column1 AND i.devno = v.column2)))
+FROM ({values}) v
 """
 
 DeviceKey = tuple[int, int]  # app, devno
@@ -108,6 +118,12 @@ class Fresh:
         return [msg_id for ids in found for msg_id in ids if msg_id > after]
 
 
+def still_waiting(connection: sqlite3.Connection, fresh: Sequence[int], now: float) -> set[int]:
+    """Which of these pushes wait, and do not expire by `now`."""
+    rows = read_rows(connection, STILL_WAITING, [(msg_id,) for msg_id in fresh], (now,))
+    return {msg_id for (text,) in rows for msg_id in json.loads(text)}
+
+
 class InboxWrites:
     """Puts pushes into inboxes, takes them out, and finds those beyond the newest N. The writer thread only."""
 
@@ -115,9 +131,9 @@ class InboxWrites:
         self._connection = connection
         self._states = states
         self._fresh = fresh
-        self._size = 0  # fresh pushes
+        self._size = 0  # messages later than `moved`
         self._at_once: set[int] = set()  # messages later than `moved` that are in `inbox` all the same
-        self._greatest = 0  # message id that was put
+        self._greatest = 0  # message id that was stored
         self._moved = 0  # as `high_water` has it
         self._moving = 0  # as it will have it, if the transaction that moved last is committed
         self._limits: dict[int, int] = {}  # by app
@@ -125,17 +141,22 @@ class InboxWrites:
         self._crowded: dict[int, BitMap] = {}  # by app: those for whom perhaps too many wait
 
     def open(self) -> Mapping[int, BitMap]:
-        """Move what was fresh when the last process ended; returns who has something waiting."""
-        (self._moved,) = self._connection.execute("SELECT moved FROM high_water").fetchone()
-        (newest,) = self._connection.execute("SELECT coalesce(max(msg_id), 0) FROM messages").fetchone()
-        self._greatest = max(newest, self._moved)
-        self.move()
+        """Take up what the last process left; returns who has something waiting."""
+        run = self._connection.execute
+        (self._moved,) = run("SELECT moved FROM high_water").fetchone()
+        later = (self._moved,)
+        newest, self._size = run(
+            "SELECT max(msg_id), count(*) FROM messages WHERE msg_id > ?", later
+        ).fetchone()
+        self._greatest = newest or self._moved
+        self._at_once = {msg_id for (msg_id,) in run("SELECT msg_id FROM inbox WHERE msg_id > ?", later)}
+        fresh = run(FRESH, later).fetchall()
+        self._fresh.add(fresh)
         waiting: dict[int, BitMap] = {}
-        for app_id, devno, count in self._connection.execute(
-            "SELECT app, devno, count(*) FROM inbox GROUP BY app, devno"
-        ):
+        moved = run("SELECT app, devno, count(*) FROM inbox GROUP BY app, devno")
+        for app_id, devno, count in itertools.chain(moved, ((app, devno, 1) for app, devno, _ in fresh)):
             waiting.setdefault(app_id, BitMap()).add(devno)
-            self._bounds_up_to(app_id, devno)[devno] = count
+            self._bounds_up_to(app_id, devno)[devno] += count
         return waiting
 
     def begin(self) -> None:
@@ -147,8 +168,8 @@ class InboxWrites:
         if self._moved == self._moving:
             self._fresh.moved()
             self._at_once = {msg_id for msg_id in self._at_once if msg_id > self._moved}
-        else:  # it was rolled back
-            self._size = MOVE_AFTER
+        else:  # it was rolled back; what comes next may fit where a move did not, and makes room perhaps
+            self._size = MOVE_AFTER // 2
         self._moving = 0
 
     def finish(self) -> None:
@@ -158,7 +179,7 @@ class InboxWrites:
 
     def move(self) -> None:
         """What is fresh goes into `inbox`."""
-        self._connection.execute(MOVE, (self._moved,))
+        self._connection.execute(f"INSERT OR IGNORE INTO inbox {FRESH}", (self._moved,))
         self._connection.execute("UPDATE high_water SET moved = ?", (self._greatest,))
         self._moved = self._moving = self._greatest
         self._fresh.turn()
@@ -166,11 +187,16 @@ class InboxWrites:
 
     # Putting and taking
 
+    def stored(self, count: int, greatest: int) -> None:
+        """So many messages, up to this id, whoever they are for."""
+        self._size += count
+        self._greatest = greatest
+
     def put_fresh(self, rows: Sequence[Row]) -> None:
         """(app, devno, msg_id) of plain pushes to one device each, which are in `messages`."""
-        self._fresh.add(rows)
-        self._size += len(rows)
-        self._count(rows, evicts=True)
+        if rows:
+            self._fresh.add(rows)
+            self._count(rows, evicts=True)
 
     def put(self, rows: Sequence[Row], *, evicts: bool) -> None:
         """The same of others. `evicts`: the newest-N rule is to be looked at."""
@@ -196,8 +222,6 @@ class InboxWrites:
             bounds[devno] += 1
             if bounds[devno] > limit and evicts:
                 self._crowded.setdefault(app_id, BitMap()).add(devno)
-        if rows:
-            self._greatest = max(self._greatest, rows[-1][2])
 
     def _bounds_up_to(self, app_id: int, devno: int) -> array[int]:
         bounds = self._bounds.setdefault(app_id, array("I"))
@@ -218,30 +242,24 @@ class InboxWrites:
         """(app, devno, msg_id): of the devices without a route all but the newest N."""
         surplus: list[Row] = []
         for app_id, devnos in self._crowded.items():
+            limit, bounds = self._limit(app_id), self._bounds[app_id]
             away = self._states.without_route(app_id, devnos)
-            if away:
-                surplus += self._surplus(app_id, [(app_id, devno) for devno in away])
+            for devno, ids in zip(away, self._waiting([(app_id, devno) for devno in away]), strict=True):
+                bounds[devno] = min(len(ids), limit)
+                surplus += [(app_id, devno, msg_id) for msg_id in ids[: max(0, len(ids) - limit)]]
         self._crowded.clear()
         return surplus
 
-    def _surplus(self, app_id: int, devices: Sequence[Row]) -> list[Row]:
-        """It is rare that as many wait as may: first all are made to stand in one place."""
-        self.move()
-        bounds, limit = self._bounds[app_id], self._limit(app_id)
-        counts = read_rows(
-            self._connection,
-            "SELECT v.column2, (SELECT count(*) FROM inbox WHERE app = v.column1 AND devno = v.column2)"
-            " FROM ({values}) v",
-            devices,
-        )
-        for devno, count in counts:
-            bounds[devno] = min(count, limit)
-        return read_rows(
-            self._connection,
-            "SELECT i.app, i.devno, i.msg_id FROM ({values}) v"
-            " CROSS JOIN inbox i ON i.app = v.column1 AND i.devno = v.column2 AND i.msg_id <="
-            " (SELECT msg_id FROM inbox WHERE app = v.column1 AND devno = v.column2"
-            "  ORDER BY msg_id DESC LIMIT 1 OFFSET ?)",
-            [(app_id, devno) for devno, count in counts if count > limit],
-            (limit,),
-        )
+    def _waiting(self, devices: Sequence[DeviceKey]) -> list[list[int]]:
+        """What waits for each of them, the oldest first; expired pushes among it, until they are removed."""
+        rows = read_rows(self._connection, IN_INBOX, devices)
+        older = [ids for (text,) in rows for ids in json.loads(text)]
+        with self._fresh.reading() as find:
+            newer = [find(device, 0) for device in devices]
+        waiting = still_waiting(self._connection, [msg_id for ids in newer for msg_id in ids], 0.0)
+        return [sorted({*old, *waiting.intersection(new)}) for old, new in zip(older, newer, strict=True)]
+
+    def forget(self, app_id: int) -> None:
+        """The app is gone."""
+        self._limits.pop(app_id, None)
+        self._bounds.pop(app_id, None)

@@ -272,7 +272,7 @@ class MessageWrites:
                 special.append((*row, *_special_columns(message)))
                 if message.callback is not None:
                     told.append((msg_id, message))
-            if waits and single and is_plain and message.evicts:
+            if waits and single and is_plain and message.evicts:  # nearly all
                 fresh.append((app, targets.min(), msg_id))
             elif waits:
                 waiting[message.evicts].extend([(app, devno, msg_id) for devno in targets])
@@ -282,6 +282,8 @@ class MessageWrites:
             f"INSERT INTO messages ({PLAIN_COLUMNS}, {SPECIAL_COLUMNS}) {{values}}",
             special,
         )
+        if entries:
+            self._inbox.stored(len(entries), entries[-1][0])
         self._inbox.put_fresh(fresh)
         for evicts, rows in waiting.items():
             self._inbox.put(rows, evicts=evicts)

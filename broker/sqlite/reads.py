@@ -26,7 +26,7 @@ from broker.model import (
 )
 from broker.settlements import STATES, States, Stored, message_record, unfold
 from broker.sqlite.engine import Row, read_rows
-from broker.sqlite.inbox import WAITS, Find, Fresh
+from broker.sqlite.inbox import Find, Fresh, still_waiting
 from broker.sqlite.index import APP_COLUMNS, DEVICES_BY_RID, app_from_row, device_from_row
 from broker.sqlite.settling import STATE_COLUMNS, decoded, merged
 from broker.sqlite.threads import Handler
@@ -40,11 +40,6 @@ SELECT json_group_array(json((
         ORDER BY i.msg_id LIMIT ?))))
 FROM ({values}) v
 """  # one row comes back, as one piece of JSON: each row would be a step, and wait for the GIL
-
-OWED_FRESH: Final = f"""
-SELECT json_group_array(m.msg_id) FROM ({{values}}) v CROSS JOIN messages m ON m.msg_id = v.column1
-WHERE m.expires_at > ? AND {WAITS}
-"""
 
 MESSAGE_COLUMNS: Final = (
     "msg_id, app, body, created_at, expires_at, coalesce(part_of, 0), coalesce(replaces, 0), high"
@@ -185,17 +180,11 @@ class Reads:
         )
         moved: list[list[int]] = [ids for (text,) in rows for ids in json.loads(text)]
         fresh = [find_fresh((request.app_id, request.devno), request.after) for request in requests]
-        waiting = self._waiting([msg_id for ids in fresh for msg_id in ids])
+        waiting = still_waiting(self._connection, [msg_id for ids in fresh for msg_id in ids], self._clock())
         return [
             sorted({*older, *waiting.intersection(newer)}) if newer else older  # some may be in both
             for older, newer in zip(moved, fresh, strict=True)
         ]
-
-    def _waiting(self, fresh: Sequence[int]) -> set[int]:
-        """Of these messages those that still wait."""
-        ids = [(msg_id,) for msg_id in fresh]
-        rows = read_rows(self._connection, OWED_FRESH, ids, (self._clock(),))
-        return {msg_id for (text,) in rows for msg_id in json.loads(text)}
 
     def _bodies(self, msg_ids: set[int]) -> dict[int, StoredMessage]:
         rows = read_rows(

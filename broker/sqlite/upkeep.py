@@ -178,6 +178,7 @@ class Upkeep:
         if app is None:
             return 0
         app_id, purged_to = app
+        self._inbox.forget(app_id)
         return (
             self._drop_rows(app_id)
             or self._drop_scanned(app_id, purged_to)

@@ -187,6 +187,15 @@ async def test_what_comes_from_who_has_left_is_told_with_that(ends: Ends) -> Non
     assert left == [True]
 
 
+async def test_who_leaves_while_nothing_is_read_is_looked_up(ends: Ends) -> None:
+    ends.wire.pause_reading()
+    assert ends.wire.get_extra_info("left") is False
+    ends.theirs.sendall(b"more")
+    ends.theirs.shutdown(socket.SHUT_WR)
+    await until(lambda: ends.wire.get_extra_info("left"))
+    assert ends.told.received == b""
+
+
 async def test_the_name_of_the_peer_is_known_without_asking_while_a_wire_is_made(wires: Wires) -> None:
     told = Told()
     names: list[Any] = []
