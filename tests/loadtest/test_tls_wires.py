@@ -6,6 +6,7 @@ import random
 import select
 import socket
 import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,27 +21,34 @@ END, ALL = b"that is all", b"all"
 
 
 class Sleeper:
-    """Shakes hands, without tickets, and reads when it is woken."""
+    """Shakes hands when it is greeted, without tickets, and reads when it is woken."""
 
     def __init__(self, certified: Certified) -> None:
         self._context = certified.context()
         self._context.num_tickets = 0
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.address = self._listening.getsockname()
-        self.awake = threading.Event()
+        self.greeted, self.awake = threading.Event(), threading.Event()
         self.received = bytearray()
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
     def _serve(self) -> None:
         accepted, _ = self._listening.accept()
-        with self._listening, self._context.wrap_socket(accepted, server_side=True) as secured:
+        self.greeted.wait()
+        with (
+            self._listening,
+            suppress(OSError),  # a test that failed
+            self._context.wrap_socket(accepted, server_side=True) as secured,
+        ):
             self.awake.wait()
             while not self.received.endswith(END) and (data := secured.recv(65_536)):
                 self.received += data
             secured.sendall(ALL)
 
     def join(self) -> None:
+        self.greeted.set()
+        self.awake.set()
         self._thread.join()
 
 
@@ -54,15 +62,24 @@ def wires(tmp_path: Path, sleeper: Sleeper) -> Wires:
     return wires_of(Tls("localhost", str(tmp_path / "authority.pem")), [sleeper.address])
 
 
-def test_a_read_leaves_what_a_write_waits_for(wires: Wires, sleeper: Sleeper) -> None:
-    """Nothing else may ever come to wake it."""
+@pytest.fixture
+def fd(wires: Wires, sleeper: Sleeper) -> Iterator[int]:
+    """Of a connection to the sleeper."""
     fd = wires.open(sleeper.address, None)
+    yield fd
+    wires.close(fd)
+    sleeper.join()
+
+
+def test_a_read_leaves_what_a_write_waits_for(wires: Wires, fd: int, sleeper: Sleeper) -> None:
+    """Nothing else may ever come to wake it."""
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     assert poll.poll(LIMIT)  # it is connected
     poll.modify(fd, select.POLLIN)
     with pytest.raises(BlockingIOError):
         wires.write(fd, END)
+    sleeper.greeted.set()
     sent = 0
     while not sent:
         assert not wires.waits_to_write(fd)
@@ -75,12 +92,10 @@ def test_a_read_leaves_what_a_write_waits_for(wires: Wires, sleeper: Sleeper) ->
     sleeper.awake.set()
     assert poll.poll(LIMIT)
     assert wires.read(fd, 10) == ALL
-    sleeper.join()
-    wires.close(fd)
 
 
-def test_what_the_system_does_not_take_is_written_later(wires: Wires, sleeper: Sleeper) -> None:
-    fd = wires.open(sleeper.address, None)
+def test_what_the_system_does_not_take_is_written_later(wires: Wires, fd: int, sleeper: Sleeper) -> None:
+    sleeper.greeted.set()
     data = random.Random(1).randbytes(SIZE) + END
     unsent = memoryview(data)
     poll = select.poll()
@@ -101,4 +116,3 @@ def test_what_the_system_does_not_take_is_written_later(wires: Wires, sleeper: S
     sleeper.join()
     assert wires.read(fd, 10) == ALL
     assert sleeper.received == data
-    wires.close(fd)
