@@ -39,7 +39,8 @@ WHERE m.expires_at > ? AND {WAITS}
 """
 IN_INBOX: Final = """
 SELECT json_group_array(json((
-    SELECT json_group_array(i.msg_id) FROM inbox i WHERE i.app = v.column1 AND i.devno = v.column2)))
+    SELECT json_group_array(msg_id) FROM (
+        SELECT msg_id FROM inbox WHERE app = v.column1 AND devno = v.column2 ORDER BY msg_id))))
 FROM ({values}) v
 """
 
@@ -118,10 +119,18 @@ class Fresh:
         return [msg_id for ids in found for msg_id in ids if msg_id > after]
 
 
-def still_waiting(connection: sqlite3.Connection, fresh: Sequence[int], now: float) -> set[int]:
-    """Which of these pushes wait, and do not expire by `now`."""
-    rows = read_rows(connection, STILL_WAITING, [(msg_id,) for msg_id in fresh], (now,))
-    return {msg_id for (text,) in rows for msg_id in json.loads(text)}
+def with_fresh(
+    connection: sqlite3.Connection, moved: Sequence[list[int]], fresh: Sequence[Sequence[int]], now: float
+) -> list[list[int]]:
+    """What waits for each of some devices, in order. `moved`: what `inbox` has, likewise; `fresh`: what `Fresh` has,
+    of which those count that wait, and do not expire by `now`. Some may be in both."""
+    ids = [(msg_id,) for found in fresh for msg_id in found]
+    rows = read_rows(connection, STILL_WAITING, ids, (now,))
+    waiting = {msg_id for (text,) in rows for msg_id in json.loads(text)}
+    return [
+        sorted({*older, *waiting.intersection(newer)}) if newer else older
+        for older, newer in zip(moved, fresh, strict=True)
+    ]
 
 
 class InboxWrites:
@@ -253,11 +262,10 @@ class InboxWrites:
     def _waiting(self, devices: Sequence[DeviceKey]) -> list[list[int]]:
         """What waits for each of them, the oldest first; expired pushes among it, until they are removed."""
         rows = read_rows(self._connection, IN_INBOX, devices)
-        older = [ids for (text,) in rows for ids in json.loads(text)]
+        moved = [ids for (text,) in rows for ids in json.loads(text)]
         with self._fresh.reading() as find:
-            newer = [find(device, 0) for device in devices]
-        waiting = still_waiting(self._connection, [msg_id for ids in newer for msg_id in ids], 0.0)
-        return [sorted({*old, *waiting.intersection(new)}) for old, new in zip(older, newer, strict=True)]
+            fresh = [find(device, 0) for device in devices]
+        return with_fresh(self._connection, moved, fresh, 0.0)
 
     def forget(self, app_id: int) -> None:
         """The app is gone."""

@@ -26,7 +26,7 @@ from broker.model import (
 )
 from broker.settlements import STATES, States, Stored, message_record, unfold
 from broker.sqlite.engine import Row, read_rows
-from broker.sqlite.inbox import Find, Fresh, still_waiting
+from broker.sqlite.inbox import Find, Fresh, with_fresh
 from broker.sqlite.index import APP_COLUMNS, DEVICES_BY_RID, app_from_row, device_from_row
 from broker.sqlite.settling import STATE_COLUMNS, decoded, merged
 from broker.sqlite.threads import Handler
@@ -178,13 +178,9 @@ class Reads:
             # LIMIT cannot name a column: the largest for all, cut by the caller
             before=(self._clock(), max((request.limit for request in requests), default=0)),
         )
-        moved: list[list[int]] = [ids for (text,) in rows for ids in json.loads(text)]
+        moved = [ids for (text,) in rows for ids in json.loads(text)]
         fresh = [find_fresh((request.app_id, request.devno), request.after) for request in requests]
-        waiting = still_waiting(self._connection, [msg_id for ids in fresh for msg_id in ids], self._clock())
-        return [
-            sorted({*older, *waiting.intersection(newer)}) if newer else older  # some may be in both
-            for older, newer in zip(moved, fresh, strict=True)
-        ]
+        return with_fresh(self._connection, moved, fresh, self._clock())
 
     def _bodies(self, msg_ids: set[int]) -> dict[int, StoredMessage]:
         rows = read_rows(
